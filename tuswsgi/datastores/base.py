@@ -1,0 +1,165 @@
+"""The contract of data stores: where the bytes of uploads are kept.
+
+A data store owns one fact: how many bytes of an unfinished upload are kept. It knows
+files or objects, never sockets, headers or hooks. The contract is tested by
+``tuswsgi.testing.datastores``, which a store of your own can run too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from tuswsgi.extensions import Extension
+from tuswsgi.info import FileInfo, Storage
+
+
+class Source(Protocol):
+    """What ``append`` reads from: a body that has been counted and limited.
+
+    The end of the source is always clean. A connection that broke, a takeover and a
+    stop look like the end of the input; whoever made the source looks at its error
+    after the store has kept what arrived.
+    """
+
+    @property
+    def provisional(self) -> bool:
+        """Whether the bytes count only if ``accepted`` says so (Upload-Checksum)."""
+
+    def read(self, n: int) -> bytes:
+        """Return 1 to `n` bytes, as soon as any are there; ``b""`` at the end."""
+
+    def copy_to(self, fd: int, offset: int) -> int:
+        """Write everything that is left to the file `fd` from `offset` on.
+
+        The fastest way that the server allows is taken. `fd` must not be in append
+        mode; its position is not used.
+
+        :returns: the number of bytes written, when the end has been reached.
+        :raises OSError: if the file cannot be written; what was written before stays.
+        """
+
+    def accepted(self, stored: Callable[[], Iterable[bytes]]) -> bool:
+        """Whether a provisional source arrived whole and matches its checksum.
+
+        To be asked once, after the end of the source.
+
+        :param stored: returns the bytes that this ``append`` stored, in blocks; they
+            are asked for only if the checksum came after them.
+        """
+
+
+class Readable(Protocol):
+    """The bytes of an upload, opened for one reader at one position.
+
+    An object that also has ``fileno`` is a file whose position is the next byte; the
+    server may then send from the descriptor.
+    """
+
+    def read(self, n: int = -1, /) -> bytes:
+        """Return 1 to `n` bytes, ``b""`` at the end."""
+
+    def close(self) -> None:
+        """Release what the reader holds."""
+
+
+class DataStore(ABC):
+    """Keeps the bytes of uploads.
+
+    Whoever calls ``append``, ``finish``, ``concatenate`` or ``delete`` holds the lock of
+    the upload. Every method may be interrupted by the death of the process, and after
+    that every method must work on what is left. Methods are called by many greenlets or
+    threads at once, for different uploads.
+
+    A full store raises ``StorageFull``; trouble that passes raises ``Unavailable``;
+    anything else that goes wrong is an ``OSError`` or the backend's own error, which
+    the client sees as a 500 and the log in full.
+    """
+
+    #: The store's name, in ``Storage.type`` and in hooks.
+    type: str = ""
+
+    #: What the store can serve beyond plain appending: of ``CHECKSUM`` (with its
+    #: trailer), ``CONCATENATION``, ``TERMINATION`` and ``GETTING``. The other extensions
+    #: need nothing of a store.
+    extensions: frozenset[Extension] = frozenset()
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make ready for use: create directories, check access. May be called again.
+
+        :raises ConfigurationError: if the store cannot work as it is configured.
+        """
+
+    def close(self) -> None:
+        """Release what this process holds. The store may be used again afterwards."""
+
+    @abstractmethod
+    def create(self, info: FileInfo) -> Storage:
+        """Make an empty place for a new upload.
+
+        The place is made exclusively: two calls for one id or path never both succeed.
+
+        :returns: where it is, to be kept in the upload's info.
+        :raises UploadExists: if the place is taken.
+        """
+
+    @abstractmethod
+    def offset(self, info: FileInfo) -> int:
+        """Return how many bytes of an unfinished upload are kept.
+
+        This number is told to clients, so the bytes below it survive the death of any
+        process (and a power loss where the store is configured to promise that). Bytes
+        that a provisional source left behind do not count.
+
+        :raises UploadGone: if the upload's bytes are not there any more.
+        """
+
+    @abstractmethod
+    def append(self, info: FileInfo, offset: int, source: Source) -> int:
+        """Keep the bytes of `source` from `offset` on.
+
+        `offset` is what ``offset`` returned under the lock that is still held. No append
+        shortens an upload, with one exception: bytes of a provisional source that were
+        not accepted are removed, also by the next ``append`` if a crash came in between.
+
+        :returns: the new offset.
+        :raises OffsetMismatch: if `offset` is not the store's own; nothing is changed.
+        :raises StorageFull: if there is no room; what fitted is kept and counts.
+        """
+
+    def finish(self, info: FileInfo) -> None:
+        """Do what is left to do once all `info.size` bytes are kept.
+
+        It may be called again after a crash and must then do nothing or the rest.
+        """
+
+    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
+        """Fill the empty upload `info` with the bytes of finished `parts`, in their order.
+
+        Nobody sees a half-filled upload: afterwards ``offset`` is the sum of the parts,
+        before it is 0, also after a crash. It may be called again.
+
+        :raises UploadGone: if the bytes of a part are not there any more.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def open(self, info: FileInfo, start: int = 0) -> Readable:
+        """Open the bytes of an upload from `start` on. Takes no lock.
+
+        :raises UploadGone: if they are not there (any more).
+        """
+
+    @abstractmethod
+    def delete(self, info: FileInfo) -> None:
+        """Remove the bytes and whatever belongs to them. What is not there is no error."""
+
+    def location(self, info: FileInfo) -> str | None:
+        """Return where an operator finds the bytes: an absolute path or a URL."""
+        return info.storage.path
+
+    def free_space(self) -> int | None:
+        """Return how many bytes more fit; ``None`` where nobody knows."""
+        return None

@@ -1,0 +1,114 @@
+"""The contract of lockers, and all the waiting that they have in common.
+
+One request at a time writes an upload. A request that wants in asks the holder to let
+go, so that a connection that died without saying so never blocks a resume: the holder
+stores what it has and leaves. A backend implements the attempt, the release and the
+request; this base class owns waiting, the timeout and the error. The contract is tested
+by ``tuswsgi.testing.lockers``.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from tuswsgi.errors import TusError, UploadLocked
+
+#: Called with the reason when a holder shall let go. It is called in another greenlet or
+#: thread, maybe several times and maybe a moment after the release, and must not block.
+ReleaseRequest = Callable[[TusError], None]
+
+#: What a backend knows about a lock that it holds.
+H = TypeVar("H")
+
+#: Seconds between attempts, first and longest: a holder in mid-body leaves within
+#: milliseconds, one that runs a hook takes its time.
+_FIRST_PAUSE = 0.002
+_LONGEST_PAUSE = 0.05
+
+
+class Locker(ABC, Generic[H]):
+    """Exclusive locks by upload id, for all processes that share the locker.
+
+    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    """
+
+    def __init__(self, timeout: float = 20.0) -> None:
+        self.timeout = timeout
+
+    def prepare(self) -> None:
+        """Make ready for use. May be called again, and by several processes at once.
+
+        :raises ConfigurationError: if the locker cannot work as it is configured.
+        """
+
+    def close(self) -> None:
+        """Release what this process holds. The locker may be used again afterwards."""
+
+    @contextmanager
+    def lock(self, id: str, on_release_request: ReleaseRequest) -> Iterator[None]:
+        """Hold the lock of `id` for the length of a ``with`` block.
+
+        A present holder is asked to let go. The lock is not reentrant.
+
+        :param on_release_request: called when somebody waits for this lock, or when the
+            lock was lost.
+        :raises UploadLocked: if the holder did not let go within the timeout.
+        """
+        held = self._acquire(id, on_release_request)
+        try:
+            yield
+        finally:
+            self._release(id, held)
+
+    @contextmanager
+    def try_lock(self, id: str, on_release_request: ReleaseRequest) -> Iterator[None]:
+        """Hold the lock of `id`, but only if nobody else does; a holder is not disturbed.
+
+        :raises UploadLocked: if somebody holds it.
+        """
+        held = self._try_acquire(id, on_release_request)
+        if held is None:
+            raise UploadLocked
+        try:
+            yield
+        finally:
+            self._release(id, held)
+
+    def _acquire(self, id: str, on_release_request: ReleaseRequest) -> H:
+        deadline = time.monotonic() + self.timeout
+        pause = _FIRST_PAUSE
+        next_request = 0.0
+        while True:
+            held = self._try_acquire(id, on_release_request)
+            if held is not None:
+                return held
+            now = time.monotonic()
+            if now >= deadline:
+                raise UploadLocked
+            if now >= next_request:
+                # Again every now and then: the request may be lost, and the holder may be
+                # another one than a moment ago.
+                self._request_release(id)
+                next_request = now + 0.1
+            time.sleep(min(pause * random.uniform(0.5, 1.0), deadline - now))
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    @abstractmethod
+    def _try_acquire(self, id: str, on_release_request: ReleaseRequest) -> H | None:
+        """Take the lock if it is free, without waiting; ``None`` if it is not."""
+
+    @abstractmethod
+    def _release(self, id: str, held: H) -> None:
+        """Give the lock back. Must not fail because the lock was lost already."""
+
+    @abstractmethod
+    def _request_release(self, id: str) -> None:
+        """Ask the present holder, wherever it is, to let go. Must not block or fail.
+
+        The request is for that holder only: one that comes after it must not be met.
+        """

@@ -1,0 +1,28 @@
+"""The one place that decides whether a path stays inside its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuswsgi.errors import UploadNotFound
+
+
+def inside(directory: Path, name: str) -> Path:
+    """Return `directory`/`name` if that lies in `directory`.
+
+    `name` is a relative path of segments joined by ``/``. No segment may be empty, too
+    long for a file system, or begin with a dot: names with dots are the server's own
+    (and ``..``). Symbolic links inside of `directory` are the operator's business.
+
+    :raises UploadNotFound: if it is not such a path.
+    """
+    for segment in name.split("/"):
+        if (
+            not segment
+            or segment.startswith(".")
+            or len(segment.encode("utf-8", "surrogatepass")) > 255
+            or not segment.isprintable()
+            or "\\" in segment
+        ):
+            raise UploadNotFound
+    return directory / name

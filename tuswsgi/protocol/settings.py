@@ -1,0 +1,69 @@
+"""The settings of the protocol: what the heart of the server obeys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuswsgi.extensions import REQUIRES, Extension
+from tuswsgi.options import MiB, Duration, Size, option
+
+
+@dataclass(frozen=True)
+class UploadSettings:
+    """How uploads are created, received, kept and given out."""
+
+    tus_extensions: tuple[Extension, ...] = option(
+        tuple(Extension),
+        "The extensions that are offered. `expiration` counts only if that is set, and "
+        "`getting` is the download of uploads.",
+        rustus="TUS_EXTENSIONS",
+    )
+    max_file_size: int | None = option(
+        None, "The largest upload. Unset: no limit.", kind=Size, rustus="MAX_FILE_SIZE"
+    )
+    max_body_size: int | None = option(
+        None,
+        "The largest body of one request. Unset: no limit, since bodies are never held in memory.",
+        kind=Size,
+        rustus="MAX_BODY_SIZE",
+        short="m",
+    )
+    allow_empty: bool = option(
+        True, "Whether uploads of length 0 may be created.", rustus="ALLOW_EMPTY"
+    )
+    remove_parts: bool = option(
+        False,
+        "Remove partial uploads once a final upload was made of them, unless another "
+        "final upload waits for them.",
+        rustus="REMOVE_PARTS",
+    )
+    expiration: float | None = option(
+        None,
+        "How long an unfinished upload lives after its last byte, e.g. `7d`. Unset: for ever.",
+        kind=Duration,
+    )
+    min_free_disk: int = option(
+        64 * MiB,
+        "An upload is created only if this much room would be left beside it (507 otherwise).",
+        kind=Size,
+    )
+    network_timeout: float = option(
+        60.0,
+        "How long a request's body may stay silent before what arrived is kept and the "
+        "connection is closed.",
+        kind=Duration,
+    )
+    download_unfinished: bool = option(
+        False, "Whether GET serves the bytes of an upload that is not finished."
+    )
+
+    @property
+    def extensions(self) -> tuple[Extension, ...]:
+        """What is switched on, without what lacks its base, in the order of the enum."""
+        wanted = set(self.tus_extensions)
+        if self.expiration is None:
+            wanted.discard(Extension.EXPIRATION)
+        for extension, base in REQUIRES.items():
+            if base not in wanted:
+                wanted.discard(extension)
+        return tuple(extension for extension in Extension if extension in wanted)

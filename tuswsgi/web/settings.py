@@ -1,0 +1,90 @@
+"""The settings of the HTTP edge: URLs, proxies and CORS."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from enum import Enum
+
+from marshmallow import ValidationError
+
+from tuswsgi.options import Duration, option
+
+
+class LocationForm(str, Enum):
+    """How the URL of a new upload is written in ``Location``."""
+
+    ABSOLUTE = "absolute"
+    RELATIVE = "relative"
+
+
+#: Stands for the peers of a unix socket, which have no address.
+UNIX = "unix"
+
+
+def _networks(values: tuple[str, ...]) -> None:
+    for value in values:
+        if value != UNIX:
+            try:
+                ipaddress.ip_network(value, strict=False)
+            except ValueError:
+                raise ValidationError(
+                    f"{value} is neither an address, a network nor unix."
+                ) from None
+
+
+def _public_url(value: str) -> None:
+    if not value.startswith(("http://", "https://")) or "?" in value or "#" in value:
+        raise ValidationError("Not an absolute http or https URL without query.")
+
+
+@dataclass(frozen=True)
+class WebSettings:
+    """How requests are understood and URLs are written."""
+
+    location: LocationForm = option(
+        LocationForm.ABSOLUTE,
+        "Whether the Location of a new upload is an absolute URL or only a path.",
+    )
+    public_url: str | None = option(
+        None,
+        "The URL under which clients reach the uploads, e.g. `https://example.org/files`. "
+        "It overrides everything that requests and proxies say.",
+        validate=_public_url,
+    )
+    behind_proxy: bool = option(
+        False,
+        "Believe Forwarded and X-Forwarded-Proto, -Host, -Prefix and -For where they come "
+        "from `trusted_proxies`.",
+        rustus="BEHIND_PROXY",
+    )
+    trusted_proxies: tuple[str, ...] = option(
+        (
+            "127.0.0.0/8",
+            "::1/128",
+            "10.0.0.0/8",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+            "fc00::/7",
+            UNIX,
+        ),
+        "Addresses and networks of proxies that may be believed; `unix` stands for the "
+        "peers of a unix socket. Without `behind_proxy` nobody is.",
+        validate=_networks,
+    )
+    cors: tuple[str, ...] = option(
+        ("*",),
+        "Origins that browsers may upload from. `*` stands for any text in an origin, as in "
+        "`https://*.example.org`.",
+        rustus="CORS",
+    )
+    cors_credentials: bool = option(
+        False, "Let browsers send cookies and other credentials from these origins."
+    )
+    cors_allow_headers: tuple[str, ...] = option((), "More request headers that browsers may send.")
+    cors_expose_headers: tuple[str, ...] = option(
+        (), "More response headers that scripts in browsers may read."
+    )
+    cors_max_age: float = option(
+        86400.0, "How long browsers may remember the answer to a preflight.", kind=Duration
+    )
