@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuswsgi.extensions import REQUIRES, Extension
-from tuswsgi.options import MiB, Duration, Size, option
+from tuswsgi.options import Duration, MiB, Size, option
 
 
 @dataclass(frozen=True)
