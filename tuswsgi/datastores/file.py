@@ -1,0 +1,317 @@
+"""Keeps the bytes of each upload in one file below a directory.
+
+The file's size is the upload's offset: there is no second record that a crash could
+make disagree. The one exception is a body with a checksum: while it is not verified a
+marker beside the file says from where on the bytes do not count yet.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import ClassVar
+
+from tuswsgi.datastores.base import DataStore, Readable, Source
+from tuswsgi.errors import (
+    ConfigurationError,
+    OffsetMismatch,
+    StorageFull,
+    UploadExists,
+    UploadGone,
+    UploadNotFound,
+)
+from tuswsgi.extensions import Extension
+from tuswsgi.info import FileInfo, Storage
+from tuswsgi.options import MAIN, option
+from tuswsgi.paths import inside
+
+#: How much is copied or read back before other greenlets get their turn.
+_SLICE = 8 * 1024 * 1024
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+_NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass
+class FileDataStore(DataStore):
+    """Files on a local or network file system.
+
+    :param data_dir: the directory of the files; it is made if it is missing.
+    :param force_fsync: whether acknowledged bytes must survive a power loss.
+    """
+
+    section: ClassVar[str] = MAIN
+    type: ClassVar[str] = "file_storage"
+    extensions: ClassVar[frozenset[Extension]] = frozenset(
+        {
+            Extension.CHECKSUM,
+            Extension.CHECKSUM_TRAILER,
+            Extension.CONCATENATION,
+            Extension.CONCATENATION_UNFINISHED,
+            Extension.TERMINATION,
+            Extension.GETTING,
+        }
+    )
+
+    data_dir: Path
+    force_fsync: bool = False
+    dir_structure: str = option(
+        "",
+        "Directories for new uploads below the data directory, e.g. `{year}/{month}/{day}` "
+        "or `{env[HOSTNAME]}`; also `{hour}` and `{minute}` (UTC).",
+        rustus="DIR_STRUCTURE",
+    )
+
+    def prepare(self) -> None:
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"The data directory {self.data_dir} cannot be made: {error.strerror}."
+            ) from error
+        if not os.access(self.data_dir, os.R_OK | os.W_OK | os.X_OK):
+            raise ConfigurationError(f"The data directory {self.data_dir} is not writable.")
+        try:
+            inside(self.data_dir, self._relative_path("id"))
+        except UploadNotFound:
+            raise ConfigurationError(
+                f"dir_structure leads out of the data directory or to a hidden one: "
+                f"{self.dir_structure}"
+            ) from None
+
+    def create(self, info: FileInfo) -> Storage:
+        relative = info.storage.path or self._relative_path(info.id)
+        path = inside(self.data_dir, relative)
+        self._make_directory(path.parent)
+        try:
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            raise UploadExists from None
+        except OSError as error:
+            raise _translated(error) from error
+        os.close(fd)
+        self._sync_directory(path.parent)
+        return Storage(self.type, relative)
+
+    def offset(self, info: FileInfo) -> int:
+        with self._opened(info, os.O_RDONLY) as fd:
+            if self.force_fsync:
+                # A worker that was killed has written without syncing, and whoever
+                # asks will tell a client that these bytes are safe.
+                os.fdatasync(fd)
+            return self._verified_size(info, fd)
+
+    def append(self, info: FileInfo, offset: int, source: Source) -> int:
+        with self._opened(info, os.O_RDWR) as fd:
+            verified = self._verified_size(info, fd)
+            if verified != offset:
+                raise OffsetMismatch(verified)
+            if os.fstat(fd).st_size != verified:
+                os.ftruncate(fd, verified)
+            if source.provisional:
+                self._append_provisional(info, fd, offset, source)
+            else:
+                self._unmark(info)
+                self._copy(source, fd, offset)
+            if self.force_fsync:
+                os.fdatasync(fd)
+            return os.fstat(fd).st_size
+
+    def finish(self, info: FileInfo) -> None:
+        if self.force_fsync:
+            with self._opened(info, os.O_RDONLY) as fd:
+                os.fsync(fd)
+
+    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
+        path = self._path(info)
+        unfinished = _hidden(path, "concat")
+        with self._opened(info, os.O_RDONLY):
+            pass  # raises if the upload itself is gone
+        try:
+            target = os.open(
+                unfinished, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o644
+            )
+            try:
+                for part in parts:
+                    with self._opened(part, os.O_RDONLY) as fd:
+                        if _copy_file(fd, target) != part.size:
+                            raise UploadGone("The bytes of a partial upload are missing.")
+                if self.force_fsync:
+                    os.fsync(target)
+            finally:
+                os.close(target)
+            os.replace(unfinished, path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise _translated(error) from error
+        self._sync_directory(path.parent)
+
+    def open(self, info: FileInfo, start: int = 0) -> Readable:
+        try:
+            file = open(self._path(info), "rb", buffering=0)
+        except FileNotFoundError:
+            raise UploadGone from None
+        file.seek(start)
+        return file
+
+    def delete(self, info: FileInfo) -> None:
+        path = self._path(info)
+        for belonging in (path, _hidden(path, "unverified"), _hidden(path, "concat")):
+            belonging.unlink(missing_ok=True)
+        if path.parent.exists():
+            self._sync_directory(path.parent)
+
+    def location(self, info: FileInfo) -> str | None:
+        return str(self._path(info).absolute())
+
+    def free_space(self) -> int | None:
+        state = os.statvfs(self.data_dir)
+        return state.f_bavail * state.f_frsize
+
+    # --- paths ---------------------------------------------------------------------
+
+    def _path(self, info: FileInfo) -> Path:
+        return inside(self.data_dir, info.storage.path or info.id)
+
+    def _relative_path(self, id: str) -> str:
+        now = datetime.now(timezone.utc)
+        values = {
+            name: str(getattr(now, name)) for name in ("year", "month", "day", "hour", "minute")
+        }
+
+        def value(match: re.Match[str]) -> str:
+            if match["variable"]:
+                return os.environ.get(match["variable"], "")
+            return values.get(match["name"], match[0])
+
+        # rustus' manual writes env[NAME] without braces, its code writes dates with them.
+        pattern = r"\{?env\[(?P<variable>\w+)\]\}?|\{(?P<name>\w+)\}"
+        directories = re.sub(pattern, value, self.dir_structure).strip("/")
+        return f"{directories}/{id}" if directories else id
+
+    def _make_directory(self, directory: Path) -> None:
+        if directory == self.data_dir or directory.is_dir():
+            return
+        self._make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        self._sync_directory(directory.parent)
+
+    def _sync_directory(self, directory: Path) -> None:
+        if self.force_fsync:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    # --- bytes -----------------------------------------------------------------------
+
+    @contextmanager
+    def _opened(self, info: FileInfo, flags: int) -> Iterator[int]:
+        try:
+            fd = os.open(self._path(info), flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise UploadGone from None
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _copy(self, source: Source, fd: int, offset: int) -> None:
+        try:
+            source.copy_to(fd, offset)
+        except OSError as error:
+            raise _translated(error) from error
+
+    def _append_provisional(self, info: FileInfo, fd: int, offset: int, source: Source) -> None:
+        self._mark(info, offset)
+        accepted = False
+        try:
+            self._copy(source, fd, offset)
+            accepted = source.accepted(lambda: _blocks(fd, offset))
+        finally:
+            if not accepted:
+                os.ftruncate(fd, offset)
+        if self.force_fsync:
+            os.fdatasync(fd)
+        self._unmark(info)
+
+    # --- the marker of unverified bytes ------------------------------------------------
+
+    def _verified_size(self, info: FileInfo, fd: int) -> int:
+        size = os.fstat(fd).st_size
+        try:
+            marked = _hidden(self._path(info), "unverified").read_text("ascii")
+        except FileNotFoundError:
+            return size
+        # A crash while the marker was written left it empty, and nothing unverified
+        # in the file yet.
+        return min(size, int(marked)) if marked.endswith("\n") else size
+
+    def _mark(self, info: FileInfo, offset: int) -> None:
+        marker = _hidden(self._path(info), "unverified")
+        try:
+            with open(marker, "w", encoding="ascii") as file:
+                file.write(f"{offset}\n")
+                file.flush()
+                if self.force_fsync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise _translated(error) from error
+        self._sync_directory(marker.parent)
+
+    def _unmark(self, info: FileInfo) -> None:
+        marker = _hidden(self._path(info), "unverified")
+        try:
+            marker.unlink()
+        except FileNotFoundError:
+            return
+        self._sync_directory(marker.parent)
+
+
+def _hidden(path: Path, purpose: str) -> Path:
+    """Name a file of our own beside an upload's; ids never begin with a dot."""
+    return path.with_name(f".{path.name}.{purpose}")
+
+
+def _translated(error: OSError) -> Exception:
+    return StorageFull() if error.errno in _FULL else error
+
+
+def _blocks(fd: int, offset: int) -> Iterator[bytes]:
+    while block := os.pread(fd, 1024 * 1024, offset):
+        yield block
+        offset += len(block)
+
+
+def _copy_file(source: int, target: int) -> int:
+    """Append the whole of one file to another and return how many bytes that were."""
+    copied = 0
+    while True:
+        moved = _copy_slice(source, target, copied)
+        if moved == 0:
+            return copied
+        copied += moved
+        time.sleep(0)
+
+
+def _copy_slice(source: int, target: int, offset: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, _SLICE, offset_src=offset)
+        except OSError as error:
+            if error.errno not in _NO_COPY_FILE_RANGE:
+                raise
+    block = os.pread(source, _SLICE, offset)
+    view = memoryview(block)
+    while view:
+        view = view[os.write(target, view) :]
+    return len(block)
