@@ -261,6 +261,13 @@ class InfoConflict(Unavailable):
     message = "The upload was changed by another request; try again."
 
 
+class HookFailed(Unavailable):
+    """A blocking hook could not be reached or broke."""
+
+    code = "ERR_HOOK_FAILED"
+    message = "The server could not ask its application about this request."
+
+
 class BodyIncomplete(Unavailable):
     code = "ERR_UNEXPECTED_EOF"
     message = "The request's body ended before its announced length."

@@ -37,10 +37,16 @@ class PerProcess(Generic[T]):
                 held = self._held = (os.getpid(), self._factory())
         return held[1]
 
+    def peek(self) -> T | None:
+        """Return this process' value, ``None`` if none was made."""
+        held = self._held
+        return held[1] if held is not None and held[0] == os.getpid() else None
+
     def pop(self) -> T | None:
         """Forget this process' value and return it, ``None`` if none was made."""
-        held, self._held = self._held, None
-        return held[1] if held is not None and held[0] == os.getpid() else None
+        value = self.peek()
+        self._held = None
+        return value
 
     def _process_lock(self) -> threading.Lock:
         # A lock of the parent may have been held, or be of the kind that gevent had

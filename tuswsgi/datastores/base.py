@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tuswsgi.extensions import Extension
 from tuswsgi.info import FileInfo, Storage
@@ -78,12 +78,12 @@ class DataStore(ABC):
     """
 
     #: The store's name, in ``Storage.type`` and in hooks.
-    type: str = ""
+    type: ClassVar[str] = ""
 
     #: What the store can serve beyond plain appending: of ``CHECKSUM`` (with its
     #: trailer), ``CONCATENATION``, ``TERMINATION`` and ``GETTING``. The other extensions
     #: need nothing of a store.
-    extensions: frozenset[Extension] = frozenset()
+    extensions: ClassVar[frozenset[Extension]] = frozenset()
 
     @abstractmethod
     def prepare(self) -> None:

@@ -156,7 +156,7 @@ class FileDataStore(DataStore):
 
     def open(self, info: FileInfo, start: int = 0) -> Readable:
         try:
-            file = open(self._path(info), "rb", buffering=0)
+            file = open(self._path(info), "rb", buffering=0)  # noqa: SIM115  # the caller closes it
         except FileNotFoundError:
             raise UploadGone from None
         file.seek(start)

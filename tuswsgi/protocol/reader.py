@@ -1,0 +1,237 @@
+"""Reads the body of a request on behalf of a data store.
+
+The reader counts and limits the bytes, hashes them where a checksum was sent, can be
+interrupted from outside and remembers why it ended. It asks a ``Body`` for bytes and
+does not know what a WSGI server is; it fills file descriptors and does not know what
+they mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from tuswsgi.errors import (
+    BodyTooLarge,
+    ChecksumMismatch,
+    InvalidChecksum,
+    ReadTimeout,
+    TusError,
+    UploadInterrupted,
+    UploadLocked,
+)
+from tuswsgi.process import PerProcess
+from tuswsgi.protocol.checksum import Checksum
+
+log = logging.getLogger(__name__)
+
+
+class Body(ABC):
+    """The body of a request, as ``web`` gets it from the WSGI server.
+
+    :ivar length: its announced length in bytes; ``None`` where it is chunked.
+    """
+
+    length: int | None = 0
+
+    @abstractmethod
+    def receive(self, n: int) -> memoryview | bytes:
+        """Wait for bytes and return 1 to `n` of them, nothing at the end.
+
+        The bytes are valid until the next switch of greenlets. After ``wake`` it may
+        return nothing although the body goes on.
+
+        :raises TusError: ``BodyIncomplete`` or ``BodyMalformed``; nothing more can come.
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Make a waiting ``receive`` return soon. May be called from anywhere."""
+
+    def trailer(self, name: str) -> str | None:
+        """Return a trailer's value once the end was reached."""
+        return None
+
+
+class UploadReader:
+    """A ``datastores.base.Source`` on a body.
+
+    :param limit: how many bytes may come.
+    :param too_many: the error for the byte after the limit.
+    :param checksum: what the bytes must hash to, if the client said so beforehand.
+    :param awaits_trailer: the checksum comes after the body.
+    :param on_progress: called after bytes were stored; a ``TusError`` ends the body.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        limit: int,
+        *,
+        too_many: TusError | None = None,
+        checksum: Checksum | None = None,
+        awaits_trailer: bool = False,
+        on_progress: Callable[[UploadReader], None] | None = None,
+    ) -> None:
+        self.received = 0
+        #: Why the body ended, ``None`` if it came to its own end.
+        self.error: TusError | None = None
+        self.last_progress = time.monotonic()
+        self._body = body
+        self._limit = limit
+        self._too_many = too_many or BodyTooLarge()
+        self._checksum = checksum
+        self._awaits_trailer = awaits_trailer
+        self._hash = checksum.hash() if checksum else None
+        self._on_progress = on_progress
+        self._ended = False
+
+    # --- for data stores ---------------------------------------------------------------
+
+    @property
+    def provisional(self) -> bool:
+        return self._checksum is not None or self._awaits_trailer
+
+    def read(self, n: int) -> bytes:
+        self._progressed()
+        return bytes(self._receive(n))
+
+    def copy_to(self, fd: int, offset: int) -> int:
+        start = offset
+        while block := self._receive(1024 * 1024):
+            offset += _write(fd, block, offset)
+            self._progressed()
+        return offset - start
+
+    def accepted(self, stored: Callable[[], Iterable[bytes]]) -> bool:
+        if self.error is not None or not self._ended:
+            return False
+        try:
+            matches = self._matches(stored)
+        except TusError as error:
+            self.error = error
+            return False
+        if not matches:
+            self.error = ChecksumMismatch()
+        return matches
+
+    # --- for everybody else --------------------------------------------------------------
+
+    def interrupt(self, error: TusError) -> None:
+        """End the body as if it had come to its end, for the reason `error`.
+
+        This is a latch: it stays set, and what arrives later is not read. A body that has
+        ended by itself is not touched. May be called from anywhere.
+        """
+        if not self._ended and self.error is None:
+            self.error = UploadInterrupted() if type(error) is UploadLocked else error
+            self._body.wake()
+
+    # --- inside ------------------------------------------------------------------------
+
+    def _receive(self, n: int) -> memoryview | bytes:
+        if self._ended or self.error is not None:
+            return b""
+        # One byte beyond the limit is asked for, since only that tells whether a chunked
+        # body that reached it goes on.
+        left = self._limit - self.received
+        try:
+            block = self._body.receive(min(n, left) or 1)
+        except TusError as error:
+            self.error = self.error or error
+            return b""
+        if not block:
+            self._ended = self.error is None
+            return b""
+        if left == 0:
+            self.error = self._too_many
+            return b""
+        self.received += len(block)
+        self.last_progress = time.monotonic()
+        if self._hash is not None:
+            self._hash.update(block)
+        return block
+
+    def _progressed(self) -> None:
+        if self._on_progress is None or self.error is not None:
+            return
+        try:
+            self._on_progress(self)
+        except TusError as error:
+            self.error = error
+
+    def _matches(self, stored: Callable[[], Iterable[bytes]]) -> bool:
+        if self._checksum is not None and self._hash is not None:
+            return self._checksum.matches(self._hash)
+        text = self._body.trailer("Upload-Checksum")
+        if text is None:
+            raise InvalidChecksum("The announced Upload-Checksum trailer is missing.")
+        checksum = Checksum.parse(text)
+        hash = checksum.hash()
+        for block in stored():
+            hash.update(block)
+            time.sleep(0)
+        return checksum.matches(hash)
+
+
+def _write(fd: int, block: memoryview | bytes, offset: int) -> int:
+    written = os.pwrite(fd, block, offset)
+    while written < len(block):
+        # A full disk takes the first bytes and refuses the next ones.
+        written += os.pwrite(fd, block[written:], offset + written)
+    return written
+
+
+class ActiveReaders:
+    """The readers of this process, to end those that went silent or shall stop.
+
+    :param network_timeout: the longest silence of a body, in seconds.
+    """
+
+    def __init__(self, network_timeout: float) -> None:
+        self.network_timeout = network_timeout
+        self._readers: PerProcess[set[UploadReader]] = PerProcess(self._start)
+        self._stopped_by: TusError | None = None
+
+    @contextmanager
+    def active(self, reader: UploadReader) -> Iterator[None]:
+        """Watch over `reader` for the length of a ``with`` block.
+
+        :raises TusError: the reason of ``stop``, if that was called before.
+        """
+        if self._stopped_by is not None:
+            raise self._stopped_by
+        readers = self._readers.get()
+        readers.add(reader)
+        try:
+            yield
+        finally:
+            readers.discard(reader)
+
+    def stop(self, error: TusError) -> None:
+        """Interrupt every reader, now and from now on. Safe in a signal handler."""
+        self._stopped_by = error
+        for reader in tuple(self._readers.peek() or ()):
+            reader.interrupt(error)
+
+    def _start(self) -> set[UploadReader]:
+        readers: set[UploadReader] = set()
+        threading.Thread(
+            target=self._watch, args=(readers,), name="tuswsgi-timeouts", daemon=True
+        ).start()
+        return readers
+
+    def _watch(self, readers: set[UploadReader]) -> None:
+        # One look at all readers now and then is far cheaper than a timer per wait.
+        pause = max(0.05, min(self.network_timeout / 10, 5.0))
+        while True:
+            time.sleep(pause)
+            oldest = time.monotonic() - self.network_timeout
+            for reader in tuple(readers):
+                if reader.last_progress < oldest:
+                    reader.interrupt(ReadTimeout())
