@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
+from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Size(fields.Field[int]):
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", str(value).strip(), re.ASCII)
         if match is None or match[2].upper() not in _UNITS:
             raise ValidationError("Not a size such as 1048576, 50MiB or 5GB.")
-        return int(float(match[1]) * _UNITS[match[2].upper()]) if match[2] else int(float(match[1]))
+        # Decimal: a float does not hold all sizes up to 2^63 - 1.
+        return int(Decimal(match[1]) * _UNITS[match[2].upper()])
 
     def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> str:
         for unit, factor in (("GiB", GiB), ("MiB", MiB), ("KiB", KiB)):
@@ -63,6 +65,8 @@ class Duration(fields.Field[float]):
     """A time in seconds: ``20``, ``1.5``, ``500ms``, ``12h``, ``7d``."""
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+            return float(value)
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(ms|[smhdw]?)", str(value).strip(), re.ASCII)
         if match is None:
             raise ValidationError("Not a duration such as 20, 500ms, 12h or 7d.")
@@ -99,7 +103,10 @@ class PathName(fields.Field[Path]):
 
 
 class Choice(fields.Field[Enum]):
-    """One of the values of an enum, in lower or upper case."""
+    """One of the values of an enum, in lower or upper case.
+
+    The enum's ``_missing_`` may know more names for its members.
+    """
 
     def __init__(self, enum: type[Enum], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,10 +118,10 @@ class Choice(fields.Field[Enum]):
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Enum:
         text = str(value.value if isinstance(value, Enum) else value).strip().lower()
-        for member in self.enum:
-            if str(member.value).lower() == text:
-                return member
-        raise ValidationError(f"Not one of {', '.join(self.choices)}.")
+        try:
+            return self.enum(text)
+        except ValueError:
+            raise ValidationError(f"Not one of {', '.join(self.choices)}.") from None
 
     def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> str:
         return str(value.value)
@@ -130,7 +137,16 @@ class Items(fields.Field["tuple[Any, ...]"]):
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> tuple[Any, ...]:
         texts = re.split(r"[,\n]", value) if isinstance(value, str) else list(value)
         texts = [text.strip() if isinstance(text, str) else text for text in texts]
-        return tuple(self.item.deserialize(text) for text in texts if text != "")
+        items, messages = [], []
+        for text in texts:
+            if text != "":
+                try:
+                    items.append(self.item.deserialize(text))
+                except ValidationError as error:
+                    messages += [f"{text}: {message}" for message in error.messages]
+        if messages:
+            raise ValidationError(messages)
+        return tuple(items)
 
     def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> str:
         return ",".join(str(self.item._serialize(item, None, None)) for item in value)

@@ -1,0 +1,158 @@
+"""The backends by the names that the configuration gives them.
+
+This file owns which backends there are, how they are made of the configuration, and the
+list of everything that has options. It knows nothing of how a backend works. Backends are
+imported where they are made, so that only those in use need their libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuswsgi.datastores.base import DataStore
+from tuswsgi.infostores.base import InfoStore
+from tuswsgi.lockers.base import Locker
+from tuswsgi.options import Duration, option
+
+if TYPE_CHECKING:
+    from tuswsgi.config import Config
+
+
+class DataStoreName(str, Enum):
+    """Where the bytes of uploads can be kept."""
+
+    FILE = "file-storage"
+    MEMORY = "memory-storage"
+
+
+class InfoStoreName(str, Enum):
+    """Where the records of uploads can be kept."""
+
+    SQL = "db-info-storage"
+    FILE = "file-info-storage"
+    MEMORY = "memory-info-storage"
+
+
+class LockerName(str, Enum):
+    """What can keep two requests from writing one upload."""
+
+    FILE = "file-locker"
+    MEMORY = "memory-locker"
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Which backends keep uploads, and where on this host."""
+
+    storage: DataStoreName = option(
+        DataStoreName.FILE,
+        "Where the bytes of uploads are kept. In memory they are lost with the process.",
+        rustus="STORAGE",
+        short="s",
+    )
+    info_storage: InfoStoreName = option(
+        InfoStoreName.SQL,
+        "Where the records of uploads are kept. Without `info_db_dsn` the database is a "
+        "SQLite file below the data directory.",
+        rustus="INFO_STORAGE",
+        short="i",
+    )
+    locker: LockerName = option(
+        LockerName.FILE,
+        "What keeps two requests from writing one upload: `file-locker` works between all "
+        "workers of one host, `memory-locker` within one worker.",
+    )
+    data_dir: Path = option(
+        Path("./data"),
+        "The directory of uploads. What the server needs besides is in `.tuswsgi` below it.",
+        rustus="DATA_DIR",
+    )
+    force_fsync: bool = option(
+        False,
+        "Acknowledge bytes only when they would survive a power loss.",
+        rustus="FORCE_FSYNC",
+    )
+    lock_timeout: float = option(
+        20.0,
+        "How long a request waits for another one to let go of its upload (423 after that).",
+        kind=Duration,
+    )
+
+    @property
+    def own_dir(self) -> Path:
+        """The directory for everything of the server's that is no upload."""
+        return self.data_dir / ".tuswsgi"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a part of the state is one process' own, so that there must be only one."""
+        return (
+            self.storage is DataStoreName.MEMORY
+            or self.info_storage is InfoStoreName.MEMORY
+            or self.locker is LockerName.MEMORY
+        )
+
+
+def data_store(config: Config) -> DataStore:
+    """Return the configured data store; nothing is opened yet."""
+    backends = config.build(Backends)
+    if backends.storage is DataStoreName.MEMORY:
+        from tuswsgi.datastores.memory import MemoryDataStore
+
+        return MemoryDataStore()
+    from tuswsgi.datastores.file import FileDataStore
+
+    return FileDataStore(
+        data_dir=backends.data_dir,
+        force_fsync=backends.force_fsync,
+        **config.values(FileDataStore),
+    )
+
+
+def info_store(config: Config) -> InfoStore:
+    """Return the configured info store; nothing is opened yet."""
+    backends = config.build(Backends)
+    if backends.info_storage is InfoStoreName.MEMORY:
+        from tuswsgi.infostores.memory import MemoryInfoStore
+
+        return MemoryInfoStore()
+    if backends.info_storage is InfoStoreName.FILE:
+        from tuswsgi.infostores.file import FileInfoStore
+
+        values = _filled(config.values(FileInfoStore), info_dir=backends.own_dir / "info")
+        return FileInfoStore(force_fsync=backends.force_fsync, **values)
+    from tuswsgi.infostores.sql import SqlInfoStore
+
+    dsn = f"sqlite:///{backends.own_dir.absolute()}/info.sqlite3"
+    values = _filled(config.values(SqlInfoStore), info_db_dsn=dsn)
+    return SqlInfoStore(force_fsync=backends.force_fsync, **values)
+
+
+def locker(config: Config) -> Locker[Any]:
+    """Return the configured locker; nothing is opened yet."""
+    backends = config.build(Backends)
+    if backends.locker is LockerName.MEMORY:
+        from tuswsgi.lockers.memory import MemoryLocker
+
+        return MemoryLocker(timeout=backends.lock_timeout)
+    from tuswsgi.lockers.file import FileLocker
+
+    return FileLocker(directory=backends.own_dir / "locks", timeout=backends.lock_timeout)
+
+
+def option_groups() -> list[type]:
+    """Return every class that has options, in the order of the reference."""
+    from tuswsgi.datastores.file import FileDataStore
+    from tuswsgi.protocol.settings import UploadSettings
+    from tuswsgi.server import ServerSettings
+    from tuswsgi.web.settings import WebSettings
+
+    return [ServerSettings, Backends, FileDataStore, UploadSettings, WebSettings]
+
+
+def _filled(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return `values` with `defaults` where they are unset."""
+    return values | {key: default for key, default in defaults.items() if values[key] is None}
