@@ -9,6 +9,7 @@ by ``tuswsgi.testing.lockers``.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ from tuswsgi.errors import TusError, UploadLocked
 #: thread, maybe several times and maybe a moment after the release, and must not block.
 ReleaseRequest = Callable[[TusError], None]
 
+logger = logging.getLogger(__name__)
+
 #: What a backend knows about a lock that it holds.
 H = TypeVar("H")
 
@@ -29,6 +32,16 @@ H = TypeVar("H")
 #: milliseconds, one that runs a hook takes its time.
 _FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 0.05
+
+
+def ask_to_release(on_release_request: ReleaseRequest, reason: TusError) -> None:
+    """Call a holder back, for a backend. A callback that fails is logged and does no harm:
+    it is called by the waiter or by the watcher that serves all holders.
+    """
+    try:
+        on_release_request(reason)
+    except Exception:
+        logger.exception("A holder of a lock failed to take the request to let go")
 
 
 class Locker(ABC, Generic[H]):

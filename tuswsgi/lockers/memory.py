@@ -1,0 +1,45 @@
+"""Locks within one process: for tests, and for servers that have a single worker.
+
+The holder is asked to let go by a plain call. This file knows nothing of other
+processes; a child of a fork starts without locks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuswsgi.errors import UploadInterrupted
+from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
+from tuswsgi.process import PerProcess
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """One acquisition, told from every other one by its identity."""
+
+    on_release_request: ReleaseRequest
+
+
+class MemoryLocker(Locker[Held]):
+    """Exclusive locks among the greenlets and threads of this process.
+
+    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    """
+
+    def __init__(self, timeout: float = 20.0) -> None:
+        super().__init__(timeout)
+        self._holders: PerProcess[dict[str, Held]] = PerProcess(dict)
+
+    def _try_acquire(self, id: str, on_release_request: ReleaseRequest) -> Held | None:
+        held = Held(on_release_request)
+        return held if self._holders.get().setdefault(id, held) is held else None
+
+    def _release(self, id: str, held: Held) -> None:
+        holders = self._holders.get()
+        if holders.get(id) is held:
+            del holders[id]
+
+    def _request_release(self, id: str) -> None:
+        held = self._holders.get().get(id)
+        if held is not None:
+            ask_to_release(held.on_release_request, UploadInterrupted())
