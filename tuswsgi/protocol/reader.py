@@ -21,6 +21,7 @@ from tuswsgi.errors import (
     ChecksumMismatch,
     InvalidChecksum,
     ReadTimeout,
+    ServerShutdown,
     TusError,
     UploadInterrupted,
     UploadLocked,
@@ -61,8 +62,6 @@ class Body(ABC):
 class UploadReader:
     """A ``datastores.base.Source`` on a body.
 
-    :param limit: how many bytes may come.
-    :param too_many: the error for the byte after the limit.
     :param checksum: what the bytes must hash to, if the client said so beforehand.
     :param awaits_trailer: the checksum comes after the body.
     :param on_progress: called after bytes were stored; a ``TusError`` ends the body.
@@ -71,20 +70,18 @@ class UploadReader:
     def __init__(
         self,
         body: Body,
-        limit: int,
         *,
-        too_many: TusError | None = None,
         checksum: Checksum | None = None,
         awaits_trailer: bool = False,
-        on_progress: Callable[[UploadReader], None] | None = None,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         self.received = 0
         #: Why the body ended, ``None`` if it came to its own end.
         self.error: TusError | None = None
         self.last_progress = time.monotonic()
         self._body = body
-        self._limit = limit
-        self._too_many = too_many or BodyTooLarge()
+        self._limit = 0
+        self._too_many: TusError = BodyTooLarge()
         self._checksum = checksum
         self._awaits_trailer = awaits_trailer
         self._hash = checksum.hash() if checksum else None
@@ -121,6 +118,12 @@ class UploadReader:
         return matches
 
     # --- for everybody else --------------------------------------------------------------
+
+    def limit(self, limit: int, too_many: TusError) -> None:
+        """Take at most `limit` bytes; the byte after them is the error `too_many`."""
+        self._limit, self._too_many = limit, too_many
+        # What came before this, waiting for a lock above all, was not the client's silence.
+        self.last_progress = time.monotonic()
 
     def interrupt(self, error: TusError) -> None:
         """End the body as if it had come to its end, for the reason `error`.
@@ -161,7 +164,7 @@ class UploadReader:
         if self._on_progress is None or self.error is not None:
             return
         try:
-            self._on_progress(self)
+            self._on_progress()
         except TusError as error:
             self.error = error
 
@@ -196,16 +199,16 @@ class ActiveReaders:
     def __init__(self, network_timeout: float) -> None:
         self.network_timeout = network_timeout
         self._readers: PerProcess[set[UploadReader]] = PerProcess(self._start)
-        self._stopped_by: TusError | None = None
+        self._stopped = False
 
     @contextmanager
     def active(self, reader: UploadReader) -> Iterator[None]:
         """Watch over `reader` for the length of a ``with`` block.
 
-        :raises TusError: the reason of ``stop``, if that was called before.
+        :raises ServerShutdown: if ``stop`` was called before.
         """
-        if self._stopped_by is not None:
-            raise self._stopped_by
+        if self._stopped:
+            raise ServerShutdown
         readers = self._readers.get()
         readers.add(reader)
         try:
@@ -213,11 +216,11 @@ class ActiveReaders:
         finally:
             readers.discard(reader)
 
-    def stop(self, error: TusError) -> None:
+    def stop(self) -> None:
         """Interrupt every reader, now and from now on. Safe in a signal handler."""
-        self._stopped_by = error
+        self._stopped = True
         for reader in tuple(self._readers.peek() or ()):
-            reader.interrupt(error)
+            reader.interrupt(ServerShutdown())
 
     def _start(self) -> set[UploadReader]:
         readers: set[UploadReader] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuswsgi.extensions import REQUIRES, Extension
+from tuswsgi.info import MAX_SIZE
 from tuswsgi.options import Duration, MiB, Size, option
 
 
@@ -67,3 +68,14 @@ class UploadSettings:
             if base not in wanted:
                 wanted.discard(extension)
         return tuple(extension for extension in Extension if extension in wanted)
+
+    @property
+    def max_size(self) -> int:
+        """The most bytes that any upload may have."""
+        return MAX_SIZE if self.max_file_size is None else self.max_file_size
+
+    def expiry(self, now: float) -> float | None:
+        """Return when an upload expires whose last byte came at `now`."""
+        if self.expiration is None or Extension.EXPIRATION not in self.tus_extensions:
+            return None
+        return now + self.expiration

@@ -1,0 +1,169 @@
+"""What happens once the last byte is there: finishing an upload, building a final one.
+
+The last byte makes the data complete, not the upload. Every step here may be cut off by
+the death of the process and is then done again by whoever comes next: the completing
+request, a HEAD, a PATCH at the end or the sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tuswsgi.datastores.base import DataStore
+from tuswsgi.errors import HookRefusal, TusError, UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.hooks.base import HookType, RequestInfo
+from tuswsgi.hooks.manager import HookManager
+from tuswsgi.info import FileInfo, FinalResponse, State
+from tuswsgi.infostores.base import InfoStore
+from tuswsgi.lockers.base import Locker
+from tuswsgi.protocol.settings import UploadSettings
+
+log = logging.getLogger(__name__)
+
+
+def never_let_go(reason: TusError) -> None:
+    """Answer a release request of a holder that is done soon anyway: do nothing."""
+
+
+@dataclass(frozen=True)
+class Finisher:
+    """Finishes uploads and makes final uploads of their parts."""
+
+    data: DataStore
+    infos: InfoStore
+    locker: Locker[Any]
+    hooks: HookManager
+    settings: UploadSettings
+
+    def finish(self, info: FileInfo, request: RequestInfo) -> FileInfo:
+        """Finish an upload whose bytes are all kept. The caller holds its lock.
+
+        :returns: the finished or the refused upload.
+        :raises TusError: if it could not be finished now; it stays complete and the next
+            one who asks tries again.
+        """
+        assert info.size is not None
+        info = replace(info, offset=info.size)
+        self.data.finish(info)
+        try:
+            answer = self.hooks.ask(HookType.PRE_FINISH, info, request)
+        except HookRefusal as refusal:
+            if refusal.status >= 500:
+                raise
+            # A hook's 4xx is its last word: it is kept and repeated.
+            response = FinalResponse(refusal.status, refusal.message, refusal.headers)
+            return self.infos.save(
+                replace(info, state=State.REFUSED, finished_at=time.time(), response=response)
+            )
+        if answer is not None:
+            info = replace(
+                info, response=FinalResponse(answer.status, answer.body or "", answer.headers)
+            )
+        info = replace(info, state=State.FINISHED, finished_at=time.time())
+        return self.infos.save(info, self.hooks.record(HookType.POST_FINISH, info, request))
+
+    def finish_if_complete(self, info: FileInfo, request: RequestInfo) -> FileInfo:
+        """Return `info` with its real offset, finished if all bytes are there.
+
+        The caller holds the lock.
+        """
+        if info.is_finished:
+            return info
+        offset = self.data.offset(info)
+        if offset == info.size:
+            return self.finish(info, request)
+        return replace(info, offset=offset)
+
+    def build_final(self, id: str, request: RequestInfo) -> FileInfo:
+        """Make a waiting final upload of its parts, if they are all finished.
+
+        Locks: the final one first, then the parts in the order of their ids, so that two
+        of these never wait for each other.
+
+        :returns: the final upload, still waiting if a part is unfinished.
+        :raises UploadGone: if a part is not there any more, so that it never can be built.
+        """
+        with self.locker.lock(id, never_let_go):
+            info = self.infos.load(id)
+            if info.state is not State.WAITING:
+                return info
+            with self._locked_parts(info) as parts:
+                size = sum_of_sizes(parts)
+                if any(part.state is not State.FINISHED for part in parts):
+                    return replace(info, size=size)
+                info = replace(info, size=size)
+                if self.data.offset(info) != size:
+                    self.data.concatenate(info, parts)
+                info = self.finish(info, request)
+        if self.settings.remove_parts and info.state is State.FINISHED:
+            self._remove_parts(info)
+        return info
+
+    def part_finished(self, part: FileInfo, request: RequestInfo) -> None:
+        """Build the final uploads that waited for `part`. The caller holds no lock."""
+        for id in self.infos.finals_waiting_for(part.id):
+            try:
+                self.build_final(id, request)
+            except Exception:
+                # The part itself is finished and its client must hear so; the next HEAD of
+                # the final upload, or the sweep, tries again.
+                log.exception("The final upload %s could not be built yet", id)
+
+    def parts_of(self, info: FileInfo) -> Sequence[FileInfo]:
+        """Return the parts of a final upload in their order, repeated ones repeated.
+
+        :raises UploadGone: if one of them is not there any more.
+        """
+        parts = {id: self._part(id) for id in dict.fromkeys(info.partial_uploads)}
+        return [parts[id] for id in info.partial_uploads]
+
+    def _part(self, id: str) -> FileInfo:
+        try:
+            part = self.infos.load(id)
+        except UploadNotFound:
+            raise UploadGone("A partial upload was removed.") from None
+        if part.is_gone or part.state is State.REFUSED:
+            raise UploadGone("A partial upload was removed.")
+        return part
+
+    @contextmanager
+    def _locked_parts(self, info: FileInfo) -> Iterator[Sequence[FileInfo]]:
+        if any(not part.is_finished for part in self.parts_of(info)):
+            # Nobody is disturbed for a final upload that cannot be built anyway.
+            yield self.parts_of(info)
+            return
+        with ExitStack() as locks:
+            for id in sorted(set(info.partial_uploads)):
+                locks.enter_context(self.locker.lock(id, never_let_go))
+            yield self.parts_of(info)
+
+    def _remove_parts(self, final: FileInfo) -> None:
+        for id in sorted(set(final.partial_uploads)):
+            try:
+                with self.locker.try_lock(id, never_let_go):
+                    part = self.infos.load(id)
+                    if not part.is_gone and not self.infos.finals_waiting_for(id):
+                        self.data.delete(part)
+                        self.infos.delete(part, (), state=State.TERMINATED, now=time.time())
+            except UploadLocked:
+                log.info("The part %s of %s is in use and stays", id, final.id)
+            except Exception:
+                log.exception("The part %s of %s could not be removed", id, final.id)
+
+
+def sum_of_sizes(parts: Sequence[FileInfo]) -> int | None:
+    """Return the size of a final upload, ``None`` while a part's length is deferred.
+
+    "The length of the final upload MUST be the sum of the length of all partial uploads."
+    """
+    total = 0
+    for part in parts:
+        if part.size is None:
+            return None
+        total += part.size
+    return total

@@ -1,0 +1,136 @@
+"""One chunk of bytes on its way from a request into the data store.
+
+It owns the limits that a body is held to, and the record's changes while bytes arrive: an
+upload that expires after its last byte must not expire in the middle of a long body.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from tuswsgi.errors import (
+    BodyTooLarge,
+    OffsetMismatch,
+    StorageFull,
+    TusError,
+    Unavailable,
+    UploadLocked,
+    UploadSizeExceeded,
+)
+from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.info import FileInfo
+from tuswsgi.protocol.checksum import Checksum
+from tuswsgi.protocol.finishing import Finisher
+from tuswsgi.protocol.reader import Body, UploadReader
+
+#: Errors after which the client shall go on from where the upload stands.
+_PASSING = (Unavailable, StorageFull, UploadLocked)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The bytes that a POST or PATCH brings.
+
+    :param checksum: what they must hash to.
+    :param awaits_trailer: the checksum comes in a trailer.
+    """
+
+    body: Body
+    checksum: Checksum | None = None
+    awaits_trailer: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the request has no body; a chunked one is told from that by reading."""
+        return self.body.length == 0
+
+
+class Reception:
+    """Receives one chunk.
+
+    :param finisher: knows the stores, and what to do with a last byte.
+    """
+
+    def __init__(self, finisher: Finisher, chunk: Chunk) -> None:
+        self._finisher = finisher
+        self._settings = finisher.settings
+        self._chunk = chunk
+        self._failure: TusError | None = None
+        self._info: FileInfo | None = None
+        self._start = 0
+        self.reader = UploadReader(
+            chunk.body,
+            checksum=chunk.checksum,
+            awaits_trailer=chunk.awaits_trailer,
+            on_progress=self._renew_expiry,
+        )
+
+    @property
+    def error(self) -> TusError | None:
+        """Why less was kept than was sent; ``None`` if all is well."""
+        return self._failure or self.reader.error
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether ``error`` is the client's, so that coming back would not help."""
+        return self.error is not None and not isinstance(self.error, _PASSING)
+
+    def check(self, info: FileInfo, offset: int) -> None:
+        """Refuse a body that announces more bytes than may come, before any is read."""
+        size = self._settings.max_size if info.size is None else info.size
+        room, largest = size - offset, self._settings.max_body_size
+        too_many: TusError = UploadSizeExceeded()
+        if largest is not None and largest < room:
+            room, too_many = largest, BodyTooLarge()
+        if (self._chunk.body.length or 0) > room:
+            raise too_many
+        self.reader.limit(room, too_many)
+
+    def receive(self, info: FileInfo, offset: int, request: RequestInfo) -> FileInfo:
+        """Append the chunk, then finish the upload or save how far it came.
+
+        The caller holds the lock, has read `offset` under it and looks at ``error``
+        afterwards: what arrived before an error is kept.
+        """
+        self.check(info, offset)
+        self._info, self._start = info, offset
+        kept = self._append(info, offset)
+        info = replace(self._info, offset=kept)
+        if kept > offset:
+            info = self._touched(info)
+        if kept == info.size and not self.is_fault:
+            return self._finisher.finish(info, request)
+        return self._finisher.infos.save(info) if kept > offset else info
+
+    def receive_nothing(self, info: FileInfo, offset: int) -> None:
+        """Check the PATCH of a finished upload: its end may be asked for again and again."""
+        if offset != info.offset:
+            raise OffsetMismatch(info.offset)
+        self.check(info, offset)
+        if not self._chunk.is_empty:
+            self.reader.read(1)
+        if self.error is not None:
+            raise self.error
+
+    def _append(self, info: FileInfo, offset: int) -> int:
+        if self._chunk.is_empty and not self.reader.provisional:
+            return offset
+        data = self._finisher.data
+        try:
+            return data.append(info, offset, self.reader)
+        except (StorageFull, Unavailable) as failure:
+            self._failure = failure
+            return data.offset(info)
+
+    def _touched(self, info: FileInfo) -> FileInfo:
+        now = time.time()
+        return replace(info, last_byte_at=now, expires_at=self._settings.expiry(now))
+
+    def _renew_expiry(self) -> None:
+        info, expiration = self._info, self._settings.expiration
+        if info is None or info.expires_at is None or expiration is None:
+            return
+        if time.time() > info.expires_at - expiration * 0.75:
+            offset = self._start + self.reader.received
+            self._info = self._finisher.infos.save(self._touched(replace(info, offset=offset)))

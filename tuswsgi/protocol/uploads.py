@@ -1,0 +1,394 @@
+"""The heart of the server: what tus requests do to uploads.
+
+It decides and writes through the four interfaces and knows no HTTP: it is given typed
+values and a body, and returns the upload's info or raises a ``TusError``. Each method is
+one kind of request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tuswsgi.datastores.base import DataStore, Readable
+from tuswsgi.errors import (
+    ExtensionDisabled,
+    FinalUploadUnmodifiable,
+    HookRefusal,
+    InvalidConcat,
+    InvalidUploadLength,
+    MaxSizeExceeded,
+    OffsetMismatch,
+    PartsUnfinished,
+    StorageFull,
+    UploadGone,
+    UploadLocked,
+    UploadNotFound,
+)
+from tuswsgi.extensions import Extension
+from tuswsgi.hooks.base import HookResponse, HookType, RequestInfo
+from tuswsgi.hooks.manager import HookManager
+from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
+from tuswsgi.infostores.base import InfoStore
+from tuswsgi.lockers.base import Locker
+from tuswsgi.protocol.finishing import Finisher, never_let_go, sum_of_sizes
+from tuswsgi.protocol.reader import ActiveReaders
+from tuswsgi.protocol.reception import Chunk, Reception
+from tuswsgi.protocol.settings import UploadSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Creation:
+    """What a POST asks for.
+
+    :param size: ``None`` if the length is deferred or that of a final upload.
+    :param concat: ``Upload-Concat`` as it was sent.
+    :param parts: the ids of a final upload's parts, empty for any other upload.
+    """
+
+    size: int | None
+    metadata: Metadata
+    concat: str | None = None
+    parts: tuple[str, ...] = ()
+
+
+class Uploads:
+    """The uploads of one server.
+
+    :param data: where bytes are kept.
+    :param infos: where records are kept.
+    :param locker: who writes an upload, among all processes.
+    :param hooks: the application's say.
+    """
+
+    def __init__(
+        self,
+        data: DataStore,
+        infos: InfoStore,
+        locker: Locker[Any],
+        hooks: HookManager,
+        settings: UploadSettings,
+    ) -> None:
+        self.data = data
+        self.infos = infos
+        self.locker = locker
+        self.hooks = hooks
+        self.settings = settings
+        self.extensions = _offered(settings, data)
+        self.readers = ActiveReaders(settings.network_timeout)
+        self.finisher = Finisher(data, infos, locker, hooks, settings)
+
+    # --- POST ------------------------------------------------------------------------
+
+    def create(
+        self, creation: Creation, chunk: Chunk, request: RequestInfo
+    ) -> tuple[FileInfo, HookResponse | None]:
+        """Create an upload, with the first bytes if the request brings some.
+
+        A chunk that breaks off does not undo the creation: the answer carries the offset
+        that was reached, and the client goes on from there.
+
+        :returns: the upload and what the pre-create hook wants the client to be told.
+        """
+        info = self._new_info(creation, request)
+        if info.is_final:
+            info = self._new_final(info, chunk, request)
+        with self._reception(chunk) as reception:
+            reception.check(info, 0)
+            answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
+            info = self._created(info, request)
+            if info.is_final:
+                info = self._first_build(info, request)
+            elif info.size == 0 or not chunk.is_empty:
+                info = self._first_chunk(info, reception, request)
+        return self._not_refused(info), answer
+
+    def _created(self, info: FileInfo, request: RequestInfo) -> FileInfo:
+        free = self.data.free_space()
+        if free is not None and free - (info.size or 0) < self.settings.min_free_disk:
+            raise StorageFull
+        info = replace(info, storage=self.data.create(info))
+        try:
+            self.infos.create(info, self.hooks.record(HookType.POST_CREATE, info, request))
+        except Exception:
+            self.data.delete(info)
+            raise
+        return info
+
+    def _new_info(self, creation: Creation, request: RequestInfo) -> FileInfo:
+        size, now = creation.size, time.time()
+        if size is not None and size > self.settings.max_size:
+            raise MaxSizeExceeded
+        if size == 0 and not self.settings.allow_empty:
+            raise InvalidUploadLength("Uploads of length 0 are not allowed here.")
+        return FileInfo(
+            id=new_id(),
+            size=size,
+            metadata=creation.metadata,
+            is_partial=creation.concat == "partial",
+            is_final=bool(creation.parts),
+            concat=creation.concat,
+            partial_uploads=creation.parts,
+            owner=request.owner,
+            state=State.WAITING if creation.parts else State.RECEIVING,
+            created_at=now,
+            expires_at=self.settings.expiry(now),
+        )
+
+    def _new_final(self, info: FileInfo, chunk: Chunk, request: RequestInfo) -> FileInfo:
+        if not chunk.is_empty:
+            # "The Server MUST respond with the 403 Forbidden status to PATCH requests
+            # against a final upload URL"; bytes with its creation are no better.
+            raise FinalUploadUnmodifiable
+        parts = {id: self._load_part(id, request) for id in dict.fromkeys(info.partial_uploads)}
+        for part in parts.values():
+            if not part.is_partial:
+                raise InvalidConcat("The Upload-Concat header names an upload that is not partial.")
+            if part.state is State.REFUSED:
+                raise InvalidConcat("The Upload-Concat header names an upload that was refused.")
+        if Extension.CONCATENATION_UNFINISHED not in self.extensions and any(
+            not part.is_finished for part in parts.values()
+        ):
+            raise PartsUnfinished
+        size = sum_of_sizes([parts[id] for id in info.partial_uploads])
+        if size is not None and size > self.settings.max_size:
+            raise MaxSizeExceeded
+        return replace(info, size=size)
+
+    def _load_part(self, id: str, request: RequestInfo) -> FileInfo:
+        try:
+            return self._load(id, request)
+        except UploadNotFound:
+            raise UploadNotFound(
+                "The Upload-Concat header names an upload that does not exist."
+            ) from None
+        except UploadGone:
+            raise UploadGone("The Upload-Concat header names an upload that was removed.") from None
+
+    def _first_build(self, info: FileInfo, request: RequestInfo) -> FileInfo:
+        try:
+            return self.finisher.build_final(info.id, request)
+        except UploadLocked:
+            # A part is in use by another build; the next HEAD goes on.
+            return info
+
+    def _first_chunk(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
+        with self.locker.lock(info.id, reception.reader.interrupt):
+            info = reception.receive(info, 0, request)
+            if reception.is_fault and reception.error is not None:
+                # The client will not learn the URL of what it did wrong.
+                self._remove(info, State.TERMINATED, request)
+                raise reception.error
+        self._follow_up(info, request)
+        return info
+
+    # --- HEAD ------------------------------------------------------------------------
+
+    def inspect(self, id: str, request: RequestInfo) -> FileInfo:
+        """Return an upload with its offset; a holder of its lock is asked to let go.
+
+        "The Server MUST always include the Upload-Offset header in the response for a
+        HEAD request". Nobody is told an offset equal to the length before finishing
+        worked.
+        """
+        info = self._access(id, request)
+        if info.state is State.WAITING:
+            info = self.finisher.build_final(id, request)
+        elif not info.is_finished:
+            with self.locker.lock(id, never_let_go):
+                info = self.finisher.finish_if_complete(self._load(id, request), request)
+            self._follow_up(info, request)
+        return self._not_refused(info)
+
+    # --- PATCH -----------------------------------------------------------------------
+
+    def append(
+        self, id: str, offset: int, size: int | None, chunk: Chunk, request: RequestInfo
+    ) -> FileInfo:
+        """Keep the bytes of a chunk at `offset`.
+
+        :param offset: ``Upload-Offset``.
+        :param size: ``Upload-Length``, which ends a deferral.
+        """
+        info = self._access(id, request)
+        if info.is_final:
+            # "The Server MUST respond with the 403 Forbidden status to PATCH requests
+            # against a final upload URL and MUST NOT modify the final or its partial
+            # uploads." (Concatenation)
+            raise FinalUploadUnmodifiable
+        self._check_size(info, offset, size)
+        with self._reception(chunk) as reception:
+            if not info.is_finished:
+                info = self._append(info, offset, size, reception, request)
+            else:
+                reception.receive_nothing(info, offset)
+        return self._not_refused(info)
+
+    def _append(
+        self,
+        info: FileInfo,
+        offset: int,
+        size: int | None,
+        reception: Reception,
+        request: RequestInfo,
+    ) -> FileInfo:
+        with self.locker.lock(info.id, reception.reader.interrupt):
+            info = self._load(info.id, request)
+            if info.is_finished:
+                reception.receive_nothing(info, offset)
+                return info
+            kept = self.data.offset(info)
+            if kept != offset:
+                # "If the offsets do not match, the Server MUST respond with the 409
+                # Conflict status without modifying the upload resource."
+                raise OffsetMismatch(kept)
+            self._check_size(info, offset, size)
+            if info.size is None and size is not None:
+                # Before the first byte: a crash must not leave bytes beyond what is known.
+                info = self.infos.save(replace(info, size=size))
+            info = reception.receive(info, offset, request)
+        if reception.error is not None and not info.is_finished:
+            raise reception.error
+        self._follow_up(info, request)
+        return info
+
+    def _check_size(self, info: FileInfo, offset: int, size: int | None) -> None:
+        """Check an ``Upload-Length`` that comes with a PATCH.
+
+        "Once set the length MUST NOT be changed." (Creation, POST)
+        """
+        if size is None:
+            return
+        if info.size is not None and size != info.size:
+            raise InvalidUploadLength("The Upload-Length header differs from the upload's length.")
+        if size < offset:
+            raise InvalidUploadLength("The Upload-Length header is less than the offset.")
+        if size > self.settings.max_size:
+            raise MaxSizeExceeded
+
+    # --- DELETE ----------------------------------------------------------------------
+
+    def terminate(self, id: str, request: RequestInfo) -> HookResponse | None:
+        """Remove an upload for good and leave a tombstone.
+
+        The bytes go first: after a crash in between the client, which has no answer,
+        repeats its request.
+
+        :returns: what the pre-terminate hook wants the client to be told.
+        """
+        self._access(id, request)
+        with self.locker.lock(id, never_let_go):
+            info = self._load(id, request)
+            answer = self.hooks.ask(HookType.PRE_TERMINATE, info, request)
+            self._remove(info, State.TERMINATED, request)
+        return answer
+
+    def _remove(self, info: FileInfo, state: State, request: RequestInfo) -> None:
+        self.data.delete(info)
+        events = self.hooks.record(HookType.POST_TERMINATE, info, request)
+        self.infos.delete(info, events, state=state, now=time.time())
+
+    # --- GET -------------------------------------------------------------------------
+
+    def look(self, id: str, request: RequestInfo) -> FileInfo:
+        """Return an upload that may be downloaded. Takes no lock.
+
+        :raises UploadNotFound: for an unfinished one, unless `download_unfinished` is set.
+        """
+        info = self._not_refused(self._access(id, request))
+        if not info.is_finished:
+            if not self.settings.download_unfinished or info.state is State.WAITING:
+                raise UploadNotFound("The upload is not finished.")
+            info = replace(info, offset=self.data.offset(info))
+        self.hooks.ask(HookType.PRE_GET, info, request)
+        return info
+
+    def open(self, info: FileInfo, start: int) -> Readable:
+        """Open the bytes of an upload that ``look`` returned."""
+        return self.data.open(info, start)
+
+    # --- the clean-up --------------------------------------------------------------------
+
+    def expire(self, id: str) -> None:
+        """Remove an upload if its time is over.
+
+        :raises UploadLocked: if somebody uses it.
+        """
+        with self.locker.try_lock(id, never_let_go):
+            info = self.infos.load(id)
+            if not info.is_gone and self._has_expired(info):
+                self._remove(info, State.EXPIRED, RequestInfo())
+                log.info("The upload %s has expired", id)
+
+    # --- shared steps ----------------------------------------------------------------------
+
+    def _access(self, id: str, request: RequestInfo) -> FileInfo:
+        info = self._load(id, request)
+        self.hooks.ask(HookType.PRE_ACCESS, info, request)
+        return info
+
+    def _load(self, id: str, request: RequestInfo) -> FileInfo:
+        info = self.infos.load(check_id(id))
+        if info.owner is not None and info.owner != request.owner:
+            # Whose upload it is is nobody else's business, and neither that it is there.
+            raise UploadNotFound
+        if info.is_gone or self._has_expired(info):
+            # "The latter one [410] SHOULD be used if the Server is keeping track of
+            # expired uploads." (Expiration)
+            raise UploadGone
+        return info
+
+    def _has_expired(self, info: FileInfo) -> bool:
+        now = time.time()
+        if not info.has_expired(now):
+            return False
+        if info.state is State.WAITING:
+            # Bytes that arrive at its parts are bytes of the final upload.
+            return not any(
+                not part.is_finished and not part.has_expired(now)
+                for part in self.finisher.parts_of(info)
+            )
+        return not (info.is_partial and self.infos.finals_waiting_for(info.id))
+
+    def _not_refused(self, info: FileInfo) -> FileInfo:
+        if info.state is State.REFUSED and info.response is not None:
+            raise HookRefusal(
+                info.response.status or 400, info.response.body, info.response.headers
+            )
+        return info
+
+    def _follow_up(self, info: FileInfo, request: RequestInfo) -> None:
+        """Do what follows from a finished part; the caller has given the lock back."""
+        if info.is_partial and info.state is State.FINISHED:
+            self.finisher.part_finished(info, request)
+
+    @contextmanager
+    def _reception(self, chunk: Chunk) -> Iterator[Reception]:
+        if chunk.awaits_trailer and Extension.CHECKSUM_TRAILER not in self.extensions:
+            raise ExtensionDisabled("Checksums in trailers are not offered here.")
+        reception = Reception(self.finisher, chunk)
+        with self.readers.active(reception.reader):
+            yield reception
+
+
+def _offered(settings: UploadSettings, data: DataStore) -> Sequence[Extension]:
+    """Return the extensions that are switched on and that the data store can serve."""
+    of_the_store = {
+        Extension.CHECKSUM,
+        Extension.CHECKSUM_TRAILER,
+        Extension.CONCATENATION,
+        Extension.CONCATENATION_UNFINISHED,
+        Extension.TERMINATION,
+        Extension.GETTING,
+    }
+    return [
+        extension
+        for extension in settings.extensions
+        if extension in data.extensions or extension not in of_the_store
+    ]
