@@ -78,6 +78,15 @@ class Config:
             raise ConfigurationError("\n".join(problems))
         return cls(values, {key: one.source for key, one in given.items()})
 
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Config:
+        """Return the configuration of the environment and the file in ``TUSWSGI_CONFIG``.
+
+        :raises ConfigurationError: with one line for each mistake.
+        """
+        file = environ.get("TUSWSGI_CONFIG")
+        return cls.load(Path(file) if file else None, environ)
+
     def values(self, group: type) -> dict[str, Any]:
         """Return the values of a group's options by their names, to call it with."""
         return {option.name: self._values[option.key] for option in options_of(group)}

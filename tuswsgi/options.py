@@ -200,6 +200,13 @@ class Option:
         """The name among all options: flags, keyword arguments and messages use it."""
         return "_".join(self.words)
 
+    @property
+    def kind(self) -> str:
+        """What is to be written: ``size``, ``a|b`` for a choice, ``text,...`` for a list."""
+        if isinstance(self.field, Items):
+            return f"{_kind(self.field.item)},..."
+        return _kind(self.field)
+
     def show(self, value: Any) -> str:
         """Return a value as it would stand in the INI file; nothing for an unset one."""
         return "" if value is None else str(self.field._serialize(value, self.name, None))
@@ -262,6 +269,25 @@ def options_of(group: type) -> Iterator[Option]:
             aliases=declared["aliases"],
             secret=declared["secret"],
         )
+
+
+def title(group: type) -> str:
+    """Return what a group of options is about: the first line of its documentation."""
+    return (group.__doc__ or group.__name__).partition("\n")[0].rstrip(".")
+
+
+def _kind(field: fields.Field[Any]) -> str:
+    if isinstance(field, Choice):
+        return "|".join(field.choices)
+    kinds: dict[type, str] = {
+        Size: "size",
+        Duration: "duration",
+        Switch: "switch",
+        PathName: "path",
+        fields.Integer: "number",
+        fields.Float: "number",
+    }
+    return kinds.get(type(field), "text")
 
 
 def _field_for(

@@ -143,6 +143,17 @@ def locker(config: Config) -> Locker[Any]:
     return FileLocker(directory=backends.own_dir / "locks", timeout=backends.lock_timeout)
 
 
+def prepare(config: Config) -> None:
+    """Make the configured backends ready for use, as the workers will, and let them go.
+
+    :raises ConfigurationError: if one of them cannot be used.
+    """
+    for make in (data_store, info_store, locker):
+        backend = make(config)
+        backend.prepare()
+        backend.close()
+
+
 def option_groups() -> list[type]:
     """Return every class that has options, in the order of the reference."""
     from tuswsgi.datastores.file import FileDataStore

@@ -7,13 +7,26 @@ settings, and a host application its workers.
 
 from __future__ import annotations
 
+import errno
+import logging
+import math
+import os
+import resource
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from marshmallow import ValidationError
 
-from tuswsgi.options import Duration, option
+from tuswsgi.errors import ConfigurationError
+from tuswsgi.options import MAIN, Duration, KiB, option
+from tuswsgi.registry import Backends
+
+if TYPE_CHECKING:
+    from tuswsgi.config import Config
 
 
 class LogLevel(str, Enum):
@@ -87,3 +100,206 @@ class ServerSettings:
         "Log no such line for requests to `/health`.",
         rustus="DISABLE_HEALTH_ACCESS_LOG",
     )
+
+
+_LEVELS = {
+    LogLevel.OFF: logging.CRITICAL,
+    LogLevel.CRITICAL: logging.CRITICAL,
+    LogLevel.ERROR: logging.ERROR,
+    LogLevel.WARNING: logging.WARNING,
+    LogLevel.INFO: logging.INFO,
+    LogLevel.DEBUG: logging.DEBUG,
+    LogLevel.TRACE: logging.DEBUG,
+}
+
+_LOG_FORMAT = "%(asctime)s [%(process)d] [%(levelname)s] %(message)s"
+_LOG_TIME = "[%Y-%m-%d %H:%M:%S %z]"
+
+
+def gunicorn_settings(config: Config) -> dict[str, Any]:
+    """Return what gunicorn is to be told, by the names of its settings.
+
+    :raises ConfigurationError: if options contradict each other.
+    """
+    settings = config.build(ServerSettings)
+    return {
+        "bind": _bind(settings),
+        "reuse_port": settings.reuse_port,
+        "certfile": _text(settings.certfile),
+        "keyfile": _text(settings.keyfile),
+        "workers": _worker_count(settings, config.build(Backends)),
+        "worker_class": "tuswsgi.worker.TusWorker",
+        "worker_connections": settings.worker_connections,
+        "graceful_timeout": math.ceil(settings.graceful_timeout),
+        "loglevel": logging.getLevelName(_level(settings)).lower(),
+        "accesslog": "-" if settings.access_log else None,
+        **_FIXED,
+        "on_starting": lambda arbiter: _prepare_process(settings),
+        "on_reload": lambda arbiter: _prepare_process(settings),
+        "post_worker_init": lambda worker: _announce(settings, worker),
+    }
+
+
+#: What is not to be chosen, and why.
+_FIXED: dict[str, Any] = {
+    "proc_name": "tuswsgi",
+    # Each worker makes the application, so that a reload makes it anew.
+    "preload_app": False,
+    # A worker reports each second unless something blocks it whole. A slow disk may, and
+    # killing it would break off all its uploads; one that never comes back is replaced.
+    "timeout": 300,
+    # Between requests, and at the same time all that the head of a request may take. It is
+    # more than the 60 s of common proxies: whoever is first to close an idle connection
+    # must not be the server, or requests get lost.
+    "keepalive": 75,
+    # An Upload-Concat with 1,000 parts fits; gunicorn takes no longer request line.
+    "limit_request_field_size": 64 * KiB,
+    "limit_request_line": 8190,
+    # Proxies are our own settings' business; gunicorn believes loopback peers by default.
+    "forwarded_allow_ips": "",
+    "forwarder_headers": "",
+    "secure_scheme_headers": {},
+    # Otherwise there is a socket below the home directory, which may not be writable.
+    "control_socket_disable": True,
+}
+
+
+def ready_line(settings: ServerSettings, address: Any) -> str:
+    """Return the sentence that tells where to upload, once the server can be reached.
+
+    :param address: what the listening socket says of itself, since the port may have been
+        any.
+    """
+    if not isinstance(address, tuple):
+        return f"You can now upload files through the unix socket: {settings.unix_sock}"
+    scheme = "https" if settings.certfile else "http"
+    # Nobody can open the wildcard addresses.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
+    path = settings.url.strip("/")
+    return f"You can now upload files to: {scheme}://{host}:{address[1]}/" + (path and f"{path}/")
+
+
+def check_listening(settings: ServerSettings) -> None:
+    """Try to listen, since gunicorn would try for five seconds and not say it well.
+
+    :raises ConfigurationError: if the server could not listen.
+    """
+    _check_certificate(settings)
+    where = settings.unix_sock or _bind(settings)
+    try:
+        if settings.unix_sock:
+            _check_unix(settings.unix_sock)
+        else:
+            _check_tcp(settings)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigurationError(f"The server cannot listen at {where}: {reason}.") from error
+
+
+def _check_certificate(settings: ServerSettings) -> None:
+    if settings.certfile is None:
+        return
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.certfile, settings.keyfile)
+    except OSError as error:
+        files = " and ".join(str(file) for file in (settings.certfile, settings.keyfile) if file)
+        reason = error.strerror or str(error)
+        raise ConfigurationError(f"https cannot be served with {files}: {reason}.") from error
+
+
+def _check_tcp(settings: ServerSettings) -> None:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if settings.reuse_port:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        probe.bind((settings.host, settings.port))
+
+
+def _check_unix(path: Path) -> None:
+    # gunicorn removes a socket that it finds, also that of a server that is alive.
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except FileNotFoundError:
+            if os.access(path.absolute().parent, os.W_OK | os.X_OK):
+                return
+            raise
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _bind(settings: ServerSettings) -> str:
+    if settings.unix_sock is not None:
+        return f"unix:{settings.unix_sock.absolute()}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{host}:{settings.port}"
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _worker_count(settings: ServerSettings, backends: Backends) -> int:
+    if not backends.in_memory:
+        return settings.workers or _processors()
+    if settings.workers not in (None, 1):
+        raise ConfigurationError(
+            f"[{MAIN}] workers = {settings.workers}: A backend keeps its state in memory, which "
+            "workers do not share; there can be only one."
+        )
+    return 1
+
+
+def _level(settings: ServerSettings) -> int:
+    return _LEVELS[settings.log_level]
+
+
+def _processors() -> int:
+    # A container or a systemd unit may be given fewer than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _prepare_process(settings: ServerSettings) -> None:
+    """Get the process ready that will fork the workers."""
+    _raise_file_limit()
+    logging.disable(logging.CRITICAL if settings.log_level is LogLevel.OFF else logging.NOTSET)
+    logger = logging.getLogger("tuswsgi")
+    logger.setLevel(_level(settings))
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(_LOG_FORMAT, _LOG_TIME))
+        logger.addHandler(handler)
+    access = logging.getLogger("gunicorn.access")
+    access.removeFilter(_is_not_health)
+    if settings.disable_health_access_log:
+        access.addFilter(_is_not_health)
+
+
+def _raise_file_limit() -> None:
+    # Each connection and each file that it writes is a descriptor; the usual soft limit
+    # is 1,024 for the sake of programs that use select().
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):
+        # macOS has no hard limit but does not take that for a soft one.
+        pass
+
+
+def _is_not_health(record: logging.LogRecord) -> bool:
+    return not (isinstance(record.args, Mapping) and record.args.get("U") == "/health")
+
+
+def _announce(settings: ServerSettings, worker: Any) -> None:
+    # gunicorn's when_ready comes before there are workers. The first worker that a master
+    # forks says it: its sockets listen already, and workers after it (also after a reload)
+    # are not news.
+    if worker.age == 1:
+        print(ready_line(settings, worker.sockets[0].getsockname()), flush=True)

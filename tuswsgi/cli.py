@@ -1,0 +1,269 @@
+"""The command line: ``tuswsgi serve``, ``config`` and ``upload``.
+
+It owns flags, output and exit codes (2 for a wrong configuration, 1 for everything else
+that fails) and no behaviour. Whatever is slow to import is imported by the command that
+needs it, so that ``--help`` is quick, and after gevent has patched where that counts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from tuswsgi.config import Config
+    from tuswsgi.options import Option
+
+_FileArgument = partial(click.Path, path_type=Path, dir_okay=False)
+
+
+class ConfiguredCommand(click.Command):
+    """A command with a flag for each option of the server.
+
+    The callback gets the flags that were given as ``load``, a function that returns the
+    configuration.
+    """
+
+    @cached_property
+    def _flags(self) -> list[tuple[str, list[click.Parameter]]]:
+        from tuswsgi.options import options_of, title
+        from tuswsgi.registry import option_groups
+
+        return [
+            (title(group), [_flag(option) for option in options_of(group)])
+            for group in option_groups()
+        ]
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        flags = [flag for _, group in self._flags for flag in group]
+        return [*super().get_params(ctx), *flags]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, parameters in [("Options", super().get_params(ctx)), *self._flags]:
+            records = [parameter.get_help_record(ctx) for parameter in parameters]
+            if any(records):
+                with formatter.section(title):
+                    formatter.write_dl([record for record in records if record])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from tuswsgi.config import Config
+
+        file = ctx.params.pop("config")
+        keys = [flag.name for _, group in self._flags for flag in group]
+        given = {str(key): _joined(ctx.params.pop(str(key))) for key in keys}
+        flags = {key: value for key, value in given.items() if value is not None}
+        ctx.params["load"] = partial(Config.load, file, os.environ, flags)
+        return super().invoke(ctx)
+
+
+class ServeCommand(ConfiguredCommand):
+    """The one command that runs under gevent."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        # Before anything else is imported: what holds an unpatched socket, lock or sleep
+        # would block all connections of a worker.
+        from gevent import monkey
+
+        monkey.patch_all()
+        return super().make_context(*args, **kwargs)
+
+
+_config_option = click.option(
+    "-c",
+    "--config",
+    type=_FileArgument(),
+    envvar="TUSWSGI_CONFIG",
+    help="The INI file to read.  [env: TUSWSGI_CONFIG]",
+)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"tuswsgi {version('tuswsgi')}")
+        except PackageNotFoundError:
+            click.echo("tuswsgi, not installed")
+        ctx.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def main() -> None:
+    """A tus server: resumable uploads over HTTP."""
+
+
+@main.command(cls=ServeCommand)
+@_config_option
+def serve(load: Callable[[], Config]) -> None:
+    """Run the server.
+
+    Each option can be given as a flag, as an environment variable and in the INI file, in
+    this order of precedence.
+    """
+    with _failing(exit_code=2):
+        from tuswsgi.master import Master
+
+        master = Master(load)
+    with _failing(exit_code=1):
+        master.check()
+    master.run()
+
+
+@main.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command(cls=ConfiguredCommand)
+@_config_option
+def check(load: Callable[[], Config]) -> None:
+    """Say whether the configuration is correct."""
+    with _failing(exit_code=2):
+        from tuswsgi.server import gunicorn_settings
+
+        gunicorn_settings(load())
+    click.echo("The configuration is correct.")
+
+
+@config.command(cls=ConfiguredCommand)
+@_config_option
+def show(load: Callable[[], Config]) -> None:
+    """Show the value of each option, and where it comes from."""
+    with _failing(exit_code=2):
+        configuration = load()
+    from tuswsgi.reference import configured
+
+    click.echo(configured(configuration), nl=False)
+
+
+@config.command()
+@click.option("--check", is_flag=True, help="Only say whether the files are up to date.")
+@click.option("--stdout", is_flag=True, help="Print the files instead of writing them.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("conf"),
+    help="Where the files are.  [default: conf]",
+)
+def docs(check: bool, stdout: bool, directory: Path) -> None:
+    """Write the reference of all options: README.md and tuswsgi.ini."""
+    from tuswsgi import reference
+
+    files = {directory / name: text for name, text in reference.files().items()}
+    if stdout:
+        click.echo("\n".join(files.values()), nl=False)
+    elif check:
+        stale = "".join(reference.difference(file, text) for file, text in files.items())
+        click.echo(stale, nl=False)
+        sys.exit(1 if stale else 0)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            file.write_text(text, "utf-8")
+
+
+@main.command()
+@click.argument("file", type=_FileArgument(exists=True))
+@click.argument("url")
+@click.option("--chunk-size", default="8MiB", help="Bytes in one request.  [default: 8MiB]")
+@click.option("--retries", default=8, help="Failed attempts in a row.  [default: 8]")
+@click.option(
+    "--state",
+    type=_FileArgument(),
+    default=Path("~/.cache/tuswsgi/uploads.json"),
+    help="Where unfinished uploads are remembered.  [default: ~/.cache/tuswsgi/uploads.json]",
+)
+def upload(file: Path, url: str, chunk_size: str, retries: int, state: Path) -> None:
+    """Upload FILE to the tus server at URL, or go on where an upload of it ended."""
+    try:
+        from tuswsgi.client import Remembered, Upload, UploadFailed
+    except ImportError as error:
+        raise click.ClickException("This needs tuspy: pip install 'tuswsgi[client]'") from error
+    with click.progressbar(length=file.stat().st_size, label=file.name, file=sys.stderr) as bar:
+        one = Upload(
+            file=file,
+            url=url,
+            remembered=Remembered(state.expanduser()),
+            chunk_size=_size(chunk_size),
+            retries=retries,
+            progress=lambda offset: bar.update(offset - bar.pos),
+            say=lambda sentence: click.echo(f"\n{sentence}", err=True),
+        )
+        try:
+            location = one.run()
+        except (UploadFailed, OSError) as error:
+            raise click.ClickException(str(error)) from error
+    click.echo(location)
+
+
+def _size(text: str) -> int:
+    from marshmallow import ValidationError
+
+    from tuswsgi.options import Size
+
+    try:
+        size = Size().deserialize(text)
+    except ValidationError as error:
+        raise click.BadParameter(" ".join(error.messages), param_hint="--chunk-size") from error
+    return max(size, 1)
+
+
+def _flag(option: Option) -> click.Option:
+    from tuswsgi.options import Items, Switch
+
+    is_switch = isinstance(option.field, Switch)
+    names = [
+        f"{name}/--no-{name[2:]}" if is_switch and name.startswith("--") else name
+        for name in option.flags
+    ]
+    default = option.show(option.default)
+    facts = [f"default: {default}"] if default else []
+    facts.append(f"env: {option.variables[0]}")
+    return click.Option(
+        [*names, option.key],
+        default=None,
+        multiple=isinstance(option.field, Items),
+        metavar=None if is_switch else _metavar(option),
+        help=f"{option.help}  [{'; '.join(facts)}]",
+    )
+
+
+def _metavar(option: Option) -> str:
+    if "|" not in option.kind:
+        return option.kind.upper()
+    return option.kind if len(option.kind) < 32 else "NAME"
+
+
+def _joined(value: Any) -> Any:
+    """Return the value of a flag, that of a repeated one as a list's text."""
+    if isinstance(value, tuple):
+        return ",".join(value) if value else None
+    return value
+
+
+@contextmanager
+def _failing(exit_code: int) -> Iterator[None]:
+    """End the program with the sentences of a wrong configuration."""
+    from tuswsgi.errors import ConfigurationError
+
+    try:
+        yield
+    except ConfigurationError as error:
+        click.echo(str(error), err=True)
+        sys.exit(exit_code)
