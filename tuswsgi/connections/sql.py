@@ -1,0 +1,102 @@
+"""Connections to SQL databases, as the backends see them: ``read`` and ``write``.
+
+This file owns the choice of the database by its DSN and what a backend may expect of
+any of them. How connections are opened, bounded and shared among greenlets differs from
+database to database and is the business of the modules beside this one. Tables and
+statements belong to the backends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+from tuswsgi.errors import ConfigurationError
+
+T = TypeVar("T")
+
+_connections: WeakValueDictionary[tuple[str, bool], SqlConnection] = WeakValueDictionary()
+
+
+class Database(Protocol):
+    """What is used of a peewee ``Database``."""
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        """Run a statement and return the driver's cursor."""
+
+    def close(self) -> bool:
+        """Close the connection; the next statement opens it again."""
+
+
+class SqlConnection(ABC):
+    """A database for all greenlets or threads of a process, and for its forks.
+
+    The functions that are given to ``read`` and ``write`` get a peewee ``Database``.
+    They must not switch greenlets, begin or end transactions, keep a cursor, or call
+    ``read`` or ``write`` again. An exception of theirs reaches the caller.
+
+    The database's own trouble raises ``Unavailable``, or ``StorageFull`` if its disk is
+    full; what it said is in the log.
+    """
+
+    #: The driver's placeholder.
+    placeholder: str
+
+    def statement(self, sql: str) -> str:
+        """Return a statement, written with ``?`` for its parameters, as the driver takes it."""
+        return sql.replace("?", self.placeholder)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the database ready for use. May be called by several processes at once.
+
+        :raises ConfigurationError: if it cannot be used.
+        """
+
+    @abstractmethod
+    def read(self, fn: Callable[[Database], T]) -> T:
+        """Return what `fn` read. It sees whatever a ``write`` of any process returned."""
+
+    @abstractmethod
+    def write(self, fn: Callable[[Database], T]) -> T:
+        """Run `fn` in a transaction and return its result once that is committed.
+
+        An exception of `fn` undoes what it did, and nobody else's writes.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what this process holds, after what is under way; ``read`` and ``write``
+        open it again.
+        """
+
+
+def connect(dsn: str, *, durable: bool = False) -> SqlConnection:
+    """Return the connection of `dsn`, the same for everybody who asks. Nothing is opened.
+
+    :param durable: what is committed must survive a power loss.
+    :raises ConfigurationError: if no such database is supported.
+    """
+    connection = _connections.get((dsn, durable))
+    if connection is None:
+        connection = _connections[dsn, durable] = _make(dsn, durable)
+    return connection
+
+
+def _make(dsn: str, durable: bool) -> SqlConnection:
+    scheme, separator, path = dsn.partition(":///")
+    # Other servers' DSNs ask to create the file, which happens anyway.
+    path = path.removesuffix("?mode=rwc")
+    if scheme == "sqlite" and path and ":memory:" not in path:
+        from tuswsgi.connections.sqlite import SqliteConnection
+
+        return SqliteConnection(Path(path).absolute(), durable=durable)
+    # Never the DSN itself: it may hold a password.
+    shown = f"{scheme.partition(':')[0]}://..." if separator or "://" in dsn else "it"
+    raise ConfigurationError(
+        f"The database DSN is not supported ({shown}). "
+        "Supported: sqlite:///relative/path and sqlite:////absolute/path."
+    )

@@ -1,0 +1,153 @@
+"""Records and events as JSON, in one form for every store that keeps text.
+
+This file owns the form and nothing else: where the text is kept, and what is to be done
+about text that cannot be read, is the business of the stores. It does not use
+marshmallow: the text is our own and is read on every request, and a schema takes ten
+times as long to check what no client ever touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tuswsgi.hooks.base import Event, HookType
+from tuswsgi.info import FileInfo, FinalResponse, Metadata, State, Storage
+
+#: Built once: ``json.dumps`` with arguments builds an encoder for each call.
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
+
+class CorruptRecord(ValueError):
+    """A text that is no record of this server."""
+
+
+def encode(data: Mapping[str, Any]) -> str:
+    """Return JSON of one line, in ASCII."""
+    return _encoder.encode(data)
+
+
+def decode(text: str | bytes) -> dict[str, Any]:
+    """Return the object that ``encode`` was given.
+
+    :raises CorruptRecord: if `text` is not a JSON object.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise CorruptRecord(f"Not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CorruptRecord("Not a JSON object.")
+    return data
+
+
+def dump(info: FileInfo) -> dict[str, Any]:
+    """Return a record as values that JSON knows."""
+    return {
+        "id": info.id,
+        "size": info.size,
+        "offset": info.offset,
+        "metadata": info.metadata.raw,
+        "is_partial": info.is_partial,
+        "is_final": info.is_final,
+        "concat": info.concat,
+        "partial_uploads": info.partial_uploads,
+        "storage": {
+            "type": info.storage.type,
+            "path": info.storage.path,
+            "details": dict(info.storage.details),
+        },
+        "owner": info.owner,
+        "state": info.state.value,
+        "response": info.response and _dump_response(info.response),
+        "digest": info.digest,
+        "created_at": info.created_at,
+        "last_byte_at": info.last_byte_at,
+        "expires_at": info.expires_at,
+        "finished_at": info.finished_at,
+        "deleted_at": info.deleted_at,
+        "sequence": info.sequence,
+    }
+
+
+def load(data: Mapping[str, Any]) -> FileInfo:
+    """Return the record that ``dump`` was given.
+
+    Fields that are missing have their defaults and unknown ones are ignored, so that
+    neighbouring versions of the server read each other's records.
+
+    :raises CorruptRecord: if `data` is something else.
+    """
+    try:
+        get = data.get
+        storage, response = get("storage") or {}, get("response")
+        return FileInfo(
+            id=data["id"],
+            size=get("size"),
+            offset=data["offset"],
+            metadata=Metadata(get("metadata", "")),
+            is_partial=get("is_partial", False),
+            is_final=get("is_final", False),
+            concat=get("concat"),
+            partial_uploads=tuple(get("partial_uploads", ())),
+            storage=Storage(
+                storage.get("type", ""), storage.get("path"), storage.get("details", {})
+            ),
+            owner=get("owner"),
+            state=State(data["state"]),
+            response=None if response is None else _load_response(response),
+            digest=get("digest"),
+            created_at=get("created_at", 0.0),
+            last_byte_at=get("last_byte_at"),
+            expires_at=get("expires_at"),
+            finished_at=get("finished_at"),
+            deleted_at=get("deleted_at"),
+            sequence=data["sequence"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptRecord(f"Not a record of an upload: {error!r}") from error
+
+
+def dump_event(event: Event) -> dict[str, Any]:
+    """Return an event as values that JSON knows."""
+    return {
+        "id": event.id,
+        "type": event.type.value,
+        "upload": event.upload,
+        "sequence": event.sequence,
+        "created_at": event.created_at,
+        "payload": dict(event.payload),
+        "held": event.held,
+    }
+
+
+def load_event(data: Mapping[str, Any]) -> Event:
+    """Return the event that ``dump_event`` was given.
+
+    :raises CorruptRecord: if `data` is something else.
+    """
+    try:
+        return Event(
+            id=data["id"],
+            type=HookType(data["type"]),
+            upload=data["upload"],
+            sequence=data["sequence"],
+            created_at=data["created_at"],
+            payload=data.get("payload", {}),
+            held=data.get("held", False),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptRecord(f"Not an event of an upload: {error!r}") from error
+
+
+def _dump_response(response: FinalResponse) -> dict[str, Any]:
+    return {
+        "status": response.status,
+        "body": response.body,
+        "headers": dict(response.headers),
+    }
+
+
+def _load_response(data: Mapping[str, Any]) -> FinalResponse:
+    return FinalResponse(data.get("status"), data.get("body", ""), data.get("headers", {}))
