@@ -143,7 +143,9 @@ def _read_ini(file: Path, problems: list[str]) -> dict[str, dict[str, str]]:
         problems.append(f"{file}: the file is not UTF-8 text.")
     except configparser.Error as error:
         problems.append(f"{file}: {' '.join(error.message.split())}.")
-    return {section: dict(parser[section]) for section in parser.sections()}
+    else:
+        return {section: dict(parser[section]) for section in parser.sections()}
+    return {}
 
 
 def _from_environ(

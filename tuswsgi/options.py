@@ -258,12 +258,16 @@ def options_of(group: type) -> Iterator[Option]:
         if declared is None:
             continue
         default = None if field.default is MISSING else field.default
+        kind = _field_for(hints[field.name], declared["kind"], declared["validate"])
+        # An option without a default may be unset, also where the class, which gets one
+        # from the registry, says otherwise.
+        kind.allow_none = kind.allow_none or default is None
         yield Option(
             section=section,
             name=field.name,
             default=default,
             help=declared["help"],
-            field=_field_for(hints[field.name], declared["kind"], declared["validate"]),
+            field=kind,
             rustus=declared["rustus"],
             short=declared["short"],
             aliases=declared["aliases"],

@@ -157,11 +157,21 @@ def prepare(config: Config) -> None:
 def option_groups() -> list[type]:
     """Return every class that has options, in the order of the reference."""
     from tuswsgi.datastores.file import FileDataStore
+    from tuswsgi.infostores.file import FileInfoStore
+    from tuswsgi.infostores.sql import SqlInfoStore
     from tuswsgi.protocol.settings import UploadSettings
     from tuswsgi.server import ServerSettings
     from tuswsgi.web.settings import WebSettings
 
-    return [ServerSettings, Backends, FileDataStore, UploadSettings, WebSettings]
+    return [
+        ServerSettings,
+        Backends,
+        FileDataStore,
+        FileInfoStore,
+        SqlInfoStore,
+        UploadSettings,
+        WebSettings,
+    ]
 
 
 def _filled(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
