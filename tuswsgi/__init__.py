@@ -1,0 +1,43 @@
+"""tuswsgi: a server for tus, the protocol of resumable uploads, in a Flask blueprint.
+
+The names below are the public ones. They are imported when they are first used, so that
+the command line starts quickly and nothing is loaded that is not needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuswsgi.app import Tus as Tus
+    from tuswsgi.app import create_app as create_app
+    from tuswsgi.datastores.base import DataStore as DataStore
+    from tuswsgi.errors import ConfigurationError as ConfigurationError
+    from tuswsgi.errors import TusError as TusError
+    from tuswsgi.hooks.base import HookRequest as HookRequest
+    from tuswsgi.hooks.base import HookResponse as HookResponse
+    from tuswsgi.info import FileInfo as FileInfo
+    from tuswsgi.infostores.base import InfoStore as InfoStore
+    from tuswsgi.lockers.base import Locker as Locker
+
+_HOMES = {
+    "ConfigurationError": "errors",
+    "DataStore": "datastores.base",
+    "FileInfo": "info",
+    "HookRequest": "hooks.base",
+    "HookResponse": "hooks.base",
+    "InfoStore": "infostores.base",
+    "Locker": "lockers.base",
+    "Tus": "app",
+    "TusError": "errors",
+    "create_app": "app",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

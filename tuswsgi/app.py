@@ -1,0 +1,184 @@
+"""The composed server: backends, settings and hooks put together, as a Flask blueprint.
+
+``Tus`` is what an embedding application uses; ``create_app`` makes a Flask application
+that is nothing but a tus server.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flask
+
+from tuswsgi import registry
+from tuswsgi.config import Config
+from tuswsgi.datastores.base import DataStore
+from tuswsgi.hooks.base import HookType
+from tuswsgi.hooks.callable import CallableHook, HookFunction
+from tuswsgi.hooks.manager import HookManager
+from tuswsgi.infostores.base import InfoStore
+from tuswsgi.lockers.base import Locker
+from tuswsgi.process import PerProcess
+from tuswsgi.protocol.settings import UploadSettings
+from tuswsgi.protocol.sweep import Sweeper
+from tuswsgi.protocol.uploads import Uploads
+from tuswsgi.server import ServerSettings
+from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
+from tuswsgi.web.settings import WebSettings
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two sweeps of one process.
+_SWEEP_PAUSE = 600.0
+
+_count = itertools.count(1)
+
+
+class Tus:
+    """A tus server that lives in a Flask application.
+
+    ::
+
+        tus = Tus(data_dir="uploads", max_file_size="5GB")
+        app.register_blueprint(tus.blueprint(), url_prefix="/files")
+
+    :param config: the configuration; otherwise `options` are it.
+    :param data_store: a store of your own in place of the configured one; likewise
+        `info_store` and `locker`.
+    :param owner: returns who sends a request. Uploads belong to who created them, and
+        nobody else finds them.
+    :param name: the blueprint's name; unique by default.
+    :param options: any option of the reference, e.g. ``max_file_size``.
+    :raises ConfigurationError: if the options are wrong.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        data_store: DataStore | None = None,
+        info_store: InfoStore | None = None,
+        locker: Locker[Any] | None = None,
+        owner: OwnerFunction | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        config = config or Config.load(flags=options)
+        self.config = config
+        self.hooks = HookManager()
+        self.uploads = Uploads(
+            data_store or registry.data_store(config),
+            info_store or registry.info_store(config),
+            locker or registry.locker(config),
+            self.hooks,
+            config.build(UploadSettings),
+        )
+        self._functions = CallableHook()
+        self._owner = owner
+        number = next(_count)
+        self._name = name or ("tus" if number == 1 else f"tus_{number}")
+        self._started = PerProcess(self._start)
+
+    def blueprint(self) -> TusBlueprint:
+        """Return a blueprint with the server's routes, to be registered under any prefix."""
+        return TusBlueprint(
+            self._name,
+            self.uploads,
+            self.config.build(WebSettings),
+            owner=self._owner,
+            before_first=self.start,
+        )
+
+    def on(self, event: str) -> Callable[[HookFunction], HookFunction]:
+        """Decorate a function that is asked in a blocking hook, e.g. ``pre-create``.
+
+        It gets a ``HookRequest`` and returns a ``HookResponse`` or nothing; what it raises
+        refuses the request.
+
+        :raises ValueError: if there is no such blocking hook.
+        """
+        type = HookType(event)
+        if not type.blocking:
+            raise ValueError(f"{event} is not a blocking hook")
+
+        def add(function: HookFunction) -> HookFunction:
+            self._functions.add(type, function)
+            if self._functions not in self.hooks.hooks:
+                self.hooks.hooks.append(self._functions)
+            self.hooks.enabled.add(type)
+            return function
+
+        return add
+
+    def start(self) -> None:
+        """Make ready in this process: prepare the backends, begin to sweep.
+
+        The first request does it too; a server calls it to learn of trouble before that.
+
+        :raises ConfigurationError: if a backend cannot work as it is configured.
+        """
+        self._started.get()
+
+    def stop_uploads(self) -> None:
+        """End all uploads that are in flight, and each one that comes.
+
+        What has arrived is kept, and the clients are told to go on elsewhere or later
+        (503). It only sets latches, so a signal handler may call it.
+        """
+        self.uploads.readers.stop()
+
+    def stop_on_sigterm(self) -> None:
+        """Call ``stop_uploads`` at SIGTERM, and then whoever handled it before.
+
+        For a gunicorn worker: nothing else tells an application that the worker is to
+        stop, and a worker that waits for a body is killed in the end. To be called in the
+        worker's main thread, e.g. in ``post_worker_init``.
+        """
+        previous = signal.getsignal(signal.SIGTERM)
+
+        def handle(signum: int, frame: Any) -> None:
+            self.stop_uploads()
+            if callable(previous):
+                previous(signum, frame)
+            elif previous == signal.SIG_DFL:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+
+        signal.signal(signal.SIGTERM, handle)
+
+    def _start(self) -> None:
+        self.uploads.data.prepare()
+        self.uploads.infos.prepare()
+        self.uploads.locker.prepare()
+        threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
+
+    def _sweep(self) -> None:
+        sweeper = Sweeper(self.uploads)
+        while True:
+            try:
+                sweeper.sweep()
+            except Exception:
+                log.exception("The sweep failed; it is tried again later")
+            time.sleep(_SWEEP_PAUSE)
+
+
+def create_app(config: Config | None = None) -> flask.Flask:
+    """Return a Flask application that serves uploads at the configured URL.
+
+    :param config: the configuration; without one the environment is it.
+    :raises ConfigurationError: if it is wrong.
+    """
+    config = config or Config.load(environ=os.environ)
+    app = flask.Flask("tuswsgi", static_folder=None)
+    tus = Tus(config, name="tus")
+    url = "/" + config.build(ServerSettings).url.strip("/")
+    app.register_blueprint(tus.blueprint(), url_prefix=url)
+    app.extensions["tuswsgi"] = tus
+    return app

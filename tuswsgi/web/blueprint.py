@@ -1,0 +1,157 @@
+"""The Flask blueprint: URL rules, the choice of the method, and errors as answers.
+
+One rule takes every method, so that each answer below the URL, 404 and 405 included, is
+ours and carries the headers that tus and browsers need.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import flask
+from flask.sansio.blueprints import BlueprintSetupState
+from werkzeug.routing import BaseConverter, Rule
+
+from tuswsgi.errors import MethodNotAllowed, TusError
+from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
+from tuswsgi.protocol.uploads import Uploads
+from tuswsgi.web.body import RequestBody, body_of
+from tuswsgi.web.cors import Cors
+from tuswsgi.web.responses import Headers, TusResponse, error_response
+from tuswsgi.web.settings import WebSettings
+from tuswsgi.web.urls import origin_of
+from tuswsgi.web.views import Call, Views
+
+log = logging.getLogger(__name__)
+
+#: Returns who sends a request, ``None`` for nobody in particular.
+OwnerFunction = Callable[[flask.Request], "str | None"]
+
+
+class _Rest(BaseConverter):
+    """Everything that follows, slashes and nothing at all included."""
+
+    regex = ".*?"
+    part_isolating = False
+
+
+class TusBlueprint(flask.Blueprint):
+    """The routes of one tus server.
+
+    ``before_request`` functions of the embedding application run before any byte of a
+    body is read, and what they answer gets the headers of every other answer.
+
+    :param before_first: called before each request is looked at.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        uploads: Uploads,
+        settings: WebSettings,
+        *,
+        owner: OwnerFunction | None = None,
+        before_first: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(name, __name__)
+        self._uploads = uploads
+        self._settings = settings
+        self._owner = owner
+        self._before_first = before_first
+        self._views = Views(uploads, settings)
+        self._cors = Cors(settings)
+        self.record(self._add_rules)
+        self.after_request(self._complete)
+
+    def _add_rules(self, state: BlueprintSetupState) -> None:
+        # Werkzeug's own rules: Flask's would redirect /files, merge slashes and answer
+        # unknown methods themselves.
+        app = state.app
+        app.url_map.converters.setdefault("tus_rest", _Rest)
+        endpoint = f"{state.name_prefix}.{state.name}.upload".lstrip(".")
+        prefix = (state.url_prefix or "").rstrip("/")
+        for path in (prefix or "/", f"{prefix}/<tus_rest:tus_id>"):
+            app.url_map.add(
+                Rule(
+                    path,
+                    endpoint=endpoint,
+                    subdomain=state.subdomain,
+                    defaults=None,
+                    strict_slashes=False,
+                    merge_slashes=False,
+                )
+            )
+        app.view_functions[endpoint] = self._view
+
+    def _view(self, tus_id: str = "", **values: Any) -> TusResponse:
+        # `values` are variables of the embedding application's URL prefix.
+        environ = flask.request.environ
+        common = self._common_headers(environ)
+        body: RequestBody | None = None
+        try:
+            body = body_of(environ)
+            self._before_first()
+            return self._answer(environ, tus_id.removesuffix("/"), body, common)
+        except TusError as error:
+            _log_error(environ, error)
+            return error_response(error, common, body)
+        except Exception:
+            log.exception("%s %s failed", environ["REQUEST_METHOD"], environ.get("PATH_INFO"))
+            return error_response(TusError(), common, body)
+
+    def _answer(
+        self, environ: dict[str, Any], id: str, body: RequestBody, common: Headers
+    ) -> TusResponse:
+        headers = TusHeaders(environ)
+        # "The X-HTTP-Method-Override request header MUST be a string which MUST be
+        # interpreted as the request's method by the Server [...]. The actual method of
+        # the request MUST be ignored."
+        method = (headers.get(METHOD_OVERRIDE) or environ["REQUEST_METHOD"]).strip().upper()
+        methods = self._views.methods(id)
+        if method not in methods:
+            raise MethodNotAllowed(tuple(methods))
+        if method not in ("OPTIONS", "GET"):
+            headers.check_version()
+        request = self._request_info(environ, method)
+        return methods[method](Call(environ, id, headers, body, request, common))
+
+    def _request_info(self, environ: Mapping[str, Any], method: str) -> RequestInfo:
+        origin = origin_of(environ, self._settings)
+        owner = self._owner(flask.request) if self._owner is not None else None
+        if not self._uploads.hooks.enabled:
+            return RequestInfo(method, owner=owner)
+        uri = environ.get("RAW_URI") or environ.get("REQUEST_URI") or flask.request.full_path
+        headers = {name.lower(): value for name, value in flask.request.headers.items()}
+        return RequestInfo(method, uri, origin.client, headers, owner)
+
+    def _common_headers(self, environ: Mapping[str, Any]) -> Headers:
+        # "The Tus-Resumable header MUST be included in every request and response except
+        # for OPTIONS requests."
+        return [(TUS_RESUMABLE, VERSION), *self._cors.headers(environ)]
+
+    def _complete(self, response: flask.Response) -> flask.Response:
+        """Complete an answer that the embedding application gave in our place."""
+        if isinstance(response, TusResponse):
+            return response
+        environ = flask.request.environ
+        for name, value in self._common_headers(environ):
+            response.headers.setdefault(name, value)
+        completed = cast(TusResponse, TusResponse.force_type(response))
+        completed.request_body = body_of(environ)
+        return completed
+
+
+def _log_error(environ: Mapping[str, Any], error: TusError) -> None:
+    level = logging.WARNING if error.status >= 500 else logging.DEBUG
+    log.log(
+        level,
+        "%s %s: %s %s",
+        environ["REQUEST_METHOD"],
+        environ.get("PATH_INFO"),
+        error.code,
+        error.message,
+        exc_info=error.__cause__,
+    )

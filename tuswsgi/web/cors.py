@@ -1,0 +1,79 @@
+"""Cross-origin requests: what browsers may send and read (the Fetch standard).
+
+Every answer gets these headers, errors too: without them a script cannot even see which
+error it met.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tuswsgi.protocol.headers import REQUEST_HEADERS, RESPONSE_HEADERS
+from tuswsgi.web.settings import WebSettings
+
+_METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
+
+_ALLOWED = (
+    "Authorization",
+    "Content-Type",
+    "Origin",
+    "Range",
+    "If-Range",
+    "X-Requested-With",
+    "X-Request-ID",
+    *REQUEST_HEADERS,
+)
+
+_EXPOSED = (
+    "Location",
+    "Retry-After",
+    "Content-Disposition",
+    "Content-Range",
+    "Accept-Ranges",
+    "ETag",
+    *RESPONSE_HEADERS,
+)
+
+
+class Cors:
+    """The rules of one server; they are put together once."""
+
+    def __init__(self, settings: WebSettings) -> None:
+        self._any_origin = "*" in settings.cors
+        self._origins = [
+            re.compile(".*".join(map(re.escape, pattern.lower().split("*"))))
+            for pattern in settings.cors
+        ]
+        self._common = [
+            ("Access-Control-Expose-Headers", ", ".join((*_EXPOSED, *settings.cors_expose_headers)))
+        ]
+        if settings.cors_credentials:
+            self._common.append(("Access-Control-Allow-Credentials", "true"))
+        self._preflight = [
+            ("Access-Control-Allow-Methods", _METHODS),
+            ("Access-Control-Allow-Headers", ", ".join((*_ALLOWED, *settings.cors_allow_headers))),
+            ("Access-Control-Max-Age", str(int(settings.cors_max_age))),
+        ]
+
+    def headers(self, environ: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return the headers for the answer to a request, whatever the answer is."""
+        if not self._origins:
+            return []
+        # The answer depends on the origin even if this request has none.
+        headers = [("Vary", "Origin")]
+        origin = environ.get("HTTP_ORIGIN")
+        if origin is None or not self.allows(origin):
+            return headers
+        headers.append(("Access-Control-Allow-Origin", origin))
+        headers += self._common
+        if "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
+            headers += self._preflight
+        return headers
+
+    def allows(self, origin: str) -> bool:
+        """Return whether scripts of `origin` may use this server."""
+        return self._any_origin or any(
+            pattern.fullmatch(origin.lower()) for pattern in self._origins
+        )

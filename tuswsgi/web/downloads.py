@@ -1,0 +1,158 @@
+"""Downloads: which bytes of an upload are asked for, and how a browser shall treat them.
+
+What is uploaded may be anybody's: a browser gets nothing from here that it would run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from email.utils import formatdate
+from typing import Any
+from urllib.parse import quote
+
+from werkzeug.http import (
+    is_resource_modified,
+    parse_date,
+    parse_if_range_header,
+    parse_range_header,
+)
+
+from tuswsgi.datastores.base import Readable
+from tuswsgi.errors import RangeNotSatisfiable
+from tuswsgi.info import FileInfo, Metadata
+
+#: Types that a browser may show in place; the list is tusd's. Everything else, HTML and
+#: SVG above all, could carry scripts.
+INLINE_TYPES = frozenset(
+    {
+        "text/plain",
+        "image/png",
+        "image/jpeg",
+        "image/gif",
+        "image/bmp",
+        "image/webp",
+        "audio/wave",
+        "audio/wav",
+        "audio/x-wav",
+        "audio/x-pn-wav",
+        "audio/webm",
+        "audio/ogg",
+        "video/mp4",
+        "video/webm",
+        "video/ogg",
+        "application/ogg",
+    }
+)
+
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+_MEDIA_TYPE = re.compile(rf'{_TOKEN}/{_TOKEN}(\s*;\s*{_TOKEN}=({_TOKEN}|"[^"\\\x00-\x1f]*"))*')
+
+_BLOCK = 256 * 1024
+
+Headers = list[tuple[str, str]]
+
+
+def content_headers(info: FileInfo) -> Headers:
+    """Return what the content of an upload is and how it may be shown."""
+    media_type = (info.metadata.text("filetype") or info.metadata.text("type") or "").strip()
+    if not media_type.isascii() or _MEDIA_TYPE.fullmatch(media_type) is None:
+        media_type = "application/octet-stream"
+    bare = media_type.partition(";")[0].strip().lower()
+    return [
+        ("Content-Type", media_type),
+        ("Content-Disposition", disposition(info.metadata, inline=bare in INLINE_TYPES)),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", "sandbox"),
+    ]
+
+
+def disposition(metadata: Metadata, *, inline: bool) -> str:
+    """Return ``Content-Disposition`` with the upload's name (RFC 6266).
+
+    The name is the client's: control characters and directories are taken off. Names that
+    are not ASCII come twice, the second time in RFC 8187's form.
+    """
+    kind = "inline" if inline else "attachment"
+    name = metadata.text("filename") or metadata.text("name") or ""
+    name = re.split(r"[/\\]", name)[-1]
+    name = "".join(char for char in name if char.isprintable()).strip()
+    if not name:
+        return kind
+    plain = "".join(char if char.isascii() and char not in '"%' else "_" for char in name)
+    if plain == name:
+        return f'{kind}; filename="{plain}"'
+    return f"{kind}; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
+
+
+def validators(info: FileInfo) -> Headers:
+    """Return what names the content's version; finished uploads never change."""
+    if not info.is_finished or info.finished_at is None:
+        return [("Cache-Control", "no-store")]
+    return [
+        ("ETag", f'"{info.id}"'),
+        ("Last-Modified", formatdate(info.finished_at, usegmt=True)),
+        ("Accept-Ranges", "bytes"),
+    ]
+
+
+def is_cached(environ: Mapping[str, Any], headers: Headers) -> bool:
+    """Whether the client has the content already (RFC 9110, 13.1)."""
+    named = dict(headers)
+    if "ETag" not in named:
+        return False
+    return not is_resource_modified(
+        dict(environ), etag=named["ETag"], last_modified=parse_date(named["Last-Modified"])
+    )
+
+
+def wanted_range(environ: Mapping[str, Any], headers: Headers, size: int) -> tuple[int, int] | None:
+    """Return the range [start, stop) that is asked for, ``None`` for the whole.
+
+    Several ranges are answered by the whole, as RFC 9110, 14.2 allows.
+
+    :raises RangeNotSatisfiable: if the range lies outside.
+    """
+    named = dict(headers)
+    if "ETag" not in named or "HTTP_RANGE" not in environ:
+        return None
+    if not _range_applies(environ.get("HTTP_IF_RANGE"), named):
+        return None
+    parsed = parse_range_header(environ["HTTP_RANGE"])
+    if parsed is None or parsed.units != "bytes" or len(parsed.ranges) != 1:
+        return None
+    found = parsed.range_for_length(size)
+    if found is None:
+        raise RangeNotSatisfiable(size)
+    return found
+
+
+def _range_applies(text: str | None, named: Mapping[str, str]) -> bool:
+    """Whether ``If-Range`` names the version that we have (RFC 9110, 13.1.5)."""
+    if text is None:
+        return True
+    condition = parse_if_range_header(text)
+    if condition.date is not None:
+        return condition.date == parse_date(named["Last-Modified"])
+    # A weak tag never matches here: the comparison is the strong one.
+    return not text.startswith("W/") and f'"{condition.etag}"' == named["ETag"]
+
+
+class Content:
+    """The bytes of a download, read as they are sent."""
+
+    def __init__(self, opened: Readable, length: int) -> None:
+        self._opened = opened
+        self._left = length
+
+    def __iter__(self) -> Iterator[bytes]:
+        while self._left > 0:
+            block = self._opened.read(min(_BLOCK, self._left))
+            if not block:
+                # Fewer bytes than announced: only closing the connection tells the client.
+                raise OSError("The bytes of the upload ended too soon.")
+            self._left -= len(block)
+            yield block
+
+    def close(self) -> None:
+        self._opened.close()

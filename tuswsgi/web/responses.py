@@ -1,0 +1,144 @@
+"""Turns what the protocol returned or raised into responses.
+
+A response is a value: status, headers and body. When it is sent while the client still
+sends, it looks after the rest of the request's body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+from flask import Response
+
+from tuswsgi.errors import (
+    HookRefusal,
+    MethodNotAllowed,
+    OffsetMismatch,
+    RangeNotSatisfiable,
+    TusError,
+    UnsupportedVersion,
+)
+from tuswsgi.hooks.base import HookResponse
+from tuswsgi.info import FinalResponse
+from tuswsgi.protocol.headers import TUS_VERSION, UPLOAD_OFFSET, VERSION
+from tuswsgi.web.body import RequestBody
+
+_REASONS = {460: "Checksum Mismatch"}
+
+Headers = list[tuple[str, str]]
+
+
+class TusResponse(Response):
+    """A response of this server, which knows the body of its request."""
+
+    default_mimetype = None
+
+    def __init__(
+        self,
+        status: int,
+        headers: Headers,
+        content: bytes | Iterable[bytes] = b"",
+        request_body: RequestBody | None = None,
+    ) -> None:
+        super().__init__(
+            content,
+            status=f"{status} {_reason(status)}",
+            headers=headers,
+            direct_passthrough=not isinstance(content, bytes),
+        )
+        self.request_body = request_body
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        content = super().__call__(environ, start_response)
+        body = self.request_body
+        if body is None or body.ended:
+            return content
+        body.drain()
+        if body.ended:
+            return content
+        body.abandon()
+        # gunicorn takes no Connection header from applications; this is how it is told.
+        force_close = getattr(getattr(start_response, "__self__", None), "force_close", None)
+        if force_close is not None:
+            force_close()
+        return _LingeringContent(content, body)
+
+
+class _LingeringContent:
+    """Content after which the client, still sending, gets the chance to read it."""
+
+    def __init__(self, content: Iterable[bytes], body: RequestBody) -> None:
+        self._content = content
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._content)
+
+    def close(self) -> None:
+        close = getattr(self._content, "close", None)
+        if close is not None:
+            close()
+        self._body.linger()
+
+
+def _reason(status: int) -> str:
+    if status in _REASONS:
+        return _REASONS[status]
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def error_response(error: TusError, common: Headers, body: RequestBody | None) -> TusResponse:
+    """Return the answer for an error: one line with its code and its sentence."""
+    headers = [*common, ("Cache-Control", "no-store")]
+    text = f"{error.code}: {error.message}\n"
+    if error.retry_after is not None:
+        headers.append(("Retry-After", str(error.retry_after)))
+    if isinstance(error, OffsetMismatch):
+        headers.append((UPLOAD_OFFSET, str(error.offset)))
+    elif isinstance(error, UnsupportedVersion):
+        # "it MUST respond with the 412 Precondition Failed status and MUST include the
+        # Tus-Version header into the response." (Tus-Resumable)
+        headers.append((TUS_VERSION, VERSION))
+    elif isinstance(error, MethodNotAllowed):
+        headers.append(("Allow", ", ".join(error.allowed)))
+    elif isinstance(error, RangeNotSatisfiable):
+        headers.append(("Content-Range", f"bytes */{error.size}"))
+    elif isinstance(error, HookRefusal):
+        headers = _merged(headers, error.headers.items())
+        text = text if error.body is None else error.body
+    return text_response(error.status, headers, text, body)
+
+
+def text_response(
+    status: int, headers: Headers, text: str, body: RequestBody | None
+) -> TusResponse:
+    """Return an answer with a plain text, unless its headers name another type."""
+    if text and not any(name.lower() == "content-type" for name, _ in headers):
+        headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
+    return TusResponse(status, headers, text.encode(), body)
+
+
+def success_response(
+    status: int,
+    headers: Headers,
+    answer: HookResponse | FinalResponse | None,
+    body: RequestBody,
+) -> TusResponse:
+    """Return the answer to a request that worked, as a hook may have changed it."""
+    if answer is None:
+        return TusResponse(status, headers, b"", body)
+    merged = _merged(headers, answer.headers.items())
+    return text_response(answer.status or status, merged, answer.body or "", body)
+
+
+def _merged(headers: Headers, more: Iterable[tuple[str, str]]) -> Headers:
+    more = list(more)
+    names = {name.lower() for name, _ in more}
+    return [(name, value) for name, value in headers if name.lower() not in names] + more

@@ -1,0 +1,187 @@
+"""URLs: who the client thinks it talks to, where uploads are, which upload a URL means.
+
+One function computes the origin of a request, for ``Location`` and for hooks alike. What
+a proxy says is believed only if the proxy is trusted (RFC 7239, 8.1).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from tuswsgi.errors import BadRequest, InvalidConcat, UploadNotFound
+from tuswsgi.info import check_id
+from tuswsgi.web.settings import UNIX, LocationForm, WebSettings
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{1,5})?", re.ASCII)
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", re.ASCII)
+_FORWARDED_PAIR = re.compile(r'\s*([A-Za-z]+)=("(?:[^"\\]|\\.)*"|[^;,"\s]+)\s*', re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a request came from and went to, as its client sees it.
+
+    :param prefix: the path that a proxy has taken off, without a slash at its end.
+    :param client: the client's address, ``None`` if the server does not know it.
+    """
+
+    scheme: str
+    host: str
+    prefix: str
+    client: str | None
+
+
+def origin_of(environ: Mapping[str, Any], settings: WebSettings) -> Origin:
+    """Return the origin of a request.
+
+    :raises BadRequest: for an HTTP/1.1 request without a usable Host (RFC 9112, 3.2).
+    """
+    host = environ.get("HTTP_HOST", "")
+    if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
+        raise BadRequest("The Host header is missing.")
+    said = _forwarded(environ, settings) if _is_believed(environ, settings) else {}
+    host = said.get("host") or host or environ["SERVER_NAME"]
+    if _HOST.fullmatch(host) is None:
+        raise BadRequest("The Host header is invalid.")
+    scheme = said.get("proto", "").lower()
+    return Origin(
+        scheme if scheme in ("http", "https") else environ["wsgi.url_scheme"],
+        host,
+        said.get("prefix", ""),
+        said.get("for") or environ.get("REMOTE_ADDR") or None,
+    )
+
+
+def collection_path(environ: Mapping[str, Any], id: str) -> str:
+    """Return the path of the upload collection, which this request addressed.
+
+    :param id: what follows the collection's path in the request's, may be empty.
+    """
+    path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    if id:
+        # latin-1 is how PEP 3333 carries the bytes of a path.
+        path = path[: len(path) - len(id.encode("utf-8", "surrogateescape").decode("latin-1"))]
+    path = path.rstrip("/")
+    return path if path.isascii() else quote(path.encode("latin-1"))
+
+
+def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings) -> str:
+    """Return the URL of a new upload, for ``Location``."""
+    if settings.public_url is not None:
+        return f"{settings.public_url.rstrip('/')}/{id}"
+    origin = origin_of(environ, settings)
+    path = f"{origin.prefix}{collection_path(environ, '')}/{id}"
+    if settings.location is LocationForm.RELATIVE:
+        return path
+    return f"{origin.scheme}://{origin.host}{path}"
+
+
+def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> str:
+    """Return the id of the upload that a URL in ``Upload-Concat`` means.
+
+    The URL is absolute, on this host or below the public URL, or a path.
+
+    :raises InvalidConcat: if it is not a URL of this collection.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise InvalidConcat("The Upload-Concat header has an invalid URL.") from None
+    if parts.query or parts.fragment:
+        raise InvalidConcat("The Upload-Concat header has a URL with a query or a fragment.")
+    origin = origin_of(environ, settings)
+    own = collection_path(environ, "")
+    bases = {own, origin.prefix + own}
+    public = urlsplit(settings.public_url) if settings.public_url else None
+    if public is not None:
+        bases.add(public.path.rstrip("/"))
+    if parts.netloc and parts.netloc.lower() not in {
+        origin.host.lower(),
+        public.netloc.lower() if public else "",
+    }:
+        raise InvalidConcat("The Upload-Concat header names an upload of another server.")
+    directory, _, id = parts.path.rpartition("/")
+    if directory not in bases and unquote(directory) not in bases:
+        raise InvalidConcat("The Upload-Concat header has a URL that is not one of an upload.")
+    try:
+        return check_id(id)
+    except UploadNotFound:
+        raise InvalidConcat("The Upload-Concat header has a URL with an invalid id.") from None
+
+
+def _is_believed(environ: Mapping[str, Any], settings: WebSettings) -> bool:
+    if not settings.behind_proxy:
+        return False
+    return _is_trusted(environ.get("REMOTE_ADDR", ""), settings.trusted_proxies)
+
+
+@lru_cache(maxsize=1024)
+def _is_trusted(address: str, trusted: tuple[str, ...]) -> bool:
+    if not address:
+        return UNIX in trusted
+    try:
+        peer = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(peer, ipaddress.IPv6Address) and peer.ipv4_mapped is not None:
+        peer = peer.ipv4_mapped
+    return any(
+        peer in ipaddress.ip_network(network, strict=False)
+        for network in trusted
+        if network != UNIX
+    )
+
+
+def _forwarded(environ: Mapping[str, Any], settings: WebSettings) -> dict[str, str]:
+    """Return what the proxies say: ``proto``, ``host``, ``prefix`` and ``for``.
+
+    ``Forwarded`` (RFC 7239) wins over the X-Forwarded headers, which came before it.
+    """
+    said = {}
+    for name in ("proto", "host", "prefix"):
+        value = environ.get(f"HTTP_X_FORWARDED_{name.upper()}", "").partition(",")[0].strip()
+        if value:
+            said[name] = value
+    chain = [{"for": node} for node in environ.get("HTTP_X_FORWARDED_FOR", "").split(",")]
+    if (header := environ.get("HTTP_FORWARDED")) is not None:
+        chain = [_pairs(element) for element in re.findall(r'(?:[^,"]|"[^"]*")+', header)]
+    said |= _first_hop(chain, settings.trusted_proxies)
+    prefix = said.get("prefix", "").rstrip("/")
+    said["prefix"] = prefix if _PREFIX.fullmatch(prefix) else ""
+    return said
+
+
+def _pairs(element: str) -> dict[str, str]:
+    matches = (_FORWARDED_PAIR.fullmatch(pair) for pair in element.split(";"))
+    return {match[1].lower(): match[2].strip('"').replace("\\", "") for match in matches if match}
+
+
+def _first_hop(chain: list[dict[str, str]], trusted: tuple[str, ...]) -> dict[str, str]:
+    """Return the last element that was not sent by a trusted proxy.
+
+    Every proxy adds its peer at the end, and what stands before the first peer that is no
+    proxy of ours may be anybody's invention.
+    """
+    for hop in reversed(chain):
+        hop["for"] = _address(hop.get("for", "").strip())
+        if not hop["for"] or not _is_trusted(hop["for"], trusted):
+            return hop
+    return chain[0] if chain else {}
+
+
+def _address(node: str) -> str:
+    """Return the address in a node of ``Forwarded`` (RFC 7239, 6), empty if it has none."""
+    if node.startswith("["):
+        node = node[1:].partition("]")[0]
+    elif node.count(":") == 1:
+        node = node.partition(":")[0]
+    try:
+        return str(ipaddress.ip_address(node))
+    except ValueError:
+        return ""

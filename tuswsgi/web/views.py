@@ -1,0 +1,159 @@
+"""One short function per method: parse the request, call the heart, render the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tuswsgi.errors import ExtensionDisabled, InvalidUploadLength
+from tuswsgi.extensions import Extension
+from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.protocol import headers as tus
+from tuswsgi.protocol.checksum import ALGORITHMS
+from tuswsgi.protocol.headers import TusHeaders
+from tuswsgi.protocol.reception import Chunk
+from tuswsgi.protocol.uploads import Creation, Uploads
+from tuswsgi.web import downloads
+from tuswsgi.web.body import RequestBody
+from tuswsgi.web.responses import Headers, TusResponse, success_response
+from tuswsgi.web.settings import WebSettings
+from tuswsgi.web.urls import upload_id, upload_url
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, as the views see it.
+
+    :param id: what follows the collection's path; empty for the collection itself.
+    :param common: headers that every answer carries.
+    """
+
+    environ: dict[str, Any]
+    id: str
+    headers: TusHeaders
+    body: RequestBody
+    request: RequestInfo
+    common: Headers
+
+
+class Views:
+    """The methods of the upload collection and of uploads."""
+
+    def __init__(self, uploads: Uploads, settings: WebSettings) -> None:
+        self._uploads = uploads
+        self._settings = settings
+        self._extensions = frozenset(uploads.extensions)
+        self._capabilities = self._describe_server()
+
+    def methods(self, id: str) -> dict[str, Callable[[Call], TusResponse]]:
+        """Return the methods that a URL takes, by name."""
+        if not id:
+            offered = {Extension.CREATION: {"POST": self.post}}
+            methods: dict[str, Callable[[Call], TusResponse]] = {"OPTIONS": self.options}
+        else:
+            offered = {
+                Extension.GETTING: {"GET": self.get},
+                Extension.TERMINATION: {"DELETE": self.delete},
+            }
+            methods = {"OPTIONS": self.options, "HEAD": self.head, "PATCH": self.patch}
+        for extension, more in offered.items():
+            if extension in self._extensions:
+                methods |= more
+        return methods
+
+    def options(self, call: Call) -> TusResponse:
+        return TusResponse(204, [*call.common, *self._capabilities], b"", call.body)
+
+    def post(self, call: Call) -> TusResponse:
+        creation, chunk = self._creation(call), self._chunk(call)
+        if not chunk.is_empty:
+            self._require(Extension.CREATION_WITH_UPLOAD, "POST requests with a body")
+            # "The Client MUST include the Content-Type: application/offset+octet-stream
+            # header." (Creation With Upload)
+            call.headers.check_content_type()
+        info, answer = self._uploads.create(creation, chunk, call.request)
+        location = ("Location", upload_url(call.environ, info.id, self._settings))
+        headers = [*call.common, location, *tus.describe(info, full=False)]
+        return success_response(201, headers, info.response or answer, call.body)
+
+    def head(self, call: Call) -> TusResponse:
+        info = self._uploads.inspect(call.id, call.request)
+        # "The Server MUST prevent the client and/or proxies from caching the response by
+        # adding the Cache-Control: no-store header to the response." (HEAD)
+        headers = [*call.common, ("Cache-Control", "no-store"), *tus.describe(info, full=True)]
+        return TusResponse(200, headers, b"", call.body)
+
+    def patch(self, call: Call) -> TusResponse:
+        call.headers.check_content_type()
+        offset, size = call.headers.offset, call.headers.length
+        info = self._uploads.append(call.id, offset, size, self._chunk(call), call.request)
+        # "The Server MUST acknowledge successful PATCH requests with the 204 No Content
+        # status. It MUST include the Upload-Offset header containing the new offset."
+        headers = [*call.common, *tus.describe(info, full=False)]
+        return success_response(204, headers, info.response, call.body)
+
+    def delete(self, call: Call) -> TusResponse:
+        answer = self._uploads.terminate(call.id, call.request)
+        return success_response(204, call.common, answer, call.body)
+
+    def get(self, call: Call) -> TusResponse:
+        info = self._uploads.look(call.id, call.request)
+        validators = downloads.validators(info)
+        if downloads.is_cached(call.environ, validators):
+            return TusResponse(304, [*call.common, *validators], b"", call.body)
+        wanted = downloads.wanted_range(call.environ, validators, info.offset)
+        start, stop = wanted or (0, info.offset)
+        headers = [
+            *call.common,
+            *validators,
+            *downloads.content_headers(info),
+            ("Content-Length", str(stop - start)),
+        ]
+        if wanted is not None:
+            headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{info.offset}"))
+        content = downloads.Content(self._uploads.open(info, start), stop - start)
+        return TusResponse(206 if wanted else 200, headers, content, call.body)
+
+    # --- parsing ---------------------------------------------------------------------
+
+    def _creation(self, call: Call) -> Creation:
+        headers = call.headers
+        concat, deferred = headers.concat, headers.defers_length
+        if concat is not None:
+            self._require(Extension.CONCATENATION, tus.UPLOAD_CONCAT)
+        if deferred:
+            self._require(Extension.CREATION_DEFER_LENGTH, tus.UPLOAD_DEFER_LENGTH)
+        if concat is None or concat == "partial":
+            return Creation(headers.promised_size, headers.metadata, concat)
+        # "The Client MUST NOT include the Upload-Length header in the final upload
+        # creation." (Concatenation)
+        if deferred or headers.length is not None:
+            raise InvalidUploadLength("A final upload takes no Upload-Length header.")
+        parts = tuple(
+            upload_id(url, call.environ, self._settings) for url in tus.final_urls(concat)
+        )
+        return Creation(None, headers.metadata, concat, parts)
+
+    def _chunk(self, call: Call) -> Chunk:
+        checksum = call.headers.checksum
+        awaits_trailer = call.headers.announces_checksum
+        if checksum is not None or awaits_trailer:
+            self._require(Extension.CHECKSUM, tus.UPLOAD_CHECKSUM)
+        return Chunk(call.body, checksum, awaits_trailer and checksum is None)
+
+    def _require(self, extension: Extension, what: str) -> None:
+        if extension not in self._extensions:
+            raise ExtensionDisabled(f"{what}: the extension {extension} is not offered here.")
+
+    def _describe_server(self) -> Headers:
+        headers = [(tus.TUS_VERSION, tus.VERSION)]
+        if self._extensions:
+            names = ",".join(str(extension) for extension in self._uploads.extensions)
+            headers.append((tus.TUS_EXTENSION, names))
+        # "The Server SHOULD set this header if there is a known hard limit."
+        if self._uploads.settings.max_file_size is not None:
+            headers.append((tus.TUS_MAX_SIZE, str(self._uploads.settings.max_file_size)))
+        if Extension.CHECKSUM in self._extensions:
+            headers.append((tus.TUS_CHECKSUM_ALGORITHM, ",".join(ALGORITHMS)))
+        return headers
