@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 #: The longest address that is bound as it is; the kernel takes 107 bytes.
 _LONGEST_ADDRESS = 100
 
-#: The line of a lock file: the name of the holder's socket and the token.
+#: The first line of a lock file: the name of the holder's socket and the token.
 _LINE = re.compile(rb"([0-9]+-[0-9a-f]{8}\.sock) ([0-9a-f]{16})\n")
 
 
@@ -95,10 +95,9 @@ class FileLocker(Locker[Held]):
     def _announce(self, fd: int, path: Path, on_release_request: ReleaseRequest) -> Held:
         mailbox = self._mailbox.get()
         token = mailbox.expect(on_release_request)
-        line = mailbox.name.encode() + b" " + token + b"\n"
         try:
-            os.pwrite(fd, line, 0)
-            os.ftruncate(fd, len(line))
+            # Only the first line counts: what a dead holder's longer one left is no harm.
+            os.pwrite(fd, mailbox.name.encode() + b" " + token + b"\n", 0)
         except OSError:
             # The flock excludes without the line: better a holder that cannot be asked
             # than no lock at all on a full disk.
@@ -297,7 +296,7 @@ def _remove_leftovers(directory: Path) -> None:
     for path in directory.glob("*.lock"):
         try:
             # Only what is surely ours: somebody may keep other files here.
-            if _LINE.fullmatch(path.read_bytes()) and (fd := _open_locked(path)) is not None:
+            if _LINE.match(path.read_bytes()) and (fd := _open_locked(path)) is not None:
                 path.unlink()
                 os.close(fd)
         except OSError:

@@ -1,0 +1,355 @@
+"""The contract of info stores as tests: subclass ``InfoStoreContract``.
+
+Each test holds a store to a sentence of ``InfoStore``'s documentation. How a store gets
+on with other processes that die is not tested here, since that needs its own processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+
+from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
+from tuswsgi.hooks.base import Event, HookType
+from tuswsgi.info import MAX_SIZE, FileInfo, FinalResponse, Metadata, State, Storage, new_id
+from tuswsgi.infostores.base import InfoStore
+
+T = TypeVar("T")
+
+
+def upload(id: str | None = None, **fields: Any) -> FileInfo:
+    """Return the record of a new upload with the given fields."""
+    return FileInfo(id=new_id() if id is None else id, created_at=1.5, **fields)
+
+
+def event(info: FileInfo, type: HookType = HookType.POST_RECEIVE, **fields: Any) -> Event:
+    """Return an event that comes with a write of `info`."""
+    values = {"sequence": info.sequence, "created_at": 2.5, "payload": {"n": 1}, **fields}
+    return Event(id=new_id(), type=type, upload=info.id, **values)
+
+
+def together(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Run `calls` at the same time, one thread each, and return their results."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def full() -> FileInfo:
+    """Return a record that has something in every field."""
+    return FileInfo(
+        id=new_id(),
+        size=12,
+        offset=7,
+        metadata=Metadata.of({"filename": "кошка.txt", "empty": b"", "raw": bytes(range(256))}),
+        is_partial=True,
+        is_final=True,
+        concat="final;/files/a /files/b",
+        partial_uploads=("a", "b", "a"),
+        storage=Storage("file_storage", "2024/кошка", {"parts": [{"n": 1, "etag": '"x"'}]}),
+        owner="Zoë \N{CAT FACE}",
+        state=State.REFUSED,
+        response=FinalResponse(422, "Nein.\n", {"X-Reason": "virus"}),
+        digest="sha256 " + "0" * 64,
+        created_at=1700000000.123456,
+        last_byte_at=1700000001.1,
+        expires_at=1700000002.2,
+        finished_at=1700000003.3,
+        deleted_at=1700000004.4,
+        sequence=5,
+    )
+
+
+class InfoStoreContract:
+    """Tests of an ``InfoStore``; define the fixture `store`, and `other` if you can."""
+
+    @pytest.fixture
+    def store(self) -> Iterator[InfoStore]:
+        """A prepared store without records."""
+        raise NotImplementedError("Define the fixture `store`.")
+
+    @pytest.fixture
+    def other(self, store: InfoStore) -> InfoStore:
+        """Another prepared store on the same records, as a second process has it."""
+        pytest.skip("the records belong to one instance")
+
+    # --- records ---
+
+    def test_load_returns_what_was_created(self, store: InfoStore) -> None:
+        for info in (upload(), full()):
+            store.create(info)
+            assert store.load(info.id) == info
+
+    def test_an_unknown_id_is_not_found(self, store: InfoStore) -> None:
+        with pytest.raises(UploadNotFound):
+            store.load(new_id())
+        with pytest.raises(UploadNotFound):
+            store.save(upload())
+        with pytest.raises(UploadNotFound):
+            store.delete(upload(), [], state=State.TERMINATED, now=3.0)
+
+    def test_an_id_is_created_once(self, store: InfoStore) -> None:
+        info = upload(size=1)
+        store.create(info, [event(info)])
+        with pytest.raises(UploadExists):
+            store.create(replace(info, size=2), [event(info)])
+        assert store.load(info.id).size == 1
+        assert len(store.events(info.id)) == 1
+
+    def test_one_of_many_creators_wins(self, store: InfoStore) -> None:
+        id = new_id()
+
+        def create(size: int) -> int | None:
+            info = upload(id, size=size)
+            try:
+                store.create(info, [event(info)])
+            except UploadExists:
+                return None
+            return size
+
+        sizes = together([lambda n=n: create(n) for n in range(8)])  # type: ignore[misc]
+        (winner,) = (size for size in sizes if size is not None)
+        assert store.load(id).size == winner
+        assert len(store.events(id)) == 1
+
+    def test_save_replaces_the_record_and_counts(self, store: InfoStore) -> None:
+        info = upload()
+        store.create(info)
+        changed = replace(full(), id=info.id, sequence=info.sequence)
+        saved = store.save(changed)
+        assert saved == replace(changed, sequence=info.sequence + 1)
+        assert store.load(info.id) == saved
+        assert store.save(saved).sequence == info.sequence + 2
+
+    def test_a_conflict_changes_nothing(self, store: InfoStore) -> None:
+        info = upload(size=None)
+        store.create(info, [event(info)])
+        saved = store.save(replace(info, size=1), [event(info)])
+        events = list(store.events(info.id))
+        for sequence in (info.sequence, saved.sequence + 1):
+            stale = replace(info, size=2, sequence=sequence, expires_at=1.0)
+            with pytest.raises(InfoConflict):
+                store.save(stale, [event(stale)])
+        assert store.load(info.id) == saved
+        assert list(store.events(info.id)) == events
+        assert list(store.expired(2.0)) == []
+
+    @pytest.mark.parametrize("size", [None, 0, 1, 2**31, 2**32, 2**53 + 1, MAX_SIZE])
+    def test_sizes_are_exact(self, store: InfoStore, size: int | None) -> None:
+        info = upload(size=size, offset=size or 0)
+        store.create(info)
+        loaded = store.load(info.id)
+        assert (loaded.size, loaded.offset) == (size, size or 0)
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            "",
+            "is_confidential",
+            "filename d29ybGQ=,is_confidential,empty ",
+            "  spaced  d29ybGQ= ,x ",
+            "quote'\"%\\{}$?:; YQ==",
+            "not-ascii \xc3\xa9\xff\x80",
+            "binary " + "AAECAwQ" * 9000 + "AA==",
+        ],
+        ids=["empty", "key", "pairs", "spaces", "signs", "latin-1", "long"],
+    )
+    def test_metadata_is_kept_byte_for_byte(self, store: InfoStore, raw: str) -> None:
+        info = upload(metadata=Metadata(raw))
+        store.create(info)
+        assert store.load(info.id).metadata.raw == raw
+        store.save(info)
+        assert store.load(info.id).metadata.raw == raw
+
+    # --- tombstones ---
+
+    @pytest.mark.parametrize("state", [State.TERMINATED, State.EXPIRED])
+    def test_delete_leaves_a_tombstone(self, store: InfoStore, state: State) -> None:
+        info = upload(size=3)
+        store.create(info, [event(info)])
+        gone = store.delete(info, [event(info)], state=state, now=9.5)
+        assert gone.is_gone
+        assert gone == replace(info, state=state, deleted_at=9.5, sequence=info.sequence + 1)
+        assert store.load(info.id) == gone
+        assert len(store.events(info.id)) == 2
+        with pytest.raises(UploadExists):
+            store.create(info)
+        with pytest.raises(InfoConflict):
+            store.delete(info, [], state=state, now=10.5)
+
+    # --- events ---
+
+    def test_events_come_back_as_they_were(self, store: InfoStore) -> None:
+        info = upload()
+        payload = {"text": "кошка \N{CAT FACE}", "n": MAX_SIZE, "none": None, "deep": [{"a": []}]}
+        first = event(info, HookType.POST_CREATE, payload=payload, held=True, created_at=1.25)
+        store.create(info, [first])
+        assert list(store.events(info.id)) == [first]
+
+    def test_events_are_told_in_order(self, store: InfoStore) -> None:
+        info = upload()
+        told = [event(info), event(info, HookType.POST_CREATE), event(info)]
+        store.create(info, told)
+        for _ in range(3):
+            info = store.save(info, more := [event(info, sequence=info.sequence + 1)] * 2)
+            told += more
+        store.save(info)
+        assert list(store.events(info.id)) == told
+
+    def test_an_upload_without_events_has_none(self, store: InfoStore) -> None:
+        info, neighbour = upload(), upload()
+        store.create(info)
+        store.create(neighbour, [event(neighbour)])
+        assert list(store.events(info.id)) == []
+
+    # --- searching ---
+
+    def test_list_is_ordered_and_paged(self, store: InfoStore) -> None:
+        ids = ["a", "a-b", "a.b", "a~", "B", "_x", "-x", "0", "z" * 128, *(new_id() for _ in "123")]
+        for id in ids:
+            store.create(upload(id))
+        assert [info.id for info in store.list()] == sorted(ids)
+        pages: list[str] = []
+        while page := store.list(after=pages[-1] if pages else "", limit=5):
+            assert len(page) <= 5
+            pages += [info.id for info in page]
+        assert pages == sorted(ids)
+
+    def test_list_filters_states(self, store: InfoStore) -> None:
+        infos = {state: upload(state=state) for state in State}
+        for info in infos.values():
+            store.create(info)
+        assert {info.state for info in store.list()} == set(State)
+        wanted = {State.WAITING, State.EXPIRED}
+        assert {info.id for info in store.list(wanted)} == {infos[state].id for state in wanted}
+        assert list(store.list([])) == []
+        assert list(store.list([State.FINISHED], after=infos[State.FINISHED].id)) == []
+
+    def test_list_sees_changes(self, store: InfoStore) -> None:
+        info = upload()
+        store.create(info)
+        saved = store.save(replace(info, state=State.FINISHED, finished_at=2.0))
+        assert list(store.list([State.RECEIVING])) == []
+        assert list(store.list([State.FINISHED])) == [saved]
+
+    def test_expired_finds_what_is_due(self, store: InfoStore) -> None:
+        due, later, never = upload(expires_at=10.0), upload(expires_at=10.5), upload()
+        finished = upload(expires_at=9.0, finished_at=8.0, state=State.FINISHED)
+        gone = upload(expires_at=9.0, deleted_at=9.5, state=State.EXPIRED)
+        waiting = upload(expires_at=9.0, state=State.WAITING, is_final=True)
+        for info in (due, later, never, finished, gone, waiting):
+            store.create(info)
+        assert set(store.expired(10.0)) == {due.id, waiting.id}
+        assert len(store.expired(10.0, limit=1)) == 1
+        assert list(store.expired(8.9)) == []
+
+    def test_expired_sees_changes(self, store: InfoStore) -> None:
+        renewed, finished, deleted = (upload(expires_at=1.0) for _ in range(3))
+        for info in (renewed, finished, deleted):
+            store.create(info)
+        assert len(store.expired(2.0)) == 3
+        renewed = store.save(replace(renewed, expires_at=3.0))
+        store.save(replace(finished, finished_at=1.5, state=State.FINISHED))
+        store.delete(deleted, [], state=State.EXPIRED, now=2.0)
+        assert list(store.expired(2.0)) == []
+        assert list(store.expired(3.0)) == [renewed.id]
+
+    def test_finals_are_found_by_their_parts(self, store: InfoStore) -> None:
+        a, b, c = "a" * 32, "b" * 32, "c" * 32
+        first = self._final(store, (a, b, a, a))
+        second = self._final(store, (b, c))
+        assert list(store.finals_waiting_for(a)) == [first.id]
+        assert sorted(store.finals_waiting_for(b)) == sorted([first.id, second.id])
+        assert list(store.finals_waiting_for(c)) == [second.id]
+        assert list(store.finals_waiting_for(new_id())) == []
+        assert list(store.finals_waiting_for(first.id)) == []
+
+    def test_finals_wait_until_they_are_saved_otherwise(self, store: InfoStore) -> None:
+        part = new_id()
+        finished, deleted, still = (self._final(store, (part, part)) for _ in range(3))
+        store.save(replace(finished, state=State.FINISHED, finished_at=2.0))
+        store.delete(deleted, [], state=State.TERMINATED, now=2.0)
+        saved = store.save(replace(still, owner="me"))
+        assert list(store.finals_waiting_for(part)) == [still.id]
+        store.save(replace(saved, state=State.RECEIVING))
+        assert list(store.finals_waiting_for(part)) == []
+
+    def test_a_finished_final_does_not_wait(self, store: InfoStore) -> None:
+        part = new_id()
+        final = upload(is_final=True, partial_uploads=(part,), state=State.FINISHED)
+        store.create(final)
+        assert list(store.finals_waiting_for(part)) == []
+
+    @staticmethod
+    def _final(store: InfoStore, parts: tuple[str, ...]) -> FileInfo:
+        info = upload(is_final=True, partial_uploads=parts, state=State.WAITING)
+        store.create(info)
+        return info
+
+    # --- at the same time ---
+
+    def test_many_uploads_are_saved_at_once(self, store: InfoStore) -> None:
+        infos = [upload() for _ in range(50)]
+
+        def live(info: FileInfo) -> FileInfo:
+            store.create(info, [event(info)])
+            for _ in range(3):
+                info = store.save(replace(info, offset=info.offset + 1), [event(info)])
+            return info
+
+        saved = together([lambda info=info: live(info) for info in infos])  # type: ignore[misc]
+        assert sorted(saved, key=lambda info: info.id) == list(store.list())
+        assert all(info.offset == 3 and len(store.events(info.id)) == 4 for info in saved)
+
+    def test_writers_of_one_record_exclude_each_other(self, store: InfoStore) -> None:
+        info = upload()
+        store.create(info)
+
+        def add() -> int:
+            conflicts = 0
+            while True:
+                found = store.load(info.id)
+                try:
+                    store.save(replace(found, offset=found.offset + 1), [event(found)])
+                except InfoConflict:
+                    conflicts += 1
+                else:
+                    return conflicts
+
+        together([add] * 20)
+        saved = store.load(info.id)
+        assert (saved.offset, saved.sequence) == (20, info.sequence + 20)
+        assert [told.sequence for told in store.events(info.id)] == list(range(20))
+
+    # --- the life of a store ---
+
+    def test_prepare_may_be_repeated(self, store: InfoStore) -> None:
+        info = upload()
+        store.create(info)
+        together([store.prepare] * 4)
+        assert store.load(info.id) == info
+
+    def test_a_closed_store_may_be_used_again(self, store: InfoStore) -> None:
+        info = upload()
+        store.create(info)
+        store.close()
+        store.close()
+        saved = store.save(info, [event(info)])
+        assert store.load(info.id) == saved
+
+    def test_other_instances_see_what_was_written(self, store: InfoStore, other: InfoStore) -> None:
+        info = upload(expires_at=1.0)
+        for writer, reader in ((store, other), (other, store)) * 3:
+            try:
+                info = writer.save(replace(info, offset=info.offset + 1), [event(info)])
+            except UploadNotFound:
+                writer.create(info, [event(info)])
+            assert reader.load(info.id) == info
+            assert list(reader.list()) == [info]
+            assert list(reader.expired(1.0)) == [info.id]
+            assert list(reader.events(info.id)) == list(writer.events(info.id))
+        with pytest.raises(InfoConflict):
+            store.save(replace(info, sequence=0))

@@ -1,0 +1,248 @@
+"""The contract of lockers as tests: subclass ``LockerContract``.
+
+Each test holds a locker to a sentence of ``Locker``'s documentation. What happens to the
+locks of a process that dies is not tested here, since that needs its own processes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from tuswsgi.errors import TusError, UploadLocked
+from tuswsgi.lockers.base import Locker
+
+#: Seconds within which everything happens that shall happen, also on a busy machine.
+SOON = 10.0
+
+
+def ignore(reason: TusError) -> None:
+    """A holder that does not let go."""
+
+
+class Requests:
+    """A holder's callback that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.reasons: list[TusError] = []
+        self._arrived = threading.Event()
+
+    def __call__(self, reason: TusError) -> None:
+        self.reasons.append(reason)
+        self._arrived.set()
+
+    def wait(self) -> None:
+        """Wait for the first request."""
+        assert self._arrived.wait(SOON), "nobody asked the holder to let go"
+
+
+class LockerContract:
+    """Tests of a ``Locker``; define the fixture `locker`, and `other` if you can."""
+
+    @pytest.fixture
+    def locker(self) -> Iterator[Locker[Any]]:
+        """A prepared locker."""
+        raise NotImplementedError("Define the fixture `locker`.")
+
+    @pytest.fixture
+    def other(self, locker: Locker[Any]) -> Locker[Any]:
+        """Another prepared locker with the same locks, as a second process has it."""
+        pytest.skip("the locks belong to one instance")
+
+    def test_a_lock_is_exclusive(self, locker: Locker[Any]) -> None:
+        with locker.lock("a", ignore), pytest.raises(UploadLocked):  # noqa: SIM117
+            with locker.try_lock("a", ignore):
+                pytest.fail("two holders")
+        with locker.try_lock("a", ignore), pytest.raises(UploadLocked):  # noqa: SIM117
+            with locker.try_lock("a", ignore):
+                pytest.fail("two holders")
+        with locker.lock("a", ignore):
+            pass
+
+    def test_many_threads_take_turns(self, locker: Locker[Any]) -> None:
+        inside, turns, overlaps = 0, 0, 0
+
+        def take_turns() -> None:
+            nonlocal inside, turns, overlaps
+            for _ in range(8):
+                with locker.lock("a", ignore):
+                    overlaps += inside
+                    inside += 1
+                    pause.wait(0.0005)
+                    turns += 1
+                    inside -= 1
+
+        pause = threading.Event()
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(take_turns) for _ in range(8)]:
+                done.result()
+        assert (turns, overlaps) == (64, 0)
+
+    def test_a_holder_is_asked_to_let_go(self, locker: Locker[Any]) -> None:
+        requests = Requests()
+        with self._held(locker, "a", requests) as release, ThreadPoolExecutor(1) as pool:
+            waiter = pool.submit(self._take, locker, "a")
+            requests.wait()
+            assert not waiter.done()
+            release.set()
+            waiter.result(SOON)
+        assert all(isinstance(reason, TusError) for reason in requests.reasons)
+
+    def test_a_lock_that_is_free_asks_nobody(self, locker: Locker[Any]) -> None:
+        requests = Requests()
+        with locker.lock("a", requests):
+            pass
+        with locker.lock("a", ignore):
+            self._flush(locker)
+        assert requests.reasons == []
+
+    def test_a_later_holder_is_not_asked(self, locker: Locker[Any]) -> None:
+        first, second = Requests(), Requests()
+        locker.timeout = 0.01
+        with locker.lock("a", first):
+            for _ in range(3):
+                self._expect_locked(locker, "a")
+        with locker.lock("a", second):
+            self._flush(locker)
+            assert first.reasons
+            assert second.reasons == []
+
+    def test_a_waiter_gives_up_in_the_end(self, locker: Locker[Any]) -> None:
+        locker.timeout = 0.05
+        requests = Requests()
+        with locker.lock("a", requests):
+            self._expect_locked(locker, "a")
+            requests.wait()
+            self._expect_locked(locker, "a")
+        with locker.lock("a", ignore):
+            pass
+
+    def test_a_lock_is_not_reentrant(self, locker: Locker[Any]) -> None:
+        locker.timeout = 0.01
+        with locker.lock("a", ignore):
+            self._expect_locked(locker, "a")
+
+    def test_trying_disturbs_nobody(self, locker: Locker[Any]) -> None:
+        requests = Requests()
+        with locker.lock("a", requests):
+            for _ in range(3):
+                with pytest.raises(UploadLocked), locker.try_lock("a", ignore):
+                    pytest.fail("two holders")
+            self._flush(locker)
+        assert requests.reasons == []
+
+    def test_who_tried_and_got_in_can_be_asked(self, locker: Locker[Any]) -> None:
+        requests = Requests()
+        locker.timeout = 0.01
+        with locker.try_lock("a", requests):
+            self._expect_locked(locker, "a")
+            requests.wait()
+
+    def test_ids_are_independent(self, locker: Locker[Any]) -> None:
+        ids = [
+            "a",
+            "A",
+            "ab",
+            "a.b",
+            "a-b",
+            "_",
+            "z" * 128,
+            "sweep",
+            *(f"{n:032x}" for n in range(200)),
+        ]
+        requests = {id: Requests() for id in ids}
+        locker.timeout = 0.01
+        with ExitStack() as stack:
+            for id in ids:
+                stack.enter_context(locker.lock(id, requests[id]))
+            self._expect_locked(locker, "ab")
+            requests["ab"].wait()
+            self._flush(locker)
+        assert [id for id in ids if requests[id].reasons] == ["ab"]
+
+    def test_an_exception_releases(self, locker: Locker[Any]) -> None:
+        with pytest.raises(ZeroDivisionError), locker.lock("a", ignore):
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), locker.try_lock("a", ignore):
+            raise ZeroDivisionError
+        with locker.try_lock("a", ignore):
+            pass
+
+    def test_a_callback_that_fails_does_no_harm(self, locker: Locker[Any]) -> None:
+        def fail(reason: TusError) -> None:
+            raise ZeroDivisionError
+
+        locker.timeout = 0.01
+        with locker.lock("a", fail):
+            self._expect_locked(locker, "a")
+            self._flush(locker)
+
+    def test_a_closed_locker_may_be_used_again(self, locker: Locker[Any]) -> None:
+        with locker.lock("a", ignore):
+            pass
+        locker.close()
+        locker.close()
+        self._flush(locker)
+
+    def test_prepare_disturbs_no_holder(self, locker: Locker[Any]) -> None:
+        requests = Requests()
+        locker.timeout = 0.01
+        with locker.lock("a", requests):
+            locker.prepare()
+            self._expect_locked(locker, "a")
+            requests.wait()
+
+    def test_other_instances_share_the_locks(self, locker: Locker[Any], other: Locker[Any]) -> None:
+        for holder, waiter in ((locker, other), (other, locker)):
+            requests = Requests()
+            with self._held(holder, "a", requests) as release, ThreadPoolExecutor(1) as pool:
+                taken = pool.submit(self._take, waiter, "a")
+                requests.wait()
+                assert not taken.done()
+                release.set()
+                taken.result(SOON)
+
+    @staticmethod
+    def _take(locker: Locker[Any], id: str) -> None:
+        with locker.lock(id, ignore):
+            pass
+
+    @staticmethod
+    def _expect_locked(locker: Locker[Any], id: str) -> None:
+        with pytest.raises(UploadLocked), locker.lock(id, ignore):
+            pytest.fail("two holders")
+
+    @staticmethod
+    @contextmanager
+    def _held(locker: Locker[Any], id: str, requests: Requests) -> Iterator[threading.Event]:
+        """Hold a lock in another thread until the event is set."""
+        holding, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with locker.lock(id, requests):
+                holding.set()
+                release.wait(SOON)
+
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(hold)
+            assert holding.wait(SOON)
+            try:
+                yield release
+            finally:
+                release.set()
+                done.result(SOON)
+
+    @staticmethod
+    def _flush(locker: Locker[Any]) -> None:
+        """Wait until requests that were made before have arrived, if they ever will."""
+        requests, timeout = Requests(), locker.timeout
+        with locker.lock("flush", requests):
+            locker.timeout = 0.01
+            LockerContract._expect_locked(locker, "flush")
+            requests.wait()
+        locker.timeout = timeout
