@@ -1,0 +1,378 @@
+"""What the contracts promise among processes: exclusion, takeover, death, forks, gevent."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from tuswsgi.errors import InfoConflict, UploadLocked
+from tuswsgi.infostores.file import FileInfoStore
+from tuswsgi.infostores.sql import SqlInfoStore
+from tuswsgi.lockers.file import FileLocker
+from tuswsgi.testing.infostores import event, upload
+from tuswsgi.testing.lockers import SOON, Requests, ignore
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+class Child:
+    """Another process that runs `target(connection, *args)`."""
+
+    def __init__(self, target, *args):
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(theirs, *args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def tell(self, message):
+        self._connection.send(message)
+
+    def hear(self):
+        assert self._connection.poll(SOON * 3), "the child says nothing"
+        return self._connection.recv()
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+    def end(self):
+        if self.process.is_alive():
+            self.kill()
+        self._connection.close()
+        self.process.close()
+
+
+@contextmanager
+def children(count, target, *args):
+    started = [Child(target, *args) for _ in range(count)]
+    try:
+        for child in started:
+            assert child.hear() == "ready"
+        yield started
+    finally:
+        for child in started:
+            child.end()
+
+
+def run_python(code, *args):
+    """Run a script in a new interpreter, which fails by an exception."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# --- lockers ---
+
+
+def take_turns(connection, directory, count):
+    locker, marker = FileLocker(directory), str(directory / "inside")
+    locker.prepare()
+    connection.send("ready")
+    connection.recv()
+    turns = 0
+    while turns < count:
+        try:
+            # Without the base class' pauses: opening, locking and unlinking shall race.
+            with locker.try_lock("a", ignore):
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                os.unlink(marker)
+                turns += 1
+        except UploadLocked:
+            time.sleep(0)
+    connection.send(turns)
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path):
+    with children(4, take_turns, tmp_path, 1000) as holders:
+        for child in holders:
+            child.tell("go")
+        assert [child.hear() for child in holders] == [1000] * 4
+
+
+def hold(connection, directory, ids, *, obedient=True):
+    locker = FileLocker(directory)
+    locker.prepare()
+    connection.send("ready")
+    while True:
+        connection.recv()
+        requests = [Requests() for _ in ids]
+        first, *others = [
+            locker.lock(id, request) for id, request in zip(ids, requests, strict=True)
+        ]
+        for other in others:
+            other.__enter__()
+        with first:
+            connection.send("holding")
+            requests[0].wait()
+            if not obedient:
+                connection.recv()
+
+
+def test_a_holder_in_another_process_lets_go(tmp_path):
+    locker = FileLocker(tmp_path)
+    latencies = []
+    with children(1, hold, tmp_path, ["a"]) as [holder]:
+        for _ in range(5):
+            holder.tell("lock")
+            assert holder.hear() == "holding"
+            start = time.monotonic()
+            with locker.lock("a", ignore):
+                latencies.append(time.monotonic() - start)
+    locker.close()
+    assert statistics.median(latencies) < 0.1
+
+
+def test_the_death_of_a_holder_frees_its_locks(tmp_path):
+    locker = FileLocker(tmp_path)
+    with children(1, hold, tmp_path, ["a", "b"]) as [holder]:
+        holder.tell("lock")
+        assert holder.hear() == "holding"
+        with pytest.raises(UploadLocked), locker.try_lock("b", ignore):
+            pytest.fail("two holders")
+        holder.kill()
+    with locker.try_lock("a", ignore):
+        pass
+    locker.close()
+    left = sorted(path.suffix for path in tmp_path.iterdir())
+    assert left == [".lock", ".sock"]
+    (tmp_path / "foreign.lock").write_text("somebody's own file")
+    locker.prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["foreign.lock"]
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+if sys.argv[1] == "gevent":
+    from gevent import monkey; monkey.patch_all()
+from tuswsgi.lockers.file import FileLocker
+from tuswsgi.testing.lockers import LockerContract, Requests, ignore
+
+locker = FileLocker(Path(sys.argv[2]))
+locker.prepare()
+LockerContract._flush(locker)
+(socket,) = locker.directory.glob("*.sock")
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        LockerContract._flush(locker)
+        locker.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert socket.exists()
+    LockerContract._flush(locker)
+assert list(locker.directory.glob("*.sock")) == [socket]
+locker.close()
+assert not list(locker.directory.iterdir())
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_a_forked_child_has_its_own_mailbox(tmp_path, kind):
+    run_python(FORK, kind, tmp_path)
+
+
+# --- info stores ---
+
+
+def sqlite(directory):
+    return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3")
+
+
+def durable_sqlite(directory):
+    return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=True)
+
+
+def files(directory):
+    return FileInfoStore(directory / "info")
+
+
+def write_much(connection, make, directory):
+    store = make(directory)
+    connection.send("ready")
+    connection.recv()
+    store.prepare()
+    for _ in range(20):
+        info = upload()
+        store.create(info, [event(info)])
+        store.save(info, [event(info)])
+    for _ in range(20):
+        while True:
+            shared = store.load("shared")
+            try:
+                store.save(replace(shared, offset=shared.offset + 1), [event(shared)])
+                break
+            except InfoConflict:
+                pass
+    connection.send(store.load("shared").offset)
+
+
+@pytest.mark.parametrize("make", [sqlite, files])
+def test_many_processes_write_at_once(tmp_path, make):
+    store = make(tmp_path)
+    with children(4, write_much, make, tmp_path) as writers:
+        store.prepare()
+        store.create(upload("shared"))
+        for child in writers:
+            child.tell("go")
+        assert max(child.hear() for child in writers) == 80
+    for info in store.list():
+        assert info.sequence == (80 if info.id == "shared" else 1)
+        assert len(store.events(info.id)) == (80 if info.id == "shared" else 2)
+    assert len(store.list()) == 81
+    store.close()
+
+
+def test_tables_are_made_once(tmp_path):
+    with children(4, make_tables, tmp_path) as makers:
+        for child in makers:
+            child.tell("go")
+        assert [child.hear() for child in makers] == [[]] * 4
+
+
+def make_tables(connection, directory):
+    store = sqlite(directory)
+    connection.send("ready")
+    connection.recv()
+    store.prepare()
+    connection.send(list(store.list()))
+
+
+def write_for_ever(connection, make, directory):
+    store = make(directory)
+    store.prepare()
+    connection.send("ready")
+    info = upload()
+    store.create(info, [event(info)])
+    while True:
+        info = store.save(info, [event(info), event(info)])
+        connection.send((info.id, info.sequence))
+
+
+@pytest.mark.parametrize("make", [sqlite, durable_sqlite, files])
+def test_the_death_of_a_writer_keeps_records_and_events_together(tmp_path, make):
+    store = make(tmp_path)
+    store.prepare()
+    for writes in (5, 20, 60):
+        with children(2, write_for_ever, make, tmp_path) as writers:
+            for _ in range(writes):
+                told = [child.hear() for child in writers]
+            for child in writers:
+                child.kill()
+        for id, sequence in told:
+            info = store.load(id)
+            assert info.sequence >= sequence
+            assert len(store.events(id)) == 1 + 2 * info.sequence
+    assert len(store.list()) == 6
+    store.close()
+
+
+FORK_STORE = """
+import os, sys
+if sys.argv[1] == "gevent":
+    from gevent import monkey; monkey.patch_all()
+from tuswsgi.infostores.sql import SqlInfoStore
+from tuswsgi.testing.infostores import upload
+
+store = SqlInfoStore("sqlite:///" + sys.argv[2])
+store.prepare()
+store.create(upload("parent"))
+for n in range(3):
+    child = os.fork()
+    if child == 0:
+        store.create(upload(f"child{n}"))
+        store.load("parent")
+        store.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    store.create(upload(f"parent{n}"))
+    store.load(f"child{n}")
+assert len(store.list()) == 7
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "gevent"])
+def test_a_forked_child_has_its_own_connections(tmp_path, kind):
+    run_python(FORK_STORE, kind, tmp_path / "info.sqlite3")
+
+
+# --- gevent ---
+
+
+def test_the_contracts_hold_under_gevent():
+    run_python(
+        "from gevent import monkey; monkey.patch_all()\n"
+        "import sys, pytest\n"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
+        "test_infostores.py",
+        "test_lockers.py",
+    )
+
+
+BUSY = """
+from gevent import monkey; monkey.patch_all()
+import sqlite3, subprocess, sys, time
+import gevent
+from tuswsgi.infostores.sql import SqlInfoStore
+from tuswsgi.testing.infostores import event, upload
+
+path = sys.argv[1]
+store = SqlInfoStore("sqlite:///" + path)
+store.prepare()
+known = upload()
+store.create(known)
+foreign = subprocess.Popen(
+    [sys.executable, "-c", '''
+import sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+time.sleep(0.5)
+connection.execute("COMMIT")
+''', path],
+    stdout=subprocess.PIPE,
+)
+gaps = []
+def tick():
+    last = time.monotonic()
+    while True:
+        time.sleep(0.005)
+        now = time.monotonic()
+        gaps.append(now - last)
+        last = now
+assert foreign.stdout.readline() == b"locked\\n"
+start = time.monotonic()
+ticker = gevent.spawn(tick)
+writers = [gevent.spawn(store.create, info := upload(), [event(info)]) for _ in range(20)]
+gevent.sleep(0.05)
+store.load(known.id)
+assert not any(writer.ready() for writer in writers)
+gevent.joinall(writers, raise_error=True)
+assert time.monotonic() - start > 0.3
+assert max(gaps) < 0.2, max(gaps)
+assert len(store.list()) == 21
+foreign.wait()
+foreign.stdout.close()
+"""
+
+
+def test_a_foreign_writer_does_not_block_the_hub(tmp_path):
+    run_python(BUSY, tmp_path / "info.sqlite3")
