@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import select
 import socket
 import ssl
 import struct
@@ -127,6 +128,10 @@ class Connection:
             headers = {**headers, "Content-Length": len(body)}
         self.send(self.head(method, path, headers) + body)
         return self.read()
+
+    def pause(self, seconds: float) -> None:
+        """Send nothing for a while, and see that the server says nothing either."""
+        assert select.select([self.sock], [], [], seconds)[0] == [], "an answer came too early"
 
     # --- reading -----------------------------------------------------------------------
 

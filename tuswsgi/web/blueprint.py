@@ -14,7 +14,7 @@ import flask
 from flask.sansio.blueprints import BlueprintSetupState
 from werkzeug.routing import BaseConverter, Rule
 
-from tuswsgi.errors import MethodNotAllowed, TusError
+from tuswsgi.errors import BodyIncomplete, MethodNotAllowed, ReadTimeout, TusError
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
@@ -145,13 +145,14 @@ class TusBlueprint(flask.Blueprint):
 
 
 def _log_error(environ: Mapping[str, Any], error: TusError) -> None:
-    level = logging.WARNING if error.status >= 500 else logging.DEBUG
+    # Clients that go away or fall silent are what this protocol is made for.
+    is_ours = error.status >= 500 and not isinstance(error, (BodyIncomplete, ReadTimeout))
     log.log(
-        level,
+        logging.WARNING if is_ours else logging.DEBUG,
         "%s %s: %s %s",
         environ["REQUEST_METHOD"],
         environ.get("PATH_INFO"),
         error.code,
         error.message,
-        exc_info=error.__cause__,
+        exc_info=error.__cause__ if is_ours else None,
     )
