@@ -31,6 +31,9 @@ from tuswsgi.protocol.checksum import Checksum
 
 log = logging.getLogger(__name__)
 
+#: The most bytes that are moved at once.
+_STEP = 1024 * 1024
+
 
 class Body(ABC):
     """The body of a request, as ``web`` gets it from the WSGI server.
@@ -49,6 +52,19 @@ class Body(ABC):
 
         :raises TusError: ``BodyIncomplete`` or ``BodyMalformed``; nothing more can come.
         """
+
+    def transfer(self, fd: int, offset: int, n: int) -> int | None:
+        """Wait for bytes and move 1 to `n` of them to a file, past this process' memory.
+
+        :returns: how many, 0 where ``receive`` would return nothing; ``None`` if it cannot
+            be done, which is to be asked again for every call.
+        :raises TusError: as ``receive``.
+        :raises OSError: if the file takes no more; nothing more can come then.
+        """
+        return None
+
+    def nudge(self) -> None:
+        """Make a waiting ``transfer`` take what has arrived, however little. Waits on."""
 
     @abstractmethod
     def wake(self) -> None:
@@ -100,8 +116,8 @@ class UploadReader:
 
     def copy_to(self, fd: int, offset: int) -> int:
         start = offset
-        while block := self._receive(1024 * 1024):
-            offset += _write(fd, block, offset)
+        while kept := self._transfer(fd, offset):
+            offset += kept
             self._progressed()
         return offset - start
 
@@ -135,6 +151,10 @@ class UploadReader:
             self.error = UploadInterrupted() if type(error) is UploadLocked else error
             self._body.wake()
 
+    def nudge(self) -> None:
+        """Take what has arrived of a slow body."""
+        self._body.nudge()
+
     # --- inside ------------------------------------------------------------------------
 
     def _receive(self, n: int) -> memoryview | bytes:
@@ -148,17 +168,39 @@ class UploadReader:
         except TusError as error:
             self.error = self.error or error
             return b""
-        if not block:
-            self._ended = self.error is None
-            return b""
-        if left == 0:
+        if block and left == 0:
             self.error = self._too_many
             return b""
-        self.received += len(block)
-        self.last_progress = time.monotonic()
+        self._count(len(block))
         if self._hash is not None:
             self._hash.update(block)
         return block
+
+    def _transfer(self, fd: int, offset: int) -> int:
+        """Move the next bytes to a file and return how many; 0 at the end."""
+        left = self._limit - self.received
+        if self._hash is not None or left == 0 or self._ended or self.error is not None:
+            return self._write(fd, offset)
+        try:
+            moved = self._body.transfer(fd, offset, min(_STEP, left))
+        except TusError as error:
+            self.error = self.error or error
+            return 0
+        if moved is None:
+            return self._write(fd, offset)
+        self._count(moved)
+        return moved
+
+    def _write(self, fd: int, offset: int) -> int:
+        block = self._receive(_STEP)
+        return write_at(fd, block, offset) if block else 0
+
+    def _count(self, n: int) -> None:
+        if n == 0:
+            self._ended = self.error is None
+            return
+        self.received += n
+        self.last_progress = time.monotonic()
 
     def _progressed(self) -> None:
         if self._on_progress is None or self.error is not None:
@@ -182,7 +224,8 @@ class UploadReader:
         return checksum.matches(hash)
 
 
-def _write(fd: int, block: memoryview | bytes, offset: int) -> int:
+def write_at(fd: int, block: memoryview | bytes, offset: int) -> int:
+    """Write the whole of `block` at `offset` and return its length."""
     written = os.pwrite(fd, block, offset)
     while written < len(block):
         # A full disk takes the first bytes and refuses the next ones.
@@ -234,7 +277,10 @@ class ActiveReaders:
         pause = max(0.05, min(self.network_timeout / 10, 5.0))
         while True:
             time.sleep(pause)
-            oldest = time.monotonic() - self.network_timeout
+            now = time.monotonic()
             for reader in tuple(readers):
-                if reader.last_progress < oldest:
+                silence = now - reader.last_progress
+                if silence > self.network_timeout:
                     reader.interrupt(ReadTimeout())
+                elif silence > pause:
+                    reader.nudge()

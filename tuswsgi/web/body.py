@@ -12,15 +12,18 @@ import logging
 import select
 import socket
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from tuswsgi.errors import BodyIncomplete, BodyMalformed
 from tuswsgi.process import PerProcess
 from tuswsgi.protocol.headers import content_length
 from tuswsgi.protocol.reader import Body
+from tuswsgi.web.pipe import IS_SUPPORTED, Unsupported, pipe
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: The most bytes that are taken from a socket at once, and after which other greenlets
 #: of the worker get their turn: a fast client would starve them otherwise.
@@ -41,6 +44,11 @@ _GLANCE = 0.1
 
 class _Woken(BaseException):
     """Thrown into a greenlet that waits for bytes. Never leaves this file."""
+
+
+#: Bytes that the kernel gathers before it wakes a greenlet that splices: a stream as slow
+#: as real networks are would wake it for every packet.
+_LOW_WATER = 256 * 1024
 
 
 def body_of(environ: Mapping[str, Any]) -> RequestBody:
@@ -207,9 +215,7 @@ class _GunicornBody(RequestBody):
     def receive(self, n: int) -> memoryview | bytes:
         if self._ended or self._is_woken:
             return b""
-        if self._continue is not None:
-            self._continue()
-            self._continue = None
+        self._ask_to_continue()
         try:
             block = self._wait_and_take(n)
         except BaseException:
@@ -220,6 +226,9 @@ class _GunicornBody(RequestBody):
 
     def wake(self) -> None:
         super().wake()
+        self._end_wait()
+
+    def _end_wait(self) -> None:
         if self._greenlet is not None:
             self._hub.loop.run_callback_threadsafe(self._throw)
 
@@ -230,21 +239,35 @@ class _GunicornBody(RequestBody):
     def _waits_for_continue(self) -> bool:
         return self._continue is not None
 
+    def _ask_to_continue(self) -> None:
+        if self._continue is not None:
+            self._continue()
+            self._continue = None
+
     def _wait_and_take(self, n: int) -> memoryview | bytes:
         if not self._cooperative:
             return self._take(n) if self._wait_in_thread() else b""
-        import gevent
+        self._give_others_a_turn()
+        while not self._is_woken:
+            block = self._interruptibly(lambda: self._take(n))
+            if block is not None:
+                return block
+        return b""
 
+    def _give_others_a_turn(self) -> None:
         if self._since_yield >= _BLOCK:
             self._since_yield = 0
-            gevent.sleep(0)
-            if self._is_woken:
-                return b""
-        self._hub, self._greenlet = gevent.get_hub(), gevent.getcurrent()
+            time.sleep(0)
+
+    def _interruptibly(self, action: Callable[[], T]) -> T | None:
+        """Run what waits for the socket; ``None`` if ``wake`` or ``nudge`` ended it."""
+        from gevent import get_hub, getcurrent
+
+        self._hub, self._greenlet = get_hub(), getcurrent()
         try:
-            return self._take(n)
+            return action()
         except _Woken:
-            return b""
+            return None
         finally:
             self._greenlet = None
 
@@ -289,6 +312,8 @@ class SocketBody(_GunicornBody):
         self._reader = self._input.reader
         self._ended = self._reader.length == 0
         self._own_buffer: memoryview | None = None
+        self._splices = IS_SUPPORTED and self._cooperative and not hasattr(self._sock, "context")
+        self._low_water = 1
 
     @property
     def _left(self) -> int:
@@ -302,6 +327,60 @@ class SocketBody(_GunicornBody):
         self._reader.length -= len(block)
         self._ended = self._reader.length == 0
         return block
+
+    def transfer(self, fd: int, offset: int, n: int) -> int | None:
+        if not self._splices or self._has_buffered:
+            return None
+        self._ask_to_continue()
+        self._give_others_a_turn()
+        if self._ended or self._is_woken:
+            return 0
+        try:
+            moved = self._splice(fd, offset, min(n, self._left))
+        except Unsupported:
+            self._splices = False
+            return None
+        except BaseException:
+            self._input.failed = True
+            raise
+        finally:
+            self._set_low_water(1)
+        self._since_yield += moved
+        self._reader.length -= moved
+        self._ended = self._reader.length == 0
+        return moved
+
+    def nudge(self) -> None:
+        if self._low_water > 1:
+            self._end_wait()
+
+    def _splice(self, fd: int, offset: int, n: int) -> int:
+        sock = self._sock.fileno()
+        while True:
+            try:
+                moved = pipe().move(sock, fd, offset, n)
+            except BlockingIOError:
+                if self._is_woken:
+                    return 0
+            except ConnectionError as error:
+                log.info("The body broke off: %s", error)
+                raise BodyIncomplete from error
+            else:
+                if moved == 0:
+                    raise BodyIncomplete
+                return moved
+            # It must shrink with the rest, or the last bytes would never be enough.
+            self._set_low_water(min(_LOW_WATER, n))
+            self._interruptibly(self._wait_readable)
+
+    def _wait_readable(self) -> None:
+        with self._hub.loop.io(self._sock.fileno(), 1) as readable:
+            self._hub.wait(readable)
+
+    def _set_low_water(self, n: int) -> None:
+        if n != self._low_water:
+            self._low_water = n
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
 
     def _take_buffered(self, n: int) -> bytes:
         unreader = self._reader.unreader
