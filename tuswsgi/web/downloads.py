@@ -6,7 +6,7 @@ What is uploaded may be anybody's: a browser gets nothing from here that it woul
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from email.utils import formatdate
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +18,6 @@ from werkzeug.http import (
     parse_range_header,
 )
 
-from tuswsgi.datastores.base import Readable
 from tuswsgi.errors import RangeNotSatisfiable
 from tuswsgi.info import FileInfo, Metadata
 
@@ -47,8 +46,6 @@ INLINE_TYPES = frozenset(
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _MEDIA_TYPE = re.compile(rf'{_TOKEN}/{_TOKEN}(\s*;\s*{_TOKEN}=({_TOKEN}|"[^"\\\x00-\x1f]*"))*')
-
-_BLOCK = 256 * 1024
 
 Headers = list[tuple[str, str]]
 
@@ -136,23 +133,3 @@ def _range_applies(text: str | None, named: Mapping[str, str]) -> bool:
         return condition.date == parse_date(named["Last-Modified"])
     # A weak tag never matches here: the comparison is the strong one.
     return not text.startswith("W/") and f'"{condition.etag}"' == named["ETag"]
-
-
-class Content:
-    """The bytes of a download, read as they are sent."""
-
-    def __init__(self, opened: Readable, length: int) -> None:
-        self._opened = opened
-        self._left = length
-
-    def __iter__(self) -> Iterator[bytes]:
-        while self._left > 0:
-            block = self._opened.read(min(_BLOCK, self._left))
-            if not block:
-                # Fewer bytes than announced: only closing the connection tells the client.
-                raise OSError("The bytes of the upload ended too soon.")
-            self._left -= len(block)
-            yield block
-
-    def close(self) -> None:
-        self._opened.close()

@@ -24,6 +24,7 @@ from tuswsgi.hooks.base import HookResponse
 from tuswsgi.info import FinalResponse
 from tuswsgi.protocol.headers import TUS_VERSION, UPLOAD_OFFSET, VERSION
 from tuswsgi.web.body import RequestBody
+from tuswsgi.web.sending import Content
 
 _REASONS = {460: "Checksum Mismatch"}
 
@@ -54,6 +55,8 @@ class TusResponse(Response):
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         content = super().__call__(environ, start_response)
+        if isinstance(content, Content):
+            content = content.through(environ, start_response)
         body = self.request_body
         if body is None or body.ended:
             return content

@@ -17,6 +17,7 @@ from tuswsgi.protocol.uploads import Creation, Uploads
 from tuswsgi.web import downloads
 from tuswsgi.web.body import RequestBody
 from tuswsgi.web.responses import Headers, TusResponse, success_response
+from tuswsgi.web.sending import Content
 from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import upload_id, upload_url
 
@@ -112,7 +113,8 @@ class Views:
         ]
         if wanted is not None:
             headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{info.offset}"))
-        content = downloads.Content(self._uploads.open(info, start), stop - start)
+        patience = self._uploads.settings.network_timeout
+        content = Content(self._uploads.open(info, start), stop - start, patience)
         return TusResponse(206 if wanted else 200, headers, content, call.body)
 
     # --- parsing ---------------------------------------------------------------------
