@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import ssl
@@ -218,6 +219,14 @@ def _check_log(log: str, expected: str | None) -> None:
         return
     assert "Traceback" not in log, log
     assert "[CRITICAL]" not in log, log
+
+
+@pytest.fixture(autouse=True)
+def _random_seed() -> None:
+    """Make what is random the same again: a failure shows the seed."""
+    seed = int(os.environ.get("TUSWSGI_TEST_SEED") or random.randrange(2**32))
+    print(f"TUSWSGI_TEST_SEED={seed}")
+    random.seed(seed)
 
 
 Serve = Callable[..., Server]
