@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -177,12 +178,36 @@ def test_a_waiter_that_is_struck_leaves_nothing_behind(connection, foreign):
         leader = pool.submit(connection.write, add(1))
         wait_until(lambda: queued(connection) == 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sqlite.threading, "Event", Struck)
+            patch.setattr(sqlite, "threading", SimpleNamespace(Event=Struck))
             with pytest.raises(KeyboardInterrupt):
                 connection.write(add(2))
         foreign.execute("ROLLBACK")
         leader.result()
     connection.write(add(3))
+    assert numbers(connection) == [1, 3]
+
+
+def test_a_leader_that_is_struck_passes_the_lead_on(connection, foreign, monkeypatch):
+    monkeypatch.setattr(sqlite, "_BATCH", 1)
+
+    class Struck(threading.Event):
+        def wait(self, timeout=None):
+            super().wait(timeout)
+            raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(connection.write, add(1))
+        wait_until(lambda: queued(connection) == 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sqlite, "threading", SimpleNamespace(Event=Struck))
+            second = pool.submit(connection.write, add(2))
+            wait_until(lambda: queued(connection) == 2)
+        third = pool.submit(connection.write, add(3))
+        wait_until(lambda: queued(connection) == 3)
+        foreign.execute("ROLLBACK")
+        assert first.result() == 1
+        assert isinstance(second.exception(), KeyboardInterrupt)
+        assert third.result() == 3
     assert numbers(connection) == [1, 3]
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
+from dataclasses import replace
+
 import pytest
 
+from tuswsgi.connections.sql import connect
+from tuswsgi.errors import ConfigurationError, StorageFull, Unavailable, UploadNotFound
+from tuswsgi.info import FileInfo, State
+from tuswsgi.infostores import record
 from tuswsgi.infostores.file import FileInfoStore
 from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.infostores.sql import SqlInfoStore
-from tuswsgi.testing.infostores import InfoStoreContract
+from tuswsgi.testing.infostores import InfoStoreContract, event, full, upload
 
 
 class TestMemoryInfoStore(InfoStoreContract):
@@ -27,7 +36,8 @@ class Shared(InfoStoreContract):
 
     @pytest.fixture
     def other(self, store, tmp_path):
-        yield from self._prepared(tmp_path)
+        # Another spelling of the directory is another connection.
+        yield from self._prepared(f"{tmp_path}/.")
 
     def _prepared(self, directory):
         store = self.make(directory)
@@ -38,19 +48,158 @@ class Shared(InfoStoreContract):
 
 class TestFileInfoStore(Shared):
     def make(self, directory):
-        return FileInfoStore(directory / "info")
+        return FileInfoStore(f"{directory}/info")
+
+    @pytest.fixture
+    def directory(self, tmp_path):
+        return tmp_path / "info"
+
+    def test_what_is_not_ours_is_skipped(self, store, directory, caplog):
+        info = upload()
+        store.create(info)
+        (directory / "empty.info").touch()
+        (directory / "text.info").write_text("no record")
+        (directory / "array.info").write_text("[]")
+        (directory / "other.info").write_text('{"id": "other", "offset": 0}')
+        (directory / "renamed.info").write_bytes((directory / f"{info.id}.info").read_bytes())
+        (directory / "strange name.info").write_text("{}")
+        (directory / "folder.info").mkdir()
+        (directory / "note.txt").touch()
+        assert list(store.list()) == [info]
+        assert list(store.expired(1.0)) == []
+        skipped = {"empty", "text", "array", "other", "renamed"}
+        assert {name for name in skipped if f"{name}.info" in caplog.text} == skipped
+        with pytest.raises(record.CorruptRecord):
+            store.load("text")
+
+    @pytest.mark.parametrize("id", ["..", "../info/a", "a/b", ".waiting", "", "a\0b"])
+    def test_ids_stay_inside_of_the_directory(self, store, id):
+        with pytest.raises(UploadNotFound):
+            store.load(id)
+        with pytest.raises(UploadNotFound):
+            store.create(upload(id))
+        assert list(store.finals_waiting_for(id)) == []
+
+    def test_markers_and_temporary_files_go(self, store, directory):
+        final = upload(is_final=True, partial_uploads=("a", "b", "a"), state=State.WAITING)
+        store.create(final)
+        assert sorted(path.name for path in (directory / ".waiting").iterdir()) == ["a", "b"]
+        store.save(replace(final, state=State.RECEIVING))
+        assert sorted(path.name for path in directory.rglob("*")) == [
+            ".waiting",
+            f"{final.id}.info",
+        ]
+
+    def test_a_marker_without_a_record_counts_for_nothing(self, store, directory):
+        (directory / ".waiting" / "part").mkdir()
+        (directory / ".waiting" / "part" / "final").touch()
+        assert list(store.finals_waiting_for("part")) == []
+
+    def test_what_a_crash_left_goes_in_time(self, store, directory):
+        old, young = directory / ".a.00000000.tmp", directory / ".b.00000000.tmp"
+        old.touch()
+        young.touch()
+        os.utime(old, (time.time() - 7200, time.time() - 7200))
+        store.prepare()
+        assert not old.exists()
+        assert young.exists()
+
+    @pytest.mark.parametrize(
+        ("number", "error"),
+        [(errno.ENOSPC, StorageFull), (errno.EDQUOT, StorageFull), (errno.EIO, Unavailable)],
+    )
+    def test_trouble_with_the_disk_is_told(self, store, directory, monkeypatch, number, error):
+        def fail(*args):
+            raise OSError(number, "broken")
+
+        info = upload()
+        store.create(info)
+        for name in ("link", "replace"):
+            monkeypatch.setattr(os, name, fail)
+        with pytest.raises(error):
+            store.create(upload())
+        with pytest.raises(error):
+            store.save(info)
+        assert list(store.list()) == [info]
+
+    def test_a_directory_that_cannot_be_is_said(self, tmp_path):
+        (tmp_path / "info").write_text("a file")
+        with pytest.raises(ConfigurationError, match="cannot be used"):
+            self.make(tmp_path).prepare()
 
 
 class TestDurableFileInfoStore(Shared):
     def make(self, directory):
-        return FileInfoStore(directory / "info", force_fsync=True)
+        return FileInfoStore(f"{directory}/info", force_fsync=True)
 
 
 class TestSqliteInfoStore(Shared):
+    durable = False
+
     def make(self, directory):
-        return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3")
+        return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=self.durable)
+
+    def test_commits_are_as_durable_as_configured(self, store):
+        store.create(upload())
+        for run in (store._connection.read, store._connection.write):
+            pragma = run(lambda database: database.execute_sql("PRAGMA synchronous").fetchone())
+            assert pragma == ((2,) if self.durable else (1,))
+
+    def test_tables_of_a_newer_version_are_left_alone(self, store):
+        store._connection.write(
+            lambda database: database.execute_sql("UPDATE tuswsgi_schema SET version = 99")
+        )
+        with pytest.raises(ConfigurationError, match="version 99"):
+            store.prepare()
+
+    def test_events_of_a_failed_write_are_gone(self, store, monkeypatch):
+        info = upload()
+        store.create(info)
+        bad = event(info, payload={"not JSON": object()})
+        with pytest.raises(TypeError):
+            store.save(replace(info, offset=1), [event(info), bad])
+        assert store.load(info.id) == info
+        assert list(store.events(info.id)) == []
+
+    def test_a_store_without_tables_is_unavailable(self, tmp_path, caplog):
+        store = self.make(tmp_path)
+        (tmp_path / "db").mkdir()
+        with pytest.raises(Unavailable) as caught:
+            store.load("a")
+        assert "no such table" in caplog.text
+        assert "table" not in caught.value.message
+        store.close()
+
+    def test_one_connection_of_each_kind_is_open(self, store, tmp_path):
+        self.test_many_uploads_are_saved_at_once(store)
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        files = [os.readlink(link) for link in links if os.path.islink(link)]
+        assert files.count(str(tmp_path / "db" / "info.sqlite3")) == 2
+        connect(store.info_db_dsn, durable=self.durable).close()
+        assert list(store.list())
 
 
-class TestDurableSqliteInfoStore(Shared):
-    def make(self, directory):
-        return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=True)
+class TestDurableSqliteInfoStore(TestSqliteInfoStore):
+    durable = True
+
+
+class TestRecord:
+    def test_unknown_fields_are_ignored_and_missing_ones_have_defaults(self):
+        data = {"id": "a", "offset": 3, "state": "receiving", "sequence": 1, "colour": "red"}
+        assert record.load(data) == FileInfo("a", offset=3, sequence=1)
+        info = full()
+        newer = {**record.dump(info), "storage": {**record.dump(info)["storage"], "zone": 1}}
+        assert record.load(newer) == info
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "null", "7", '{"id": "a"}', '{"id": 1, "state": "gone"}', "\ud800", b"\xff"],
+    )
+    def test_what_is_no_record_is_said(self, text):
+        with pytest.raises(record.CorruptRecord):
+            record.load(record.decode(text))
+
+    def test_what_is_no_event_is_said(self):
+        for data in ({}, {"id": "a", "type": "post-nothing"}):
+            with pytest.raises(record.CorruptRecord):
+                record.load_event(data)

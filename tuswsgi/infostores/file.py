@@ -124,7 +124,7 @@ class FileInfoStore(InfoStore):
 
     def finals_waiting_for(self, part: str) -> Sequence[str]:
         try:
-            finals = sorted(os.listdir(inside(self._waiting, part)))
+            finals = sorted(os.listdir(inside(self._waiting, check_id(part))))
         except (UploadNotFound, FileNotFoundError):
             return []
         return [info.id for info in self._known(finals) if info.state is State.WAITING]
@@ -133,7 +133,7 @@ class FileInfoStore(InfoStore):
         return sorted(self._read(id)[1], key=lambda event: event.sequence)
 
     def _path(self, id: str) -> Path:
-        return inside(self._directory, id + _SUFFIX)
+        return inside(self._directory, check_id(id) + _SUFFIX)
 
     def _read(self, id: str) -> tuple[FileInfo, Sequence[Event]]:
         path = self._path(id)
@@ -157,7 +157,7 @@ class FileInfoStore(InfoStore):
                 # Many small reads in a row: let other greenlets run.
                 time.sleep(0)
             try:
-                yield self._read(check_id(id))[0]
+                yield self._read(id)[0]
             except UploadNotFound:
                 pass
             except record.CorruptRecord as error:
@@ -183,13 +183,13 @@ class FileInfoStore(InfoStore):
         if info.state is not State.WAITING:
             return
         for part in dict.fromkeys(info.partial_uploads):
-            _touch(inside(self._waiting, part) / info.id)
+            _touch(inside(self._waiting, check_id(part)) / info.id)
             self._sync(self._waiting / part)
         self._sync(self._waiting)
 
     def _unmark(self, info: FileInfo) -> None:
         for part in dict.fromkeys(info.partial_uploads):
-            folder = inside(self._waiting, part)
+            folder = inside(self._waiting, check_id(part))
             (folder / info.id).unlink(missing_ok=True)
             try:
                 folder.rmdir()

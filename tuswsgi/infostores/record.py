@@ -2,7 +2,7 @@
 
 This file owns the form and nothing else: where the text is kept, and what is to be done
 about text that cannot be read, is the business of the stores. It does not use
-marshmallow: the text is our own and is read on every request, and a schema takes ten
+marshmallow: the text is our own and is read on every request, and a schema takes five
 times as long to check what no client ever touched.
 """
 

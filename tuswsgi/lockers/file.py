@@ -22,7 +22,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuswsgi.errors import ConfigurationError, StorageFull, Unavailable, UploadInterrupted
+from tuswsgi.errors import (
+    ConfigurationError,
+    StorageFull,
+    Unavailable,
+    UploadInterrupted,
+    UploadNotFound,
+)
 from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
 from tuswsgi.paths import inside
 from tuswsgi.process import PerProcess
@@ -77,7 +83,7 @@ class FileLocker(Locker[Held]):
             mailbox.close()
 
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest) -> Held | None:
-        path = inside(self.directory, f"{id}.lock")
+        path = self._path(id)
         try:
             fd = _open_locked(path)
             if fd is None:
@@ -91,6 +97,11 @@ class FileLocker(Locker[Held]):
             logger.exception("Cannot lock %s", path)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise (StorageFull if full else Unavailable) from error
+
+    def _path(self, id: str) -> Path:
+        if "/" in id:
+            raise UploadNotFound
+        return inside(self.directory, f"{id}.lock")
 
     def _announce(self, fd: int, path: Path, on_release_request: ReleaseRequest) -> Held:
         mailbox = self._mailbox.get()
@@ -118,7 +129,7 @@ class FileLocker(Locker[Held]):
 
     def _request_release(self, id: str) -> None:
         try:
-            line = _LINE.match(inside(self.directory, f"{id}.lock").read_bytes())
+            line = _LINE.match(self._path(id).read_bytes())
             if line is not None:
                 self._mailbox.get().send(line[1].decode(), line[2])
         except OSError:

@@ -7,6 +7,7 @@ locks of a process that dies is not tested here, since that needs its own proces
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -241,8 +242,10 @@ class LockerContract:
     def _flush(locker: Locker[Any]) -> None:
         """Wait until requests that were made before have arrived, if they ever will."""
         requests, timeout = Requests(), locker.timeout
+        deadline = time.monotonic() + SOON
         with locker.lock("flush", requests):
             locker.timeout = 0.01
-            LockerContract._expect_locked(locker, "flush")
+            while not requests.reasons and time.monotonic() < deadline:
+                LockerContract._expect_locked(locker, "flush")
             requests.wait()
         locker.timeout = timeout
