@@ -1,23 +1,32 @@
 """gunicorn's gevent worker, as ``tuswsgi serve`` uses it.
 
-It tells the application about SIGTERM and leaves it to the application when a client that
-asked is told to send its body. Everything also works under ``-k gevent``, where a client
-that expects 100 gets it before anything was checked.
+It tells the application about SIGTERM, lets go of idle connections then, and leaves it to
+the application when a client that asked is told to send its body. Everything also works
+under ``-k gevent``, where a client that expects 100 gets it before anything was checked.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import gevent
 from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
 
+#: How long requests are still taken from connections that were idle at SIGTERM (seconds).
+#: The worker's own loop looks only each second whether it shall end.
+_LAST_CALL = 1.0
+
 
 class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
-    """A gevent worker for applications that ``create_app`` made, and for any other."""
+    """A gevent worker for the application of ``create_app``."""
 
     _tus: Tus | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._idle: set[_Idle] = set()
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
@@ -30,9 +39,46 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         super().handle_exit(sig, frame)
         if self._tus is not None:
             self._tus.stop_uploads()
+        gevent.spawn_later(_LAST_CALL, self._close_idle)
+
+    def timeout_ctx(self) -> _Idle:
+        # gunicorn waits for the next request of a connection inside of this.
+        return _Idle(self.cfg.keepalive, self._idle)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
-        if getattr(req, "_expected_100_continue", False):
+        if self._tus is not None and getattr(req, "_expected_100_continue", False):
             req._expected_100_continue = False
             req.body.send_continue = lambda: sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         super().handle_request(listener_name, req, sock, addr)
+
+    def _close_idle(self) -> None:
+        # Otherwise the worker would wait for clients that have nothing to say, up to the
+        # graceful timeout.
+        for idle in tuple(self._idle):
+            idle.end()
+
+
+class _Idle(gevent.Timeout):  # type: ignore[misc]
+    """The time that a connection may be without a request; it can be cut short."""
+
+    def __init__(self, seconds: float, idle: set[_Idle]) -> None:
+        super().__init__(seconds, False)
+        self._idle = idle
+        self._greenlet = gevent.getcurrent()
+
+    def __enter__(self) -> _Idle:
+        self._idle.add(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> Any:
+        self._idle.discard(self)
+        return super().__exit__(*exception)
+
+    def end(self) -> None:
+        """Let it run out now. The greenlet waits in its block as long as this is idle."""
+        gevent.get_hub().loop.run_callback(self._expire)
+
+    def _expire(self) -> None:
+        if self in self._idle:
+            self._greenlet.throw(self)

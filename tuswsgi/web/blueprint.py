@@ -6,6 +6,7 @@ ours and carries the headers that tus and browsers need.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -14,7 +15,7 @@ import flask
 from flask.sansio.blueprints import BlueprintSetupState
 from werkzeug.routing import BaseConverter, Rule
 
-from tuswsgi.errors import BodyIncomplete, MethodNotAllowed, ReadTimeout, TusError
+from tuswsgi.errors import BodyIncomplete, MethodNotAllowed, ReadTimeout, TusError, Unavailable
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
@@ -98,9 +99,11 @@ class TusBlueprint(flask.Blueprint):
         except TusError as error:
             _log_error(environ, error)
             return error_response(error, common, body)
-        except Exception:
+        except Exception as error:
             log.exception("%s %s failed", environ["REQUEST_METHOD"], environ.get("PATH_INFO"))
-            return error_response(TusError(), common, body)
+            # Too many open files is trouble that passes.
+            passes = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+            return error_response(Unavailable() if passes else TusError(), common, body)
 
     def _answer(
         self, environ: dict[str, Any], id: str, body: RequestBody, common: Headers
