@@ -19,8 +19,9 @@ from tuswsgi.errors import BodyIncomplete, MethodNotAllowed, ReadTimeout, TusErr
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.web.body import RequestBody, body_of
+from tuswsgi.web.body import body_of
 from tuswsgi.web.cors import Cors
+from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.responses import Headers, TusResponse, error_response
 from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import origin_of

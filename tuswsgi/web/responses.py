@@ -23,7 +23,7 @@ from tuswsgi.errors import (
 from tuswsgi.hooks.base import HookResponse
 from tuswsgi.info import FinalResponse
 from tuswsgi.protocol.headers import TUS_VERSION, UPLOAD_OFFSET, VERSION
-from tuswsgi.web.body import RequestBody
+from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.sending import Content
 
 _REASONS = {460: "Checksum Mismatch"}

@@ -15,7 +15,7 @@ from tuswsgi.protocol.headers import TusHeaders
 from tuswsgi.protocol.reception import Chunk
 from tuswsgi.protocol.uploads import Creation, Uploads
 from tuswsgi.web import downloads
-from tuswsgi.web.body import RequestBody
+from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.responses import Headers, TusResponse, success_response
 from tuswsgi.web.sending import Content
 from tuswsgi.web.settings import WebSettings

@@ -1,0 +1,276 @@
+"""Bodies under gunicorn, taken from its socket itself.
+
+gunicorn's own ``read`` waits for all bytes that it was asked for, loses them when a
+connection breaks, and cannot be interrupted. This file leans on gunicorn's internals and
+keeps their books, so that gunicorn finds the next request of the connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from tuswsgi.errors import BodyIncomplete, BodyMalformed
+from tuswsgi.web.pipe import IS_SUPPORTED, Unsupported, pipe
+from tuswsgi.web.request_body import BLOCK, RequestBody, shared_buffer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: How often a thread that waits for bytes looks whether it was woken (seconds).
+_GLANCE = 0.1
+
+#: Bytes that the kernel gathers before it wakes a greenlet that splices: a stream as slow
+#: as real networks are would wake it for every packet.
+_LOW_WATER = 256 * 1024
+
+
+class _Woken(BaseException):
+    """Thrown into a greenlet that waits for bytes. Never leaves this file."""
+
+
+class GunicornBody(RequestBody):
+    """What is common to bodies of gunicorn: waiting for its socket, interruptibly."""
+
+    def __init__(self, environ: Mapping[str, Any], length: int | None) -> None:
+        super().__init__(environ, length)
+        self._input = environ["wsgi.input"]
+        self._sock = environ["gunicorn.socket"]
+        self._cooperative = type(self._sock).__module__.startswith("gevent.")
+        self._greenlet: Any = None
+        self._hub: Any = None
+        self._since_yield = 0
+        # Our worker leaves the 100 to us: it is sent when the body is first wanted.
+        self._continue = getattr(self._input, "send_continue", None)
+
+    def receive(self, n: int) -> memoryview | bytes:
+        if self._ended or self._is_woken:
+            return b""
+        self._ask_to_continue()
+        try:
+            block = self._wait_and_take(n)
+        except BaseException:
+            self._input.failed = True
+            raise
+        self._since_yield += len(block)
+        return block
+
+    def wake(self) -> None:
+        super().wake()
+        self._end_wait()
+
+    def _end_wait(self) -> None:
+        if self._greenlet is not None:
+            self._hub.loop.run_callback_threadsafe(self._throw)
+
+    def abandon(self) -> None:
+        self._input.failed = not self._ended
+
+    @property
+    def _waits_for_continue(self) -> bool:
+        return self._continue is not None
+
+    def _ask_to_continue(self) -> None:
+        if self._continue is not None:
+            self._continue()
+            self._continue = None
+
+    def _wait_and_take(self, n: int) -> memoryview | bytes:
+        if not self._cooperative:
+            return self._take(n) if self._wait_in_thread() else b""
+        self._give_others_a_turn()
+        while not self._is_woken:
+            block = self._interruptibly(lambda: self._take(n))
+            if block is not None:
+                return block
+        return b""
+
+    def _give_others_a_turn(self) -> None:
+        if self._since_yield >= BLOCK:
+            self._since_yield = 0
+            time.sleep(0)
+
+    def _interruptibly(self, action: Callable[[], T]) -> T | None:
+        """Run what waits for the socket; ``None`` if ``wake`` or ``nudge`` ended it."""
+        from gevent import get_hub, getcurrent
+
+        self._hub, self._greenlet = get_hub(), getcurrent()
+        try:
+            return action()
+        except _Woken:
+            return None
+        finally:
+            self._greenlet = None
+
+    def _throw(self) -> None:
+        # In the hub: while this is set the greenlet waits inside of _take, and gevent's
+        # sockets take bytes only after a wait, so none is lost.
+        if self._greenlet is not None:
+            self._greenlet.throw(_Woken)
+
+    def _receive_until(self, deadline: float, n: int) -> memoryview | bytes:
+        self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            return self.receive(n)
+        finally:
+            self._sock.settimeout(None)
+
+    def _wait_in_thread(self) -> bool:
+        """Wait for bytes in a thread of its own; return whether there are any."""
+        if self._has_buffered or (hasattr(self._sock, "pending") and self._sock.pending()):
+            return True
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        give_up = time.monotonic() + (self._sock.gettimeout() or float("inf"))
+        while not poll.poll(_GLANCE * 1000):
+            if self._is_woken or time.monotonic() > give_up:
+                return False
+        return True
+
+    @property
+    def _has_buffered(self) -> bool:
+        return bool(self._input.reader.unreader.buf.tell())
+
+    def _take(self, n: int) -> memoryview | bytes:
+        raise NotImplementedError
+
+
+class SocketBody(GunicornBody):
+    """A body of known length, taken from gunicorn's socket."""
+
+    def __init__(self, environ: Mapping[str, Any], length: int | None) -> None:
+        super().__init__(environ, length)
+        self._reader = self._input.reader
+        self._ended = self._reader.length == 0
+        self._own_buffer: memoryview | None = None
+        self._splices = IS_SUPPORTED and self._cooperative and not hasattr(self._sock, "context")
+        self._low_water = 1
+
+    @property
+    def _left(self) -> int:
+        left: int = self._reader.length
+        return left
+
+    def _take(self, n: int) -> memoryview | bytes:
+        n = min(n, self._left, BLOCK)
+        block = self._take_buffered(n) or self._take_from_socket(n)
+        # Keep-alive depends on this: it says where the next request begins.
+        self._reader.length -= len(block)
+        self._ended = self._reader.length == 0
+        return block
+
+    def transfer(self, fd: int, offset: int, n: int) -> int | None:
+        if not self._splices or self._has_buffered:
+            return None
+        self._ask_to_continue()
+        self._give_others_a_turn()
+        if self._ended or self._is_woken:
+            return 0
+        try:
+            moved = self._splice(fd, offset, min(n, self._left))
+        except Unsupported:
+            self._splices = False
+            return None
+        except BaseException:
+            self._input.failed = True
+            raise
+        finally:
+            self._set_low_water(1)
+        self._since_yield += moved
+        self._reader.length -= moved
+        self._ended = self._reader.length == 0
+        return moved
+
+    def nudge(self) -> None:
+        if self._low_water > 1:
+            self._end_wait()
+
+    def _splice(self, fd: int, offset: int, n: int) -> int:
+        sock = self._sock.fileno()
+        while True:
+            try:
+                moved = pipe().move(sock, fd, offset, n)
+            except BlockingIOError:
+                if self._is_woken:
+                    return 0
+            except ConnectionError as error:
+                log.info("The body broke off: %s", error)
+                raise BodyIncomplete from error
+            else:
+                if moved == 0:
+                    raise BodyIncomplete
+                return moved
+            # It must shrink with the rest, or the last bytes would never be enough.
+            self._set_low_water(min(_LOW_WATER, n))
+            self._interruptibly(self._wait_readable)
+
+    def _wait_readable(self) -> None:
+        with self._hub.loop.io(self._sock.fileno(), 1) as readable:
+            self._hub.wait(readable)
+
+    def _set_low_water(self, n: int) -> None:
+        if n != self._low_water:
+            self._low_water = n
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
+
+    def _take_buffered(self, n: int) -> bytes:
+        unreader = self._reader.unreader
+        if not self._has_buffered:
+            return b""
+        buffered: bytes = unreader.take_buffered()
+        if len(buffered) > n:
+            unreader.unread(buffered[n:])
+        return buffered[:n]
+
+    def _take_from_socket(self, n: int) -> memoryview:
+        if self._cooperative:
+            buffer = shared_buffer()
+        elif self._own_buffer is None:
+            buffer = self._own_buffer = memoryview(bytearray(64 * 1024))
+        else:
+            buffer = self._own_buffer
+        try:
+            received = self._sock.recv_into(buffer, min(n, len(buffer)))
+        except OSError as error:
+            log.info("The body broke off: %s", error)
+            raise BodyIncomplete from error
+        if received == 0:
+            raise BodyIncomplete
+        return buffer[:received]
+
+
+class ChunkedBody(GunicornBody):
+    """A chunked body, taken piece by piece from gunicorn's parser."""
+
+    def __init__(self, environ: Mapping[str, Any], length: int | None) -> None:
+        super().__init__(environ, length)
+        self._reader = self._input.reader
+        self._piece = memoryview(b"")
+
+    def trailer(self, name: str) -> str | None:
+        for key, value in getattr(self._reader.req, "trailers", None) or ():
+            if key.upper() == name.upper():
+                return str(value)
+        return None
+
+    def _take(self, n: int) -> memoryview | bytes:
+        while not self._piece:
+            try:
+                self._piece = memoryview(next(self._reader.parser))
+            except StopIteration:
+                self._reader.parser = None
+                self._ended = True
+                return b""
+            except OSError as error:  # gunicorn's NoMoreData is one, too
+                log.info("The body broke off: %r", error)
+                raise BodyIncomplete from error
+            except Exception as error:
+                log.info("The body is malformed: %r", error)
+                raise BodyMalformed from error
+        taken, self._piece = self._piece[:n], self._piece[n:]
+        return taken
