@@ -4,12 +4,18 @@ They come from the same options as those of ``tuswsgi serve``, which are read fr
 environment and from the INI file that ``TUSWSGI_CONFIG`` names. Flags of gunicorn win.
 """
 
-import os
-import sys
+# gunicorn's workers would do this too, but only after the imports below have taken hold
+# of what is to be patched.
+from gevent import monkey
 
-from tuswsgi.config import Config
-from tuswsgi.errors import ConfigurationError
-from tuswsgi.server import gunicorn_settings
+monkey.patch_all()
+
+import os  # noqa: E402
+import sys  # noqa: E402
+
+from tuswsgi.config import Config  # noqa: E402
+from tuswsgi.errors import ConfigurationError  # noqa: E402
+from tuswsgi.server import gunicorn_settings  # noqa: E402
 
 try:
     globals().update(gunicorn_settings(Config.from_environment(os.environ)))

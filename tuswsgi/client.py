@@ -155,6 +155,16 @@ def _passes(error: TusCommunicationError) -> bool:
 
 def _reason(error: TusCommunicationError) -> str:
     if error.status_code is None:
-        return f"The server cannot be reached: {error}."
+        return f"The server cannot be reached: {_root(error)}."
     text = (error.response_content or b"").decode("utf-8", "replace").strip()
     return f"The server answered {error.status_code}: {text or 'no reason given.'}"
+
+
+def _root(error: BaseException) -> str:
+    """Return what the system said, without the layers that wrapped it."""
+    text = str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        text = getattr(cause, "strerror", None) or text
+        cause = cause.__cause__ or cause.__context__
+    return text

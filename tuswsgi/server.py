@@ -11,8 +11,11 @@ import errno
 import logging
 import math
 import os
+import re
 import resource
+import signal
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -50,6 +53,11 @@ def _port(value: int) -> None:
         raise ValidationError("Not a port between 0 and 65535.")
 
 
+def _path(value: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", value):
+        raise ValidationError("Not a path such as /files.")
+
+
 def _positive(value: float) -> None:
     if value < 1:
         raise ValidationError("Not a number of 1 or more.")
@@ -63,7 +71,7 @@ class ServerSettings:
     port: int = option(
         1081, "The port to listen at; 0 for any.", rustus="SERVER_PORT", validate=_port
     )
-    url: str = option("/files", "The path of uploads.", rustus="URL")
+    url: str = option("/files", "The path of uploads.", rustus="URL", validate=_path)
     unix_sock: Path | None = option(
         None, "The path of a unix socket to listen at, instead of host and port."
     )
@@ -136,7 +144,8 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         **_FIXED,
         "on_starting": lambda arbiter: _prepare_process(settings),
         "on_reload": lambda arbiter: _prepare_process(settings),
-        "post_worker_init": lambda worker: _announce(settings, worker),
+        "post_fork": _hold_signals,
+        "post_worker_init": lambda worker: _begin(settings, worker),
     }
 
 
@@ -297,7 +306,25 @@ def _is_not_health(record: logging.LogRecord) -> bool:
     return not (isinstance(record.args, Mapping) and record.args.get("U") == "/health")
 
 
-def _announce(settings: ServerSettings, worker: Any) -> None:
+#: What tells a worker to stop.
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+def _hold_signals(arbiter: Any, worker: Any) -> None:
+    """Keep signals for a new worker until it can handle them.
+
+    Until then the handlers are the master's. A worker that was told to stop just after it
+    was forked would forget it, and be killed when `graceful_timeout` is over.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    while not arbiter.SIG_QUEUE.empty():
+        if arbiter.SIG_QUEUE.get() in _STOPPING:
+            sys.exit(0)
+
+
+def _begin(settings: ServerSettings, worker: Any) -> None:
+    """Let a worker begin that is ready to serve."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     # gunicorn's when_ready comes before there are workers. The first worker that a master
     # forks says it: its sockets listen already, and workers after it (also after a reload)
     # are not news.

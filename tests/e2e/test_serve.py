@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from e2e.client import PATIENCE, content, wait_until
 from e2e.conftest import Serve, Server, running
 
@@ -37,10 +35,10 @@ def status_of_options(server: Server) -> int:
 
 
 def test_from_the_ready_line_to_sigterm(serve: Serve) -> None:
-    server = serve()
+    server = serve(workers=4)
     assert status_of_options(server) == 204
     server.signal(signal.SIGTERM)
-    assert server.wait() == 0
+    assert server.wait(15) == 0
     assert server.log.count("You can now upload files to: http://127.0.0.1:") == 1
 
 
@@ -136,10 +134,12 @@ def test_gunicorn_with_our_conf(tmp_path: Path) -> None:
         *("-c", str(ROOT / "conf" / "gunicorn.conf.py"), "--chdir", str(ROOT), "wsgi:application"),
     ]
     with running(Server(command, tmp_path / "data", environ)) as server:
-        assert status_of_options(server) == 204
-        assert len(server.workers()) == 2
+        # While the second worker is still starting: it must not forget the signal.
         server.signal(signal.SIGTERM)
-        assert server.wait() == 0
+        assert server.wait(15) == 0
+        server.start()
+        assert status_of_options(server) == 204
+        wait_until(lambda: len(server.workers()) == 2, "both workers")
 
 
 def test_gunicorn_with_our_conf_and_a_wrong_configuration() -> None:
