@@ -1,21 +1,28 @@
 """gunicorn's gevent worker, as ``tuswsgi serve`` uses it.
 
-It tells the application about SIGTERM, lets go of idle connections then, and leaves it to
-the application when a client that asked is told to send its body. Everything also works
-under ``-k gevent``, where a client that expects 100 gets it before anything was checked.
+It tells the application about SIGTERM, takes no connections then and lets go of idle ones,
+and leaves it to the application when a client that asked is told to send its body.
+Everything also works under ``-k gevent``, where a client that expects 100 gets it before
+anything was checked.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import gevent
+from gevent.event import Event
+from gevent.pool import Pool
+from gevent.server import StreamServer
+from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
 
 #: How long requests are still taken from connections that were idle at SIGTERM (seconds).
-#: The worker's own loop looks only each second whether it shall end.
 _LAST_CALL = 1.0
 
 
@@ -27,6 +34,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._idle: set[_Idle] = set()
+        self._stopping = Event()
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
@@ -39,7 +47,22 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         super().handle_exit(sig, frame)
         if self._tus is not None:
             self._tus.stop_uploads()
-        gevent.spawn_later(_LAST_CALL, self._close_idle)
+        gevent.get_hub().loop.run_callback_threadsafe(self._stopping.set)
+
+    def run(self) -> None:
+        # gunicorn's own looks each second whether to stop. Until then it takes connections
+        # that another worker would serve, only to tell their uploads to come back.
+        servers = [self._serve(listener) for listener in self.sockets]
+        while self.alive:
+            self.notify()
+            self._stopping.wait(1.0)
+        for server in servers:
+            server.close()
+        self._join(servers, _LAST_CALL)
+        self._close_idle()
+        self._join(servers, self.cfg.graceful_timeout)
+        for server in servers:
+            server.stop(timeout=1)
 
     def timeout_ctx(self) -> _Idle:
         # gunicorn waits for the next request of a connection inside of this.
@@ -50,6 +73,24 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             req._expected_100_continue = False
             req.body.send_continue = lambda: sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         super().handle_request(listener_name, req, sock, addr)
+
+    def _serve(self, listener: Any) -> StreamServer:
+        listener.setblocking(1)
+        tls = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        pool = Pool(self.worker_connections)
+        server = StreamServer(listener, partial(self.handle, listener), spawn=pool, **tls)
+        if self.cfg.workers > 1:
+            server.max_accept = 1  # the next one is for another worker
+        server.start()
+        return server
+
+    def _join(self, servers: Sequence[StreamServer], timeout: float) -> None:
+        """Wait until all connections are closed."""
+        deadline = time.monotonic() + timeout
+        for server in servers:
+            while len(server.pool) and (left := deadline - time.monotonic()) > 0:
+                self.notify()
+                server.pool.join(min(left, 1.0))
 
     def _close_idle(self) -> None:
         # Otherwise the worker would wait for clients that have nothing to say, up to the

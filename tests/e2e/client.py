@@ -129,6 +129,12 @@ class Connection:
         self.send(self.head(method, path, headers) + body)
         return self.read()
 
+    def send_until_answered(self, block: bytes) -> Response:
+        """Send `block` again and again, without a pause, until there is an answer."""
+        while not select.select([self.sock], [], [], 0)[0]:
+            self.send(block)
+        return self.read()
+
     def pause(self, seconds: float) -> None:
         """Send nothing for a while, and see that the server says nothing either."""
         assert select.select([self.sock], [], [], seconds)[0] == [], "an answer came too early"
@@ -151,6 +157,10 @@ class Connection:
         """Read the head of a 1xx answer."""
         status, _ = self._read_head()
         return status
+
+    def wait_for_bytes(self) -> None:
+        """Wait for the beginning of an answer."""
+        assert select.select([self.sock], [], [], PATIENCE)[0], "no answer"
 
     def read_rest(self) -> bytes:
         """Read until the server closes the connection."""

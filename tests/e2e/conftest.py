@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.client import PATIENCE, Client, Connection, Origin
+from e2e.client import PATIENCE, Client, Connection, Origin, wait_until
 
 #: How ``tuswsgi serve`` says that it can be reached, and how other servers do.
 READY = (
@@ -147,16 +147,24 @@ class Server:
         ]
 
     def worker_of(self, connection: Connection) -> int:
-        """Return the process id of the worker that has accepted a connection."""
-        inode = _inode_of_peer(connection)
+        """Return the process id of the worker that accepts a connection."""
+        found: list[int] = []
+
+        def look() -> bool:
+            found.extend(self._workers_with(_inode_of_peer(connection)))
+            return bool(found)
+
+        wait_until(look, "a worker that accepts the connection")
+        return found[0]
+
+    def _workers_with(self, inode: str | None) -> Iterator[int]:
         for worker in self.workers():
             for fd in Path(f"/proc/{worker}/fd").iterdir():
                 try:
                     if os.readlink(fd) == f"socket:[{inode}]":
-                        return worker
+                        yield worker
                 except OSError:
                     pass  # closed a moment ago
-        raise LookupError("no worker has accepted this connection")
 
     def memory(self) -> int:
         """Return the resident bytes of all workers together."""
@@ -192,14 +200,14 @@ def _fields(stat: Path) -> list[str]:
         return []
 
 
-def _inode_of_peer(connection: Connection) -> str:
+def _inode_of_peer(connection: Connection) -> str | None:
     (_, client), (_, server) = connection.sock.getsockname(), connection.sock.getpeername()
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         local, remote = (int(field.partition(":")[2], 16) for field in fields[1:3])
         if (local, remote) == (server, client):
             return fields[9]
-    raise LookupError("the server has no such connection")
+    return None
 
 
 @contextmanager

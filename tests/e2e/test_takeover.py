@@ -7,7 +7,6 @@ answer that comes soon did not wait for either of them.
 from __future__ import annotations
 
 import random
-import select
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -170,9 +169,7 @@ def test_a_client_that_never_pauses_lets_go(server: Server, same_worker: bool) -
 
     def send_until_answered(connection: Connection) -> Response:
         connection.send_head("PATCH", path, patch_headers(0, 10_000_000_000))
-        while not select.select([connection.sock], [], [], 0)[0]:
-            connection.send(block)
-        return connection.read()
+        return connection.send_until_answered(block)
 
     with (
         two_connections(server, same_worker=same_worker) as (sender, other),
