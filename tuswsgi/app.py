@@ -175,7 +175,7 @@ def create_app(config: Config | None = None) -> flask.Flask:
     :param config: the configuration; without one the environment is it.
     :raises ConfigurationError: if it is wrong.
     """
-    config = config or Config.load(environ=os.environ)
+    config = config or Config.from_environment(os.environ)
     app = flask.Flask("tuswsgi", static_folder=None)
     tus = Tus(config, name="tus")
     url = "/" + config.build(ServerSettings).url.strip("/")

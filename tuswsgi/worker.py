@@ -18,9 +18,11 @@ from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 from gunicorn.sock import ssl_context
+from gunicorn.errors import AppImportError
 from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
+from tuswsgi.errors import ConfigurationError
 
 #: How long requests are still taken from connections that were idle at SIGTERM (seconds).
 _LAST_CALL = 1.0
@@ -40,7 +42,11 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         super().load_wsgi()
         self._tus = getattr(self.wsgi, "extensions", {}).get("tuswsgi")
         if self._tus is not None:
-            self._tus.start()
+            try:
+                self._tus.start()
+            except ConfigurationError as error:
+                # gunicorn gives up after this one instead of trying with new workers.
+                raise AppImportError(str(error)) from error
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         # This runs wherever SIGTERM struck: it sets latches and nothing more.
