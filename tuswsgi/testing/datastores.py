@@ -1,0 +1,498 @@
+"""The contract of data stores as tests: subclass ``DataStoreContract``.
+
+Each test holds a store to a sentence of ``DataStore``'s documentation. What a store does
+when its process dies in the middle is not tested here: only its author knows how to stage
+that. Tests of an extension that the store does not declare are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tuswsgi.datastores.base import DataStore, Readable
+from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
+from tuswsgi.extensions import Extension
+from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
+
+#: More than a store takes at once, and no round number.
+LARGE = hashlib.shake_256(b"tuswsgi").digest(3 * 1024 * 1024 + 7)
+
+
+class Blocks:
+    """A ``datastores.base.Source`` that yields the given blocks and then ends.
+
+    :param provisional: whether the bytes count only if they are accepted.
+    :param accepts: what ``accepted`` says; a body that broke off says no, too.
+    :param before_answer: called with what the store has kept, before ``accepted`` answers.
+    :param breaks: raised after the last block, as if the process died there.
+    """
+
+    def __init__(
+        self,
+        *blocks: bytes,
+        provisional: bool = False,
+        accepts: bool = True,
+        before_answer: Callable[[bytes], None] = lambda kept: None,
+        breaks: BaseException | None = None,
+    ) -> None:
+        self.provisional = provisional
+        self.asked = 0
+        self._blocks = list(blocks)
+        self._accepts = accepts
+        self._before_answer = before_answer
+        self._breaks = breaks
+
+    def read(self, n: int) -> bytes:
+        assert n > 0
+        while self._blocks:
+            block = self._blocks.pop(0)
+            if len(block) > n:
+                self._blocks.insert(0, block[n:])
+            if block:
+                return block[:n]
+        if self._breaks is not None:
+            raise self._breaks
+        return b""
+
+    def copy_to(self, fd: int, offset: int) -> int:
+        start = offset
+        while block := self.read(1024 * 1024):
+            while block:
+                written = os.pwrite(fd, block, offset)
+                block, offset = block[written:], offset + written
+        return offset - start
+
+    def accepted(self, stored: Callable[[], Iterable[bytes]]) -> bool:
+        assert self.provisional, "a source that is not provisional is not to be asked"
+        assert not self._blocks, "to be asked after the end of the source"
+        self.asked += 1
+        self._before_answer(b"".join(stored()))
+        return self._accepts
+
+
+class Died(BaseException):
+    """Stands for whatever ends a method in the middle."""
+
+
+def created(store: DataStore, id: str | None = None, **fields: Any) -> FileInfo:
+    """Return a new upload that has its place in `store`."""
+    info = FileInfo(id=new_id() if id is None else id, created_at=1.5, **fields)
+    return replace(info, storage=store.create(info))
+
+
+def content(store: DataStore, info: FileInfo, start: int = 0) -> bytes:
+    """Return the bytes of an upload from `start` on."""
+    return read_all(store.open(info, start))
+
+
+def read_all(opened: Readable) -> bytes:
+    """Return what is left to read, and close."""
+    try:
+        blocks = []
+        while block := opened.read(64 * 1024):
+            blocks.append(block)
+        assert opened.read(1) == b"", "the end stays the end"
+        return b"".join(blocks)
+    finally:
+        opened.close()
+
+
+class DataStoreContract:
+    """Tests of a ``DataStore``; define the fixture `store`, and `other` if you can."""
+
+    @pytest.fixture
+    def store(self) -> Iterator[DataStore]:
+        """A prepared store without uploads."""
+        raise NotImplementedError("Define the fixture `store`.")
+
+    @pytest.fixture
+    def other(self, store: DataStore) -> DataStore:
+        """Another prepared store on the same place, as a second process has it."""
+        pytest.skip("the bytes belong to one instance")
+
+    @pytest.fixture
+    def verifying(self, store: DataStore) -> None:
+        """For stores that can take back what was not accepted."""
+        if Extension.CHECKSUM not in store.extensions:
+            pytest.skip("the store does not serve checksums")
+
+    @pytest.fixture
+    def concatenating(self, store: DataStore) -> None:
+        """For stores that can make one upload of several."""
+        if Extension.CONCATENATION not in store.extensions:
+            pytest.skip("the store does not serve concatenation")
+
+    # --- places ---
+
+    def test_it_names_itself_and_what_it_can(self, store: DataStore) -> None:
+        assert store.type
+        assert store.extensions <= {
+            Extension.CHECKSUM,
+            Extension.CHECKSUM_TRAILER,
+            Extension.CONCATENATION,
+            Extension.CONCATENATION_UNFINISHED,
+            Extension.TERMINATION,
+            Extension.GETTING,
+        }
+        assert (free := store.free_space()) is None or free >= 0
+
+    def test_it_may_be_prepared_and_closed_again(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"kept"))
+        store.prepare()
+        store.close()
+        store.close()
+        assert store.offset(info) == 4
+        store.prepare()
+        assert content(store, info) == b"kept"
+
+    def test_a_new_place_is_empty(self, store: DataStore) -> None:
+        info = created(store, size=5, metadata=Metadata.of({"filename": "../кошка"}))
+        assert info.storage.type == store.type
+        assert store.offset(info) == 0
+        assert content(store, info) == b""
+        location = store.location(info)
+        assert location is None or location
+
+    def test_a_place_is_made_once(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"first"))
+        for second in (info, FileInfo(id=info.id)):
+            with pytest.raises(UploadExists):
+                store.create(second)
+        assert content(store, info) == b"first"
+
+    def test_one_of_many_creators_wins(self, store: DataStore) -> None:
+        info = FileInfo(id=new_id())
+
+        def create(_: int) -> bool:
+            try:
+                store.create(info)
+            except UploadExists:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(create, range(8))) == 1
+
+    @pytest.mark.parametrize(
+        "id",
+        ["a", "Z", "0", "_", "-", "-rf", "a.b", "a..", "a~", "AaBbZz09._~-", "x" * 128, "con.txt"],
+    )
+    def test_every_id_is_a_name(self, store: DataStore, id: str) -> None:
+        info = created(store, check_id(id))
+        assert store.append(info, 0, Blocks(id.encode())) == len(id)
+        assert content(store, info) == id.encode()
+        store.delete(info)
+        with pytest.raises(UploadGone):
+            store.offset(info)
+
+    def test_ids_that_are_alike_are_not_the_same(self, store: DataStore) -> None:
+        infos = [created(store, id) for id in ("abc", "ABC", "abc.", "abc~", "abc-", "abcd")]
+        for info in infos:
+            store.append(info, 0, Blocks(info.id.encode()))
+        assert [content(store, info).decode() for info in infos] == [info.id for info in infos]
+
+    # --- appending ---
+
+    def test_what_is_appended_counts(self, store: DataStore) -> None:
+        info, kept = created(store, size=None), b""
+        for blocks in ([b"a"], [b"bc", b"", b"def"], [bytes(range(256))], [b"\r\n"], [LARGE]):
+            assert store.append(info, len(kept), Blocks(*blocks)) == len(kept + b"".join(blocks))
+            kept += b"".join(blocks)
+            assert store.offset(info) == len(kept)
+            assert content(store, info) == kept
+
+    def test_many_small_blocks(self, store: DataStore) -> None:
+        info = created(store)
+        assert store.append(info, 0, Blocks(*[b"%d," % n for n in range(1000)])) == 3890
+        assert content(store, info) == b"".join(b"%d," % n for n in range(1000))
+
+    @pytest.mark.parametrize("kept", [b"", b"kept"])
+    def test_an_empty_source_changes_nothing(self, store: DataStore, kept: bytes) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(kept))
+        assert store.append(info, len(kept), Blocks()) == len(kept)
+        assert content(store, info) == kept
+
+    @pytest.mark.parametrize("offset", [0, 1, 5, 9, 11, 2**31, 2**63 - 1])
+    @pytest.mark.parametrize("provisional", [False, True])
+    def test_a_wrong_offset_changes_nothing(
+        self, store: DataStore, offset: int, provisional: bool
+    ) -> None:
+        if provisional and Extension.CHECKSUM not in store.extensions:
+            pytest.skip("the store does not serve checksums")
+        info = created(store, size=20)
+        store.append(info, 0, Blocks(b"0123456789"))
+        with pytest.raises(OffsetMismatch) as mismatch:
+            store.append(info, offset, Blocks(b"x", provisional=provisional))
+        assert mismatch.value.offset == 10
+        assert store.offset(info) == 10
+        assert content(store, info) == b"0123456789"
+
+    def test_bytes_count_as_they_come(self, store: DataStore) -> None:
+        # The source may fail where no contract foresees it; what it gave is there.
+        info = created(store)
+        store.append(info, 0, Blocks(b"one"))
+        with pytest.raises(Died):
+            store.append(info, 3, Blocks(b"two", breaks=Died()))
+        offset = store.offset(info)
+        assert 3 <= offset <= 6
+        store.append(info, offset, Blocks(b"onetwo!"[offset:]))
+        assert content(store, info) == b"onetwo!"
+
+    def test_uploads_do_not_touch_each_other(self, store: DataStore) -> None:
+        infos = [created(store) for _ in range(6)]
+
+        def fill(number: int) -> None:
+            for n in range(20):
+                block = bytes([number]) * 1000
+                assert store.append(infos[number], n * 1000, Blocks(block)) == (n + 1) * 1000
+
+        with ThreadPoolExecutor(len(infos)) as pool:
+            list(pool.map(fill, range(len(infos))))
+        for number, info in enumerate(infos):
+            assert content(store, info) == bytes([number]) * 20_000
+
+    # --- provisional sources ---
+
+    @pytest.mark.usefixtures("verifying")
+    @pytest.mark.parametrize("block", [b"", b"new", LARGE], ids=["none", "short", "large"])
+    @pytest.mark.parametrize("accepts", [True, False])
+    def test_provisional_bytes_count_if_they_are_accepted(
+        self, store: DataStore, block: bytes, accepts: bool
+    ) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"old"))
+        seen: list[bytes] = []
+        source = Blocks(block, provisional=True, accepts=accepts, before_answer=seen.append)
+        kept = b"old" + block if accepts else b"old"
+        assert store.append(info, 3, source) == len(kept)
+        assert source.asked == 1
+        assert seen == [block], "what this append stored, for a checksum that comes afterwards"
+        assert store.offset(info) == len(kept)
+        assert content(store, info) == kept
+        assert store.append(info, len(kept), Blocks(b"more")) == len(kept) + 4
+        assert content(store, info) == kept + b"more"
+
+    @pytest.mark.usefixtures("verifying")
+    def test_provisional_bytes_do_not_count_before(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"old"))
+        offsets: list[int] = []
+        source = Blocks(
+            b"new", provisional=True, before_answer=lambda kept: offsets.append(store.offset(info))
+        )
+        assert store.append(info, 3, source) == 6
+        assert offsets == [3]
+
+    @pytest.mark.usefixtures("verifying")
+    @pytest.mark.parametrize("provisional", [False, True])
+    def test_provisional_bytes_that_nobody_judged_do_not_count(
+        self, store: DataStore, provisional: bool
+    ) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"old"))
+        with pytest.raises(Died):
+            store.append(info, 3, Blocks(b"bad and long", provisional=True, breaks=Died()))
+        assert store.offset(info) == 3
+        with pytest.raises(OffsetMismatch):
+            store.append(info, 15, Blocks(b"x"))
+        assert store.append(info, 3, Blocks(b"good", provisional=provisional)) == 7
+        assert store.offset(info) == 7
+        assert content(store, info) == b"oldgood"
+
+    # --- finishing ---
+
+    def test_finishing_again_does_no_harm(self, store: DataStore) -> None:
+        info = created(store, size=4)
+        store.append(info, 0, Blocks(b"done"))
+        done = replace(info, offset=4)
+        store.finish(done)
+        store.finish(done)
+        assert content(store, done) == b"done"
+
+    def test_an_empty_upload_can_be_finished(self, store: DataStore) -> None:
+        info = created(store, size=0)
+        store.finish(info)
+        assert store.offset(info) == 0
+        assert content(store, info) == b""
+
+    # --- concatenation ---
+
+    def part(self, store: DataStore, data: bytes) -> FileInfo:
+        """Return a finished partial upload."""
+        info = created(store, size=len(data), is_partial=True)
+        store.append(info, 0, Blocks(data))
+        store.finish(info)
+        return replace(info, offset=len(data), state=State.FINISHED, finished_at=2.5)
+
+    def final(self, store: DataStore, *parts: FileInfo) -> FileInfo:
+        """Return a final upload that waits to be made of `parts`."""
+        return created(
+            store,
+            size=sum(part.size or 0 for part in parts),
+            is_final=True,
+            partial_uploads=tuple(part.id for part in parts),
+            state=State.WAITING,
+        )
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_parts_are_joined_in_their_order(self, store: DataStore) -> None:
+        one, two, none = (self.part(store, data) for data in (b"one,", b"two,", b""))
+        large = self.part(store, LARGE)
+        final = self.final(store, two, one, none, two, large)
+        assert store.offset(final) == 0
+        store.concatenate(final, [two, one, none, two, large])
+        assert store.offset(final) == final.size
+        assert content(store, final) == b"two,one,two," + LARGE
+        assert content(store, one) == b"one,"
+        assert content(store, two) == b"two,"
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_joining_again_changes_nothing(self, store: DataStore) -> None:
+        parts = [self.part(store, data) for data in (b"one,", b"two")]
+        final = self.final(store, *parts)
+        for _ in range(3):
+            store.concatenate(final, parts)
+            assert store.offset(final) == 7
+        store.finish(final)
+        assert content(store, final) == b"one,two"
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_parts_without_bytes_can_be_joined(self, store: DataStore) -> None:
+        part = self.part(store, b"")
+        final = self.final(store, part, part)
+        store.concatenate(final, [part, part])
+        assert content(store, final) == b""
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_without_a_part_there_is_nothing(self, store: DataStore) -> None:
+        one, two = (self.part(store, data) for data in (b"one,", b"two"))
+        final = self.final(store, one, two)
+        store.delete(two)
+        for _ in range(2):
+            with pytest.raises(UploadGone):
+                store.concatenate(final, [one, two])
+            assert store.offset(final) == 0
+            assert content(store, final) == b""
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_the_final_upload_outlives_its_parts(self, store: DataStore) -> None:
+        parts = [self.part(store, data) for data in (b"one,", b"two")]
+        final = self.final(store, *parts)
+        store.concatenate(final, parts)
+        for part in parts:
+            store.delete(part)
+        assert content(store, final) == b"one,two"
+
+    # --- reading ---
+
+    @pytest.mark.parametrize("start", [0, 1, 9, 10, 11, 2**40])
+    def test_reading_begins_anywhere(self, store: DataStore, start: int) -> None:
+        info = created(store, size=10)
+        store.append(info, 0, Blocks(b"0123456789"))
+        assert content(store, info, start) == b"0123456789"[start:]
+
+    def test_a_reader_gives_at_most_what_is_asked(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(LARGE))
+        opened = store.open(info, 1)
+        try:
+            first = opened.read(10)
+            assert 1 <= len(first) <= 10
+            assert LARGE[1:].startswith(first)
+        finally:
+            opened.close()
+
+    def test_many_read_at_once(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(LARGE))
+        readers = [store.open(info, start) for start in range(8)]
+        with ThreadPoolExecutor(len(readers)) as pool:
+            for start, read in enumerate(pool.map(read_all, readers)):
+                assert read == LARGE[start:]
+
+    def test_who_reads_does_not_stop_who_writes(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"one"))
+        opened = store.open(info)
+        try:
+            store.append(info, 3, Blocks(b"two"))
+            assert opened.read(3)
+            assert content(store, info) == b"onetwo"
+        finally:
+            opened.close()
+
+    # --- removal ---
+
+    def test_what_is_deleted_is_gone(self, store: DataStore) -> None:
+        info, neighbour = created(store), created(store)
+        for upload in (info, neighbour):
+            store.append(upload, 0, Blocks(b"bytes"))
+        store.delete(info)
+        with pytest.raises(UploadGone):
+            store.offset(info)
+        with pytest.raises(UploadGone):
+            store.open(info)
+        with pytest.raises(UploadGone):
+            store.append(info, 5, Blocks(b"x"))
+        assert content(store, neighbour) == b"bytes"
+
+    def test_deleting_again_is_no_error(self, store: DataStore) -> None:
+        info = created(store)
+        for _ in range(3):
+            store.delete(info)
+        store.delete(FileInfo(id=new_id()))
+
+    @pytest.mark.usefixtures("verifying")
+    def test_deleting_removes_what_was_left_behind(self, store: DataStore) -> None:
+        info = created(store)
+        with pytest.raises(Died):
+            store.append(info, 0, Blocks(b"bad", provisional=True, breaks=Died()))
+        store.delete(info)
+        again = created(store, info.id)
+        assert store.append(again, 0, Blocks(b"good")) == 4
+        assert store.offset(again) == 4
+        assert content(store, again) == b"good"
+
+    # --- two processes ---
+
+    def test_another_instance_sees_the_same(self, store: DataStore, other: DataStore) -> None:
+        info = created(store)
+        with pytest.raises(UploadExists):
+            other.create(FileInfo(id=info.id))
+        store.append(info, 0, Blocks(b"one,"))
+        assert other.offset(info) == 4
+        other.append(info, 4, Blocks(b"two"))
+        assert store.offset(info) == 7
+        assert content(store, info) == content(other, info) == b"one,two"
+        other.delete(info)
+        with pytest.raises(UploadGone):
+            store.offset(info)
+
+    @pytest.mark.usefixtures("verifying")
+    def test_another_instance_sees_no_provisional_bytes(
+        self, store: DataStore, other: DataStore
+    ) -> None:
+        info, offsets = created(store), []
+        source = Blocks(
+            b"new", provisional=True, before_answer=lambda kept: offsets.append(other.offset(info))
+        )
+        store.append(info, 0, source)
+        assert offsets == [0]
+        assert other.offset(info) == 3
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_another_instance_can_join(self, store: DataStore, other: DataStore) -> None:
+        parts = [self.part(store, b"one,"), self.part(other, b"two")]
+        final = self.final(store, *parts)
+        other.concatenate(final, parts)
+        assert content(store, final) == b"one,two"
