@@ -90,15 +90,15 @@ class FileDataStore(DataStore):
     def create(self, info: FileInfo) -> Storage:
         relative = info.storage.path or self._relative_path(info.id)
         path = inside(self.data_dir, relative)
-        self._make_directory(path.parent)
         try:
+            self._make_directory(path.parent)
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+            os.close(fd)
+            self._sync_directory(path.parent)
         except FileExistsError:
             raise UploadExists from None
         except OSError as error:
             raise _translated(error) from error
-        os.close(fd)
-        self._sync_directory(path.parent)
         return Storage(self.type, relative)
 
     def offset(self, info: FileInfo) -> int:
@@ -116,6 +116,9 @@ class FileDataStore(DataStore):
                 raise OffsetMismatch(verified)
             if os.fstat(fd).st_size != verified:
                 os.ftruncate(fd, verified)
+                if self.force_fsync:
+                    # The marker goes next, and must not go first when the power fails.
+                    os.fdatasync(fd)
             if source.provisional:
                 self._append_provisional(info, fd, offset, source)
             else:
@@ -150,8 +153,9 @@ class FileDataStore(DataStore):
                 os.close(target)
             os.replace(unfinished, path)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             raise _translated(error) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
         self._sync_directory(path.parent)
 
     def open(self, info: FileInfo, start: int = 0) -> Readable:

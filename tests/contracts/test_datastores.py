@@ -1,0 +1,403 @@
+"""The data stores of this package, held to the contract; and files after a crash."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from tuswsgi.datastores.file import FileDataStore
+from tuswsgi.datastores.memory import MemoryDataStore
+from tuswsgi.errors import (
+    ConfigurationError,
+    OffsetMismatch,
+    StorageFull,
+    UploadGone,
+    UploadNotFound,
+)
+from tuswsgi.info import FileInfo, Storage
+from tuswsgi.paths import inside
+from tuswsgi.testing.datastores import LARGE, Blocks, DataStoreContract, content, created
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class TestMemoryDataStore(DataStoreContract):
+    @pytest.fixture
+    def store(self):
+        store = MemoryDataStore()
+        store.prepare()
+        return store
+
+
+class TestFileDataStore(DataStoreContract):
+    options: dict = {}  # noqa: RUF012
+
+    @pytest.fixture
+    def store(self, tmp_path):
+        return self.make(tmp_path)
+
+    @pytest.fixture
+    def other(self, store, tmp_path):
+        return self.make(tmp_path)
+
+    def make(self, tmp_path):
+        store = FileDataStore(tmp_path / "data", **self.options)
+        store.prepare()
+        return store
+
+    # --- crashes ---
+
+    @pytest.mark.parametrize("provisional", [False, True])
+    def test_bytes_behind_a_marker_do_not_count(self, store, provisional):
+        info = created(store)
+        path = Path(store.location(info))
+        path.write_bytes(b"good" + b"unverified")
+        marker_of(path).write_text("4\n")
+        assert store.offset(info) == 4
+        with pytest.raises(OffsetMismatch):
+            store.append(info, 14, Blocks(b"x"))
+        assert path.read_bytes() == b"goodunverified"
+        assert store.append(info, 4, Blocks(b"!", provisional=provisional)) == 5
+        assert path.read_bytes() == b"good!"
+        assert not marker_of(path).exists()
+
+    def test_a_marker_of_nothing_hides_nothing(self, store):
+        # The process died after it wrote the marker and before the first byte.
+        info = created(store)
+        path = Path(store.location(info))
+        path.write_bytes(b"good")
+        for start in (4, 9):
+            marker_of(path).write_text(f"{start}\n")
+            assert store.offset(info) == 4
+        assert store.append(info, 4, Blocks(b"!")) == 5
+        assert store.offset(info) == 5
+
+    @pytest.mark.parametrize("torn", ["", "1"])
+    def test_a_torn_marker_counts_for_nothing(self, store, torn):
+        # The process died while it wrote the marker, so nothing unverified followed.
+        info = created(store)
+        path = Path(store.location(info))
+        path.write_bytes(b"0123456789")
+        marker_of(path).write_text(torn)
+        assert store.offset(info) == 10
+        assert store.append(info, 10, Blocks(b"!")) == 11
+        assert not marker_of(path).exists()
+
+    def test_what_is_left_of_joining_is_replaced(self, store):
+        part = self.part(store, b"part")
+        final = self.final(store, part)
+        path = Path(store.location(final))
+        left = path.with_name(f".{path.name}.concat")
+        left.write_bytes(b"half of something that is longer")
+        assert store.offset(final) == 0
+        store.concatenate(final, [part])
+        assert content(store, final) == b"part"
+        assert not left.exists()
+
+    def test_deleting_removes_what_crashes_left(self, store):
+        info = created(store)
+        path = Path(store.location(info))
+        marker_of(path).write_text("0\n")
+        path.with_name(f".{path.name}.concat").write_text("half")
+        store.delete(info)
+        assert list(path.parent.iterdir()) == []
+
+    def test_a_part_that_is_too_short_leaves_nothing(self, store):
+        part = self.part(store, b"part")
+        final = self.final(store, part)
+        Path(store.location(part)).write_bytes(b"par")
+        with pytest.raises(UploadGone):
+            store.concatenate(final, [part])
+        assert store.offset(final) == 0
+        assert files_below(store.data_dir) == sorted(
+            Path(store.location(info)).name for info in (part, final)
+        )
+
+    def test_nothing_is_left_of_a_refused_body(self, store):
+        info = created(store)
+        store.append(info, 0, Blocks(b"bad", provisional=True, accepts=False))
+        assert files_below(store.data_dir) == [info.id]
+
+    @pytest.mark.parametrize(("provisional", "kept"), [(False, 7), (True, 3)])
+    def test_sigkill_in_the_middle_of_a_body(self, store, provisional, kept):
+        info = created(store)
+        store.append(info, 0, Blocks(b"old"))
+        result = subprocess.run(
+            [sys.executable, "-c", DYING, store.data_dir, info.storage.path, str(provisional)],
+            cwd=ROOT,
+            timeout=60,
+        )
+        assert result.returncode == -signal.SIGKILL
+        assert Path(store.location(info)).read_bytes() == b"oldlost"[: 3 + 4]
+        assert store.offset(info) == kept
+        store.append(info, kept, Blocks(b"!"))
+        assert content(store, info) == b"oldlost"[:kept] + b"!"
+
+    # --- where files are ---
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "..",
+            "../secret",
+            "/etc/passwd",
+            "a/../../secret",
+            "a//b",
+            "",
+            ".hidden",
+            "a/.hidden",
+            "a\0b",
+            "a\\b",
+            "a\nb",
+            "x" * 256,
+        ],
+    )
+    def test_no_path_leads_out(self, store, path):
+        with pytest.raises(UploadNotFound):
+            inside(store.data_dir, path)
+        info = FileInfo(id="a", storage=Storage(store.type, path))
+        if not path:  # an info without a path is found by its id
+            return
+        for action in (store.offset, store.open, store.delete, store.create, store.location):
+            with pytest.raises(UploadNotFound):
+                action(info)
+        with pytest.raises(UploadNotFound):
+            store.append(info, 0, Blocks(b"x"))
+
+    def test_what_lies_inside(self, store):
+        for name in ("a", "a/b", "2024/1/x~y", "ы", "a b", "x" * 255):
+            assert inside(store.data_dir, name) == store.data_dir / name
+
+    # --- sizes ---
+
+    def test_offsets_have_64_bits(self, store):
+        info = created(store)
+        path, start = Path(store.location(info)), 2**32 * 3 + 5
+        os.truncate(path, start)
+        assert store.offset(info) == start
+        assert store.append(info, start, Blocks(b"end")) == start + 3
+        assert store.append(info, start + 3, Blocks(b"bad", provisional=True, accepts=False))
+        assert store.append(info, start + 3, Blocks(b"!", provisional=True)) == start + 4
+        assert content(store, info, start) == b"end!"
+
+    def test_a_full_disk_keeps_what_fitted(self, store):
+        info, part = created(store), self.part(store, LARGE)
+        final = self.final(store, part)
+        store.append(info, 0, Blocks(b"old"))
+        with files_up_to(1_500_000):
+            with pytest.raises(StorageFull):
+                store.append(info, 3, Blocks(LARGE))
+            assert store.offset(info) == 1_500_000
+            with pytest.raises(StorageFull):
+                store.append(info, 1_500_000, Blocks(b"x"))
+            with pytest.raises(StorageFull):
+                store.concatenate(final, [part])
+            assert store.offset(final) == 0
+        rest = LARGE[1_500_000 - 3 :]
+        assert store.append(info, 1_500_000, Blocks(rest)) == 3 + len(LARGE)
+        assert content(store, info) == b"old" + LARGE
+        store.concatenate(final, [part])
+        assert content(store, final) == LARGE
+
+    def test_a_full_disk_keeps_nothing_provisional(self, store):
+        info = created(store)
+        store.append(info, 0, Blocks(b"old"))
+        with files_up_to(1_500_000), pytest.raises(StorageFull):
+            store.append(info, 3, Blocks(LARGE, provisional=True))
+        assert store.offset(info) == 3
+        assert content(store, info) == b"old"
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    @pytest.mark.parametrize("function", ["open", "mkdir"])
+    def test_without_room_for_a_name_nothing_is_created(self, store, monkeypatch, number, function):
+        def fail(*args, **kwargs):
+            raise OSError(number, "full")
+
+        info = FileInfo(id="a", storage=Storage(store.type, "new/a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, fail)
+            with pytest.raises(StorageFull):
+                store.create(info)
+        store.create(info)
+
+    def test_other_trouble_stays_what_it_is(self, store, monkeypatch):
+        def fail(*args, **kwargs):
+            raise OSError(errno.EIO, "broken")
+
+        info = created(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", fail)
+            with pytest.raises(OSError, match="broken") as error:
+                store.append(info, 0, Blocks(b"x"))
+        assert error.value.errno == errno.EIO
+        assert store.offset(info) == 0
+
+    def test_it_knows_its_room(self, store):
+        state = os.statvfs(store.data_dir)
+        assert 0 < store.free_space() <= state.f_blocks * state.f_frsize
+
+    # --- where the kernel does not help ---
+
+    @pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
+    def test_parts_are_joined_by_hand(self, store, monkeypatch, number):
+        def fail(*args, **kwargs):
+            raise OSError(number, "not here")
+
+        monkeypatch.setattr(os, "copy_file_range", fail)
+        parts = [self.part(store, data) for data in (LARGE, b"end")]
+        final = self.final(store, *parts)
+        store.concatenate(final, parts)
+        assert content(store, final) == LARGE + b"end"
+
+    def test_a_directory_that_cannot_be_is_said(self, tmp_path):
+        (tmp_path / "file").touch()
+        for directory in (tmp_path / "file" / "data", tmp_path / "file"):
+            with pytest.raises(ConfigurationError, match="data directory"):
+                FileDataStore(directory).prepare()
+
+
+class TestFileDataStoreWithFsync(TestFileDataStore):
+    options = {"force_fsync": True}  # noqa: RUF012
+
+    def test_bytes_are_synced_before_they_are_told(self, store, monkeypatch):
+        synced = []
+        fdatasync = os.fdatasync
+        monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), fdatasync(fd)))
+        info = created(store)
+        store.append(info, 0, Blocks(b"x"))
+        assert synced
+        synced.clear()
+        store.offset(info)
+        assert synced, "a worker that was killed has not synced what it wrote"
+
+    def test_a_marker_goes_after_what_it_hid(self, store, monkeypatch):
+        # Otherwise a power loss could bring the bytes back without the marker.
+        info = created(store)
+        path = Path(store.location(info))
+        path.write_bytes(b"goodunverified")
+        marker_of(path).write_text("4\n")
+        sizes = []
+        fdatasync = os.fdatasync
+
+        def look(fd):
+            if marker_of(path).exists():
+                sizes.append(os.fstat(fd).st_size)
+            fdatasync(fd)
+
+        store.offset(info)
+        monkeypatch.setattr(os, "fdatasync", look)
+        store.append(info, 4, Blocks(b"!"))
+        assert 4 in sizes
+
+
+class TestFileDataStoreWithStructure(TestFileDataStore):
+    options = {"dir_structure": "{year}/{month}/env[TUSWSGI_TEST_NODE]"}  # noqa: RUF012
+
+    @pytest.fixture(autouse=True)
+    def _node(self, monkeypatch):
+        monkeypatch.setenv("TUSWSGI_TEST_NODE", "node-1")
+
+    def test_uploads_stay_where_they_were_created(self, store, tmp_path):
+        info = created(store)
+        moved = FileDataStore(tmp_path / "data", dir_structure="elsewhere")
+        moved.prepare()
+        store.append(info, 0, Blocks(b"bytes"))
+        assert content(moved, info) == b"bytes"
+
+    def test_the_directories_are_dates(self, store):
+        now = datetime.now(timezone.utc)
+        info = created(store)
+        assert info.storage.path == f"{now.year}/{now.month}/node-1/{info.id}"
+        assert store.location(info) == str(store.data_dir / info.storage.path)
+
+    def test_a_place_is_made_once(self, store):
+        # Another day the same id has another path: ids are unique among records.
+        info = created(store)
+        with pytest.raises(Exception, match="exists"):
+            store.create(info)
+
+
+@pytest.mark.parametrize(
+    ("structure", "path"),
+    [
+        ("", "id"),
+        ("/", "id"),
+        ("a/b", "a/b/id"),
+        ("/a/", "a/id"),
+        ("{year}-{month}-{day}", f"{datetime.now(timezone.utc):%Y-X%m-X%d}/id".replace("X0", "X")),
+        ("{env[TUSWSGI_TEST_A]}/x", "value/x/id"),
+        ("env[TUSWSGI_TEST_A]", "value/id"),
+    ],
+)
+def test_structures(tmp_path, monkeypatch, structure, path):
+    monkeypatch.setenv("TUSWSGI_TEST_A", "value")
+    store = FileDataStore(tmp_path, dir_structure=structure)
+    store.prepare()
+    info = created(store, "id")
+    assert info.storage.path == path.replace("X", "")
+    assert (tmp_path / info.storage.path).is_file()
+
+
+def test_hours_and_minutes(tmp_path):
+    store = FileDataStore(tmp_path, dir_structure="{hour}/{minute}")
+    hour, minute, _ = created(store, "id").storage.path.split("/")
+    assert 0 <= int(hour) < 24
+    assert 0 <= int(minute) < 60
+
+
+@pytest.mark.parametrize("structure", ["..", "a/../..", ".hidden", "a//b", "{env[TUSWSGI_UP]}/a"])
+def test_structures_that_lead_out_are_mistakes(tmp_path, monkeypatch, structure):
+    monkeypatch.setenv("TUSWSGI_UP", "../up")
+    with pytest.raises(ConfigurationError, match="dir_structure"):
+        FileDataStore(tmp_path, dir_structure=structure).prepare()
+
+
+# --- tools ---
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from tuswsgi.datastores.file import FileDataStore
+from tuswsgi.info import FileInfo, Storage
+from tuswsgi.testing.datastores import Blocks
+
+class Dying(Blocks):
+    def read(self, n):
+        block = super().read(n)
+        if not block:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return block
+
+directory, path, provisional = sys.argv[1:]
+info = FileInfo(id=path.rpartition("/")[2], storage=Storage("file_storage", path))
+store = FileDataStore(Path(directory))
+store.append(info, 3, Dying(b"lost", provisional=provisional == "True"))
+"""
+
+
+def marker_of(path):
+    return path.with_name(f".{path.name}.unverified")
+
+
+def files_below(directory):
+    return sorted(path.name for path in directory.rglob("*") if path.is_file())
+
+
+@contextmanager
+def files_up_to(size):
+    """Let no file of this process grow beyond `size`: a disk that is full there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
