@@ -31,7 +31,7 @@ _LOW_WATER = 256 * 1024
 
 
 class _Woken(BaseException):
-    """Thrown into a greenlet that waits for bytes. Never leaves this file."""
+    """Thrown where a greenlet or a thread waits for bytes. Never leaves this file."""
 
 
 class GunicornBody(RequestBody):
@@ -82,7 +82,7 @@ class GunicornBody(RequestBody):
 
     def _wait_and_take(self, n: int) -> memoryview | bytes:
         if not self._cooperative:
-            return self._take(n) if self._wait_in_thread() else b""
+            return self._take_in_thread(n)
         self._give_others_a_turn()
         while not self._is_woken:
             block = self._interruptibly(lambda: self._take(n))
@@ -122,7 +122,7 @@ class GunicornBody(RequestBody):
 
     def _wait_in_thread(self) -> bool:
         """Wait for bytes in a thread of its own; return whether there are any."""
-        if self._has_buffered or (hasattr(self._sock, "pending") and self._sock.pending()):
+        if hasattr(self._sock, "pending") and self._sock.pending():
             return True
         poll = select.poll()
         poll.register(self._sock.fileno(), select.POLLIN)
@@ -132,9 +132,8 @@ class GunicornBody(RequestBody):
                 return False
         return True
 
-    @property
-    def _has_buffered(self) -> bool:
-        return bool(self._input.reader.unreader.buf.tell())
+    def _take_in_thread(self, n: int) -> memoryview | bytes:
+        raise NotImplementedError
 
     def _take(self, n: int) -> memoryview | bytes:
         raise NotImplementedError
@@ -218,6 +217,13 @@ class SocketBody(GunicornBody):
             self._low_water = n
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
 
+    @property
+    def _has_buffered(self) -> bool:
+        return bool(self._reader.unreader.buf.tell())
+
+    def _take_in_thread(self, n: int) -> memoryview | bytes:
+        return self._take(n) if self._has_buffered or self._wait_in_thread() else b""
+
     def _take_buffered(self, n: int) -> bytes:
         unreader = self._reader.unreader
         if not self._has_buffered:
@@ -258,6 +264,17 @@ class ChunkedBody(GunicornBody):
                 return str(value)
         return None
 
+    def _take_in_thread(self, n: int) -> memoryview | bytes:
+        # Only the parser knows whether it needs more bytes to go on.
+        unreader = self._reader.req.unreader
+        unreader.sock = _InterruptibleSocket(self._sock, self._wait_in_thread)
+        try:
+            return self._take(n)
+        except _Woken:
+            return b""
+        finally:
+            unreader.sock = self._sock
+
     def _take(self, n: int) -> memoryview | bytes:
         while not self._piece:
             try:
@@ -274,3 +291,16 @@ class ChunkedBody(GunicornBody):
                 raise BodyMalformed from error
         taken, self._piece = self._piece[:n], self._piece[n:]
         return taken
+
+
+class _InterruptibleSocket:
+    """A socket that does not receive before `wait` says that there is something."""
+
+    def __init__(self, sock: socket.socket, wait: Callable[[], bool]) -> None:
+        self._sock = sock
+        self._wait = wait
+
+    def recv(self, n: int) -> bytes:
+        if not self._wait():
+            raise _Woken
+        return self._sock.recv(n)
