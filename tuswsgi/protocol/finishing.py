@@ -16,7 +16,7 @@ from typing import Any
 
 from tuswsgi.datastores.base import DataStore
 from tuswsgi.errors import HookRefusal, TusError, UploadGone, UploadLocked, UploadNotFound
-from tuswsgi.hooks.base import HookType, RequestInfo
+from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.hooks.manager import HookManager
 from tuswsgi.info import FileInfo, FinalResponse, State
 from tuswsgi.infostores.base import InfoStore
@@ -47,6 +47,11 @@ class Finisher:
         :raises TusError: if it could not be finished now; it stays complete and the next
             one who asks tries again.
         """
+        finished, events = self.complete(info, request)
+        return self.infos.save(finished, events)
+
+    def complete(self, info: FileInfo, request: RequestInfo) -> tuple[FileInfo, Sequence[Event]]:
+        """Do all of ``finish`` but save: return what is to be saved."""
         assert info.size is not None
         info = replace(info, offset=info.size)
         self.data.finish(info)
@@ -57,15 +62,15 @@ class Finisher:
                 raise
             # A hook's 4xx is its last word: it is kept and repeated.
             response = FinalResponse(refusal.status, refusal.message, refusal.headers)
-            return self.infos.save(
-                replace(info, state=State.REFUSED, finished_at=time.time(), response=response)
-            )
+            return replace(
+                info, state=State.REFUSED, finished_at=time.time(), response=response
+            ), ()
         if answer is not None:
             info = replace(
                 info, response=FinalResponse(answer.status, answer.body or "", answer.headers)
             )
         info = replace(info, state=State.FINISHED, finished_at=time.time())
-        return self.infos.save(info, self.hooks.record(HookType.POST_FINISH, info, request))
+        return info, self.hooks.record(HookType.POST_FINISH, info, request)
 
     def finish_if_complete(self, info: FileInfo, request: RequestInfo) -> FileInfo:
         """Return `info` with its real offset, finished if all bytes are there.

@@ -7,6 +7,7 @@ upload that expires after its last byte must not expire in the middle of a long 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tuswsgi.errors import (
@@ -18,7 +19,7 @@ from tuswsgi.errors import (
     UploadLocked,
     UploadSizeExceeded,
 )
-from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.hooks.base import Event, RequestInfo
 from tuswsgi.info import FileInfo
 from tuswsgi.protocol.checksum import Checksum
 from tuswsgi.protocol.finishing import Finisher
@@ -86,6 +87,26 @@ class Reception:
         if (self._chunk.body.length or 0) > room:
             raise too_many
         self.reader.limit(room, too_many)
+
+    def receive_first(
+        self, info: FileInfo, request: RequestInfo
+    ) -> tuple[FileInfo, Sequence[Event]]:
+        """Append the chunk that comes with a creation, and complete the upload if it is all.
+
+        Nobody knows the upload yet, so no lock is held and nothing is saved: the record is
+        written once, by the caller, and tells how it ended.
+
+        :returns: what is to be written.
+        :raises TusError: if the chunk was wrong.
+        """
+        kept = self._append(info, 0)
+        if self.is_fault and self.error is not None:
+            raise self.error
+        if kept > 0:
+            info = self._touched(replace(info, offset=kept))
+        if kept == info.size:
+            return self._finisher.complete(info, request)
+        return info, ()
 
     def receive(self, info: FileInfo, offset: int, request: RequestInfo) -> FileInfo:
         """Append the chunk, then finish the upload or save how far it came.

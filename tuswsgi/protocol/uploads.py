@@ -102,24 +102,33 @@ class Uploads:
         with self._reception(chunk) as reception:
             reception.check(info, 0)
             answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
-            info = self._created(info, request)
-            if info.is_final:
-                info = self._first_build(info, request)
-            elif info.size == 0 or not chunk.is_empty:
-                info = self._first_chunk(info, reception, request)
+            info = self._write_new(info, reception, request)
+        if info.is_final:
+            info = self._first_build(info, request)
+        self._follow_up(info, request)
         return self._not_refused(info), answer
 
-    def _created(self, info: FileInfo, request: RequestInfo) -> FileInfo:
-        free = self.data.free_space()
-        if free is not None and free - (info.size or 0) < self.settings.min_free_disk:
-            raise StorageFull
+    def _write_new(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
+        """Write the bytes first and then the record: a crash in between leaves bytes that
+        nobody knows of, to be cleaned up, and never a record of bytes that are not there.
+        """
+        self._check_space(info)
         info = replace(info, storage=self.data.create(info))
         try:
-            self.infos.create(info, self.hooks.record(HookType.POST_CREATE, info, request))
+            events = self.hooks.record(HookType.POST_CREATE, info, request)
+            if not info.is_final:
+                info, more = reception.receive_first(info, request)
+                events = [*events, *more]
+            self.infos.create(info, events)
         except Exception:
             self.data.delete(info)
             raise
         return info
+
+    def _check_space(self, info: FileInfo) -> None:
+        free = self.data.free_space()
+        if free is not None and free - (info.size or 0) < self.settings.min_free_disk:
+            raise StorageFull
 
     def _new_info(self, creation: Creation, request: RequestInfo) -> FileInfo:
         size, now = creation.size, time.time()
@@ -177,16 +186,6 @@ class Uploads:
         except UploadLocked:
             # A part is in use by another build; the next HEAD goes on.
             return info
-
-    def _first_chunk(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
-        with self.locker.lock(info.id, reception.reader.interrupt):
-            info = reception.receive(info, 0, request)
-            if reception.is_fault and reception.error is not None:
-                # The client will not learn the URL of what it did wrong.
-                self._remove(info, State.TERMINATED, request)
-                raise reception.error
-        self._follow_up(info, request)
-        return info
 
     # --- HEAD ------------------------------------------------------------------------
 
