@@ -19,7 +19,7 @@ from tuswsgi.info import check_id
 from tuswsgi.web.settings import UNIX, LocationForm, WebSettings
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{1,5})?", re.ASCII)
-_PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", re.ASCII)
+_PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", re.ASCII)
 _FORWARDED_PAIR = re.compile(r'\s*([A-Za-z]+)=("(?:[^"\\]|\\.)*"|[^;,"\s]+)\s*', re.ASCII)
 
 
@@ -58,16 +58,11 @@ def origin_of(environ: Mapping[str, Any], settings: WebSettings) -> Origin:
     )
 
 
-def collection_path(environ: Mapping[str, Any], id: str) -> str:
-    """Return the path of the upload collection, which this request addressed.
-
-    :param id: what follows the collection's path in the request's, may be empty.
-    """
+def _collection_path(environ: Mapping[str, Any]) -> str:
+    """Return the path of the upload collection, which this request addressed."""
     path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    if id:
-        # latin-1 is how PEP 3333 carries the bytes of a path.
-        path = path[: len(path) - len(id.encode("utf-8", "surrogateescape").decode("latin-1"))]
     path = path.rstrip("/")
+    # latin-1 is how PEP 3333 carries the bytes of a path.
     return path if path.isascii() else quote(path.encode("latin-1"))
 
 
@@ -76,7 +71,7 @@ def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings) -> st
     if settings.public_url is not None:
         return f"{settings.public_url.rstrip('/')}/{id}"
     origin = origin_of(environ, settings)
-    path = f"{origin.prefix}{collection_path(environ, '')}/{id}"
+    path = f"{origin.prefix}{_collection_path(environ)}/{id}"
     if settings.location is LocationForm.RELATIVE:
         return path
     return f"{origin.scheme}://{origin.host}{path}"
@@ -93,10 +88,10 @@ def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> st
         parts = urlsplit(url)
     except ValueError:
         raise InvalidConcat("The Upload-Concat header has an invalid URL.") from None
-    if parts.query or parts.fragment:
-        raise InvalidConcat("The Upload-Concat header has a URL with a query or a fragment.")
+    if parts.scheme not in ("", "http", "https") or parts.query or parts.fragment:
+        raise InvalidConcat("The Upload-Concat header has a URL that is not one of an upload.")
     origin = origin_of(environ, settings)
-    own = collection_path(environ, "")
+    own = _collection_path(environ)
     bases = {own, origin.prefix + own}
     public = urlsplit(settings.public_url) if settings.public_url else None
     if public is not None:
@@ -107,7 +102,7 @@ def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> st
     }:
         raise InvalidConcat("The Upload-Concat header names an upload of another server.")
     directory, _, id = parts.path.rpartition("/")
-    if directory not in bases and unquote(directory) not in bases:
+    if unquote(directory) not in map(unquote, bases):
         raise InvalidConcat("The Upload-Concat header has a URL that is not one of an upload.")
     try:
         return check_id(id)
