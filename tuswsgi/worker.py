@@ -70,8 +70,14 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         for server in servers:
             server.stop(timeout=1)
 
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        if not self.cfg.is_ssl or self._shakes_hands(client):
+            super().handle(listener, client, addr)
+        else:
+            client.close()
+
     def timeout_ctx(self) -> _Idle:
-        # gunicorn waits for the next request of a connection inside of this.
+        # gunicorn waits for the next request of a connection inside of this, too.
         return _Idle(self.cfg.keepalive, self._idle)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
@@ -82,13 +88,26 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def _serve(self, listener: Any) -> StreamServer:
         listener.setblocking(1)
-        tls = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        tls: dict[str, Any] = {}
+        if self.cfg.is_ssl:
+            tls = {"ssl_context": ssl_context(self.cfg), "do_handshake_on_connect": False}
         pool = Pool(self.worker_connections)
         server = StreamServer(listener, partial(self.handle, listener), spawn=pool, **tls)
         if self.cfg.workers > 1:
             server.max_accept = 1  # the next one is for another worker
         server.start()
         return server
+
+    def _shakes_hands(self, client: Any) -> bool:
+        # gevent would wait for ever for a client that does not even begin.
+        with self.timeout_ctx():
+            try:
+                client.do_handshake()
+            except OSError as error:
+                self.log.debug("No TLS connection: %s", error)
+                return False
+            return True
+        return False
 
     def _join(self, servers: Sequence[StreamServer], timeout: float) -> None:
         """Wait until all connections are closed."""
