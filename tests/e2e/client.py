@@ -169,6 +169,15 @@ class Connection:
         rest, self._buffer = self._buffer, b""
         return rest
 
+    def count_body(self) -> int:
+        """Read the answer to a GET and count the bytes of its body."""
+        status, headers = self._read_head()
+        assert status == 200
+        length, seen = int(headers["content-length"]), len(self._buffer)
+        while seen < length and (received := len(self.sock.recv(MB))):
+            seen += received
+        return seen
+
     def is_closed(self) -> bool:
         """Wait until the server closes; it must not send anything before."""
         try:

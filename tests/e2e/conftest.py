@@ -166,12 +166,11 @@ class Server:
                 except OSError:
                     pass  # closed a moment ago
 
-    def memory(self) -> int:
-        """Return the resident bytes of all workers together."""
-        pages = (
-            int(Path(f"/proc/{worker}/statm").read_text().split()[1]) for worker in self.workers()
-        )
-        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+    def highest_memory(self) -> int:
+        """Return the most bytes that the workers ever had in memory, together."""
+        texts = (Path(f"/proc/{worker}/status").read_text() for worker in self.workers())
+        peaks = (re.search(r"VmHWM:\s*(\d+) kB", text) for text in texts)
+        return sum(int(peak[1]) * 1024 for peak in peaks if peak)
 
     def file(self, path: str) -> Path:
         """Return where the bytes of an upload are."""

@@ -308,5 +308,7 @@ def _is_busy(error: Exception) -> bool:
 
 
 def _trouble(error: PeeweeException) -> TusError:
+    if str(error) == "database or disk is full":
+        return StorageFull()
     logger.error("The database failed: %s", error, exc_info=error)
-    return StorageFull() if str(error) == "database or disk is full" else Unavailable()
+    return Unavailable()

@@ -15,7 +15,14 @@ import flask
 from flask.sansio.blueprints import BlueprintSetupState
 from werkzeug.routing import BaseConverter, Rule
 
-from tuswsgi.errors import BodyIncomplete, MethodNotAllowed, ReadTimeout, TusError, Unavailable
+from tuswsgi.errors import (
+    BodyIncomplete,
+    MethodNotAllowed,
+    ReadTimeout,
+    StorageFull,
+    TusError,
+    Unavailable,
+)
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
@@ -36,7 +43,7 @@ OwnerFunction = Callable[[flask.Request], "str | None"]
 class _Rest(BaseConverter):
     """Everything that follows, slashes and nothing at all included."""
 
-    regex = ".*?"
+    regex = r"[\s\S]*?"
     part_isolating = False
 
 
@@ -151,6 +158,8 @@ class TusBlueprint(flask.Blueprint):
 def _log_error(environ: Mapping[str, Any], error: TusError) -> None:
     # Clients that go away or fall silent are what this protocol is made for.
     is_ours = error.status >= 500 and not isinstance(error, (BodyIncomplete, ReadTimeout))
+    # Where in the code a disk turned out to be full is of no use to anybody.
+    is_puzzling = is_ours and not isinstance(error, StorageFull)
     log.log(
         logging.WARNING if is_ours else logging.DEBUG,
         "%s %s: %s %s",
@@ -158,5 +167,5 @@ def _log_error(environ: Mapping[str, Any], error: TusError) -> None:
         environ.get("PATH_INFO"),
         error.code,
         error.message,
-        exc_info=error.__cause__ if is_ours else None,
+        exc_info=error.__cause__ if is_puzzling else None,
     )
