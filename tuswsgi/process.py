@@ -18,29 +18,29 @@ T = TypeVar("T")
 class PerProcess(Generic[T]):
     """A value that is made at its first use in this process.
 
-    :param factory: makes the value; it must not switch greenlets.
+    :param factory: makes the value.
     """
 
     def __init__(self, factory: Callable[[], T]) -> None:
         self._factory = factory
-        self._held: tuple[int, T] | None = None
-        self._lock: tuple[int, threading.Lock] | None = None
+        self._held: tuple[object, T] | None = None
+        self._lock: tuple[object, threading.Lock] | None = None
 
     def get(self) -> T:
         """Return the value of this process."""
         held = self._held
-        if held is not None and held[0] == os.getpid():
+        if held is not None and held[0] is _process:
             return held[1]
         with self._process_lock():
             held = self._held
-            if held is None or held[0] != os.getpid():
-                held = self._held = (os.getpid(), self._factory())
+            if held is None or held[0] is not _process:
+                held = self._held = (_process, self._factory())
         return held[1]
 
     def peek(self) -> T | None:
         """Return this process' value, ``None`` if none was made."""
         held = self._held
-        return held[1] if held is not None and held[0] == os.getpid() else None
+        return held[1] if held is not None and held[0] is _process else None
 
     def pop(self) -> T | None:
         """Forget this process' value and return it, ``None`` if none was made."""
@@ -51,6 +51,18 @@ class PerProcess(Generic[T]):
     def _process_lock(self) -> threading.Lock:
         # A lock of the parent may have been held, or be of the kind that gevent had
         # not patched yet.
-        if self._lock is None or self._lock[0] != os.getpid():
-            self._lock = (os.getpid(), threading.Lock())
+        if self._lock is None or self._lock[0] is not _process:
+            self._lock = (_process, threading.Lock())
         return self._lock[1]
+
+
+#: Stands for this process. Asking the kernel for the pid would cost a call each time.
+_process = object()
+
+
+def _renew() -> None:
+    global _process
+    _process = object()
+
+
+os.register_at_fork(after_in_child=_renew)

@@ -34,10 +34,12 @@ _FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 0.05
 
 
-def ask_to_release(on_release_request: ReleaseRequest, reason: TusError) -> None:
+def ask_to_release(on_release_request: ReleaseRequest | None, reason: TusError) -> None:
     """Call a holder back, for a backend. A callback that fails is logged and does no harm:
     it is called by the waiter or by the watcher that serves all holders.
     """
+    if on_release_request is None:
+        return
     try:
         on_release_request(reason)
     except Exception:
@@ -63,13 +65,13 @@ class Locker(ABC, Generic[H]):
         """Release what this process holds. The locker may be used again afterwards."""
 
     @contextmanager
-    def lock(self, id: str, on_release_request: ReleaseRequest) -> Iterator[None]:
+    def lock(self, id: str, on_release_request: ReleaseRequest | None = None) -> Iterator[None]:
         """Hold the lock of `id` for the length of a ``with`` block.
 
         A present holder is asked to let go. The lock is not reentrant.
 
         :param on_release_request: called when somebody waits for this lock, or when the
-            lock was lost.
+            lock was lost. ``None`` is for a holder that is done soon anyway.
         :raises UploadLocked: if the holder did not let go within the timeout.
         """
         held = self._acquire(id, on_release_request)
@@ -79,7 +81,7 @@ class Locker(ABC, Generic[H]):
             self._release(id, held)
 
     @contextmanager
-    def try_lock(self, id: str, on_release_request: ReleaseRequest) -> Iterator[None]:
+    def try_lock(self, id: str, on_release_request: ReleaseRequest | None = None) -> Iterator[None]:
         """Hold the lock of `id`, but only if nobody else does; a holder is not disturbed.
 
         :raises UploadLocked: if somebody holds it.
@@ -92,7 +94,7 @@ class Locker(ABC, Generic[H]):
         finally:
             self._release(id, held)
 
-    def _acquire(self, id: str, on_release_request: ReleaseRequest) -> H:
+    def _acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H:
         deadline = time.monotonic() + self.timeout
         pause = _FIRST_PAUSE
         next_request = 0.0
@@ -112,7 +114,7 @@ class Locker(ABC, Generic[H]):
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     @abstractmethod
-    def _try_acquire(self, id: str, on_release_request: ReleaseRequest) -> H | None:
+    def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H | None:
         """Take the lock if it is free, without waiting; ``None`` if it is not."""
 
     @abstractmethod

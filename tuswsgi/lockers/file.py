@@ -44,12 +44,14 @@ _LINE = re.compile(rb"([0-9]+-[0-9a-f]{8}\.sock) ([0-9a-f]{16})\n")
 
 @dataclass(frozen=True)
 class Held:
-    """One acquisition: the locked file and the token by which its holder is asked."""
+    """One acquisition: the locked file and the token by which its holder is asked, if it
+    can be asked at all.
+    """
 
     fd: int
     path: Path
-    token: bytes
-    mailbox: Mailbox
+    token: bytes = b""
+    mailbox: Mailbox | None = None
 
 
 class FileLocker(Locker[Held]):
@@ -82,12 +84,14 @@ class FileLocker(Locker[Held]):
         if mailbox is not None:
             mailbox.close()
 
-    def _try_acquire(self, id: str, on_release_request: ReleaseRequest) -> Held | None:
+    def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Held | None:
         path = self._path(id)
         try:
             fd = _open_locked(path)
             if fd is None:
                 return None
+            if on_release_request is None:
+                return Held(fd, path)
             try:
                 return self._announce(fd, path, on_release_request)
             except BaseException:
@@ -116,7 +120,8 @@ class FileLocker(Locker[Held]):
         return Held(fd, path, token, mailbox)
 
     def _release(self, id: str, held: Held) -> None:
-        held.mailbox.forget(held.token)
+        if held.mailbox is not None:
+            held.mailbox.forget(held.token)
         try:
             # Whoever unlinks must hold the lock of the file that is there now. Anything
             # else would remove the file of a later holder.

@@ -17,7 +17,7 @@ from tuswsgi.process import PerProcess
 class Held:
     """One acquisition, told from every other one by its identity."""
 
-    on_release_request: ReleaseRequest
+    on_release_request: ReleaseRequest | None
 
 
 class MemoryLocker(Locker[Held]):
@@ -30,7 +30,7 @@ class MemoryLocker(Locker[Held]):
         super().__init__(timeout)
         self._holders: PerProcess[dict[str, Held]] = PerProcess(dict)
 
-    def _try_acquire(self, id: str, on_release_request: ReleaseRequest) -> Held | None:
+    def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Held | None:
         held = Held(on_release_request)
         return held if self._holders.get().setdefault(id, held) is held else None
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuswsgi.datastores.base import DataStore
-from tuswsgi.errors import HookRefusal, TusError, UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.errors import HookRefusal, UploadGone, UploadLocked, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.hooks.manager import HookManager
 from tuswsgi.info import FileInfo, FinalResponse, State
@@ -24,10 +24,6 @@ from tuswsgi.lockers.base import Locker
 from tuswsgi.protocol.settings import UploadSettings
 
 log = logging.getLogger(__name__)
-
-
-def never_let_go(reason: TusError) -> None:
-    """Answer a release request of a holder that is done soon anyway: do nothing."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Finisher:
         :returns: the final upload, still waiting if a part is unfinished.
         :raises UploadGone: if a part is not there any more, so that it never can be built.
         """
-        with self.locker.lock(id, never_let_go):
+        with self.locker.lock(id):
             info = self.infos.load(id)
             if info.state is not State.WAITING:
                 return info
@@ -144,13 +140,13 @@ class Finisher:
             return
         with ExitStack() as locks:
             for id in sorted(set(info.partial_uploads)):
-                locks.enter_context(self.locker.lock(id, never_let_go))
+                locks.enter_context(self.locker.lock(id))
             yield self.parts_of(info)
 
     def _remove_parts(self, final: FileInfo) -> None:
         for id in sorted(set(final.partial_uploads)):
             try:
-                with self.locker.try_lock(id, never_let_go):
+                with self.locker.try_lock(id):
                     part = self.infos.load(id)
                     if not part.is_gone and not self.infos.finals_waiting_for(id):
                         self.data.delete(part)

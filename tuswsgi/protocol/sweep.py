@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from tuswsgi.errors import TusError, UploadLocked
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.info import State
-from tuswsgi.protocol.finishing import never_let_go
 from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class Sweeper:
     def sweep(self) -> None:
         """Sweep once, unless another process does so now."""
         try:
-            with self._uploads.locker.try_lock(_LOCK, never_let_go):
+            with self._uploads.locker.try_lock(_LOCK):
                 for id in self._unfinished():
                     self._carefully(id, self._finish)
                 for id in self._uploads.infos.expired(time.time()):
@@ -65,7 +64,7 @@ class Sweeper:
         if info.state is State.WAITING:
             uploads.finisher.build_final(id, _NOBODY)
             return
-        with uploads.locker.try_lock(id, never_let_go):
+        with uploads.locker.try_lock(id):
             info = uploads.infos.load(id)
             if info.is_gone:
                 return

@@ -35,7 +35,7 @@ from tuswsgi.hooks.manager import HookManager
 from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
-from tuswsgi.protocol.finishing import Finisher, never_let_go, sum_of_sizes
+from tuswsgi.protocol.finishing import Finisher, sum_of_sizes
 from tuswsgi.protocol.reader import ActiveReaders
 from tuswsgi.protocol.reception import Chunk, Reception
 from tuswsgi.protocol.settings import UploadSettings
@@ -200,7 +200,7 @@ class Uploads:
         if info.state is State.WAITING:
             info = self.finisher.build_final(id, request)
         elif not info.is_finished:
-            with self.locker.lock(id, never_let_go):
+            with self.locker.lock(id):
                 info = self.finisher.finish_if_complete(self._load(id, request), request)
             self._follow_up(info, request)
         return self._not_refused(info)
@@ -282,7 +282,7 @@ class Uploads:
         :returns: what the pre-terminate hook wants the client to be told.
         """
         self._access(id, request)
-        with self.locker.lock(id, never_let_go):
+        with self.locker.lock(id):
             info = self._load(id, request)
             answer = self.hooks.ask(HookType.PRE_TERMINATE, info, request)
             self._remove(info, State.TERMINATED, request)
@@ -319,7 +319,7 @@ class Uploads:
 
         :raises UploadLocked: if somebody uses it.
         """
-        with self.locker.try_lock(id, never_let_go):
+        with self.locker.try_lock(id):
             info = self.infos.load(id)
             if not info.is_gone and self._has_expired(info):
                 self._remove(info, State.EXPIRED, RequestInfo())
