@@ -29,6 +29,7 @@ from tuswsgi.process import PerProcess
 from tuswsgi.protocol.settings import UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.protocol.uploads import Uploads
+from tuswsgi.registry import LockerName
 from tuswsgi.server import ServerSettings
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
 from tuswsgi.web.settings import WebSettings
@@ -65,11 +66,14 @@ class Tus:
         *,
         data_store: DataStore | None = None,
         info_store: InfoStore | None = None,
-        locker: Locker[Any] | None = None,
+        locker: Locker[Any] | LockerName | str | None = None,
         owner: OwnerFunction | None = None,
         name: str | None = None,
         **options: Any,
     ) -> None:
+        if locker is not None and not isinstance(locker, Locker):
+            # The option has the same name: which of the server's own lockers it is to be.
+            options["locker"], locker = locker, None
         config = config or Config.load(flags=options)
         self.config = config
         self.hooks = HookManager()
