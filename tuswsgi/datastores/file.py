@@ -28,7 +28,7 @@ from tuswsgi.errors import (
     UploadNotFound,
 )
 from tuswsgi.extensions import Extension
-from tuswsgi.info import FileInfo, Storage
+from tuswsgi.info import MAX_SIZE, FileInfo, Storage
 from tuswsgi.options import MAIN, option
 from tuswsgi.paths import inside
 
@@ -107,22 +107,22 @@ class FileDataStore(DataStore):
                 # A worker that was killed has written without syncing, and whoever
                 # asks will tell a client that these bytes are safe.
                 os.fdatasync(fd)
-            return self._verified_size(info, fd)
+            size, marked = os.fstat(fd).st_size, self._marked(info)
+            return size if marked is None else min(size, marked)
 
     def append(self, info: FileInfo, offset: int, source: Source) -> int:
         with self._opened(info, os.O_RDWR) as fd:
-            verified = self._verified_size(info, fd)
+            size, marked = os.fstat(fd).st_size, self._marked(info)
+            verified = size if marked is None else min(size, marked)
             if verified != offset:
                 raise OffsetMismatch(verified)
-            if os.fstat(fd).st_size != verified:
-                os.ftruncate(fd, verified)
-                if self.force_fsync:
-                    # The marker goes next, and must not go first when the power fails.
-                    os.fdatasync(fd)
+            if size != verified:
+                self._cut(fd, verified)
             if source.provisional:
                 self._append_provisional(info, fd, offset, source)
             else:
-                self._unmark(info)
+                if marked is not None:
+                    self._unmark(info)
                 self._copy(source, fd, offset)
             if self.force_fsync:
                 os.fdatasync(fd)
@@ -235,6 +235,12 @@ class FileDataStore(DataStore):
         except OSError as error:
             raise _translated(error) from error
 
+    def _cut(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+        if self.force_fsync:
+            # The marker goes next, and must not go first when the power fails.
+            os.fdatasync(fd)
+
     def _append_provisional(self, info: FileInfo, fd: int, offset: int, source: Source) -> None:
         self._mark(info, offset)
         accepted = False
@@ -243,22 +249,25 @@ class FileDataStore(DataStore):
             accepted = source.accepted(lambda: _blocks(fd, offset))
         finally:
             if not accepted:
-                os.ftruncate(fd, offset)
+                self._cut(fd, offset)
         if self.force_fsync:
             os.fdatasync(fd)
         self._unmark(info)
 
     # --- the marker of unverified bytes ------------------------------------------------
 
-    def _verified_size(self, info: FileInfo, fd: int) -> int:
-        size = os.fstat(fd).st_size
+    def _marked(self, info: FileInfo) -> int | None:
         try:
-            marked = _hidden(self._path(info), "unverified").read_text("ascii")
+            fd = os.open(_hidden(self._path(info), "unverified"), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return size
-        # A crash while the marker was written left it empty, and nothing unverified
-        # in the file yet.
-        return min(size, int(marked)) if marked.endswith("\n") else size
+            return None
+        try:
+            text = os.read(fd, 32)
+        finally:
+            os.close(fd)
+        # A crash while the marker was written left it empty or cut off, and nothing
+        # unverified in the file yet.
+        return int(text) if text.endswith(b"\n") else MAX_SIZE
 
     def _mark(self, info: FileInfo, offset: int) -> None:
         marker = _hidden(self._path(info), "unverified")
