@@ -15,7 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuswsgi.datastores.base import DataStore
-from tuswsgi.errors import HookRefusal, UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.errors import (
+    HookRefusal,
+    MaxSizeExceeded,
+    UploadGone,
+    UploadLocked,
+    UploadNotFound,
+)
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.hooks.manager import HookManager
 from tuswsgi.info import FileInfo, FinalResponse, State
@@ -87,14 +93,20 @@ class Finisher:
         of these never wait for each other.
 
         :returns: the final upload, still waiting if a part is unfinished.
-        :raises UploadGone: if a part is not there any more, so that it never can be built.
+        :raises UploadGone: if a part is not there any more, so that it never can be built,
+            or if the upload itself was removed.
+        :raises MaxSizeExceeded: if parts whose length was deferred turned out too large.
         """
         with self.locker.lock(id):
             info = self.infos.load(id)
+            if info.is_gone:
+                raise UploadGone
             if info.state is not State.WAITING:
                 return info
             with self._locked_parts(info) as parts:
                 size = sum_of_sizes(parts)
+                if size is not None and size > self.settings.max_size:
+                    raise MaxSizeExceeded
                 if any(part.state is not State.FINISHED for part in parts):
                     return replace(info, size=size)
                 info = replace(info, size=size)

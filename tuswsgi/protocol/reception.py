@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from tuswsgi.errors import (
     BodyTooLarge,
+    MaxSizeExceeded,
     OffsetMismatch,
     StorageFull,
     TusError,
@@ -81,7 +82,7 @@ class Reception:
         """Refuse a body that announces more bytes than may come, before any is read."""
         size = self._settings.max_size if info.size is None else info.size
         room, largest = size - offset, self._settings.max_body_size
-        too_many: TusError = UploadSizeExceeded()
+        too_many: TusError = MaxSizeExceeded() if info.size is None else UploadSizeExceeded()
         if largest is not None and largest < room:
             room, too_many = largest, BodyTooLarge()
         if (self._chunk.body.length or 0) > room:

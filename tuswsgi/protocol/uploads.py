@@ -132,10 +132,8 @@ class Uploads:
 
     def _new_info(self, creation: Creation, request: RequestInfo) -> FileInfo:
         size, now = creation.size, time.time()
-        if size is not None and size > self.settings.max_size:
-            raise MaxSizeExceeded
-        if size == 0 and not self.settings.allow_empty:
-            raise InvalidUploadLength("Uploads of length 0 are not allowed here.")
+        if size is not None:
+            self._check_promise(size)
         return FileInfo(
             id=new_id(),
             size=size,
@@ -268,8 +266,14 @@ class Uploads:
             raise InvalidUploadLength("The Upload-Length header differs from the upload's length.")
         if size < offset:
             raise InvalidUploadLength("The Upload-Length header is less than the offset.")
+        self._check_promise(size)
+
+    def _check_promise(self, size: int) -> None:
+        """Refuse a length that no upload may have here."""
         if size > self.settings.max_size:
             raise MaxSizeExceeded
+        if size == 0 and not self.settings.allow_empty:
+            raise InvalidUploadLength("Uploads of length 0 are not allowed here.")
 
     # --- DELETE ----------------------------------------------------------------------
 
