@@ -205,7 +205,8 @@ def test_an_unknown_flag_is_a_usage_error() -> None:
 def test_upload_names_the_extra_that_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tusclient", None)
+    for name in ("tusclient", "tusclient.client"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "tuswsgi.client", raising=False)
     file = tmp_path / "file"
     file.write_bytes(b"x")
