@@ -115,7 +115,7 @@ def test_a_silent_body_ends_after_network_timeout(serve: Serve, chunked: bool) -
 
 def test_a_slow_body_is_not_a_silent_one(serve: Serve) -> None:
     server = serve("--network-timeout", "2s")
-    client, data = server.client, content(20)
+    client, data = server.client, content(16)
     path = client.create(len(data))
     with client.start_patch(path, 0, len(data)) as connection:
         for start in range(0, len(data), 2):
@@ -123,3 +123,12 @@ def test_a_slow_body_is_not_a_silent_one(serve: Serve) -> None:
             connection.send(data[start : start + 2])
             wait_until(lambda end=start + 2: server.stored(path) == end, "bytes on disk")
         assert connection.read().status == 204
+
+
+def test_few_bytes_of_a_silent_body_reach_the_disk(serve: Serve) -> None:
+    server = serve("--network-timeout", "10s")
+    path = server.client.create(SIZE)
+    with server.client.start_patch(path, 0, SIZE) as connection:
+        for end in range(100, 400, 100):
+            connection.send(bytes(100))
+            wait_until(lambda end=end: server.stored(path) == end, "bytes on disk")

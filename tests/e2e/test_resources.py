@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,11 @@ def cramped(small_disk: Path) -> Iterator[Server]:
 
 def occupy(disk: Path, leave: int) -> Path:
     """Fill a disk up to a rest."""
-    state = os.statvfs(disk)
     ballast = disk / "ballast"
-    ballast.write_bytes(bytes(state.f_bavail * state.f_frsize - leave))
+    with ballast.open("wb", buffering=0) as file:
+        while (left := os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - leave) > 0:
+            with suppress(OSError):  # the server writes, too
+                file.write(bytes(left))
     return ballast
 
 

@@ -103,17 +103,16 @@ def test_two_patches_at_one_offset(server: Server, same_worker: bool) -> None:
 def hanging(server: Server, connection: Connection, path: str, *, chunked: bool) -> Iterator[int]:
     """Let a PATCH fall silent in mid-body; yields the offset it has reached."""
     offset, data = server.stored(path), content(random.randint(0, 100_000))
-    head = patch_headers(offset, None if chunked else len(data) + 1)
+    headers = patch_headers(offset, None if chunked else len(data) + 1)
     if chunked:
-        head["Transfer-Encoding"] = "chunked"
-    connection.send_head("PATCH", path, head)
-    if data:
-        connection.send(chunk(data) if chunked else data)
-        wait_until(lambda: server.stored(path) == offset + len(data), "bytes on disk")
-    else:
-        # Only the lock tells that the request has come so far.
-        locks = server.data_dir / ".tuswsgi" / "locks"
-        wait_until((locks / f"{path.rpartition('/')[2]}.lock").exists, "the lock")
+        headers["Transfer-Encoding"] = "chunked"
+    # In one piece: the server takes its time with few bytes that come after it began to wait.
+    body = chunk(data) if chunked and data else data
+    connection.send(connection.head("PATCH", path, headers) + body)
+    wait_until(lambda: server.stored(path) == offset + len(data), "bytes on disk")
+    # If there are no bytes only the lock tells that the request has come so far.
+    locks = server.data_dir / ".tuswsgi" / "locks"
+    wait_until((locks / f"{path.rpartition('/')[2]}.lock").exists, "the lock")
     yield offset + len(data)
     answer = connection.read()
     assert answer.status == 423
