@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 
 from tests.bench import report
-from tests.bench.load import Target
 from tests.bench.peers import PEERS, ExternalPeer, Peer, Unavailable, make_certificate
 from tests.bench.rounds import Plan, Step
+from tests.bench.wire import Target
 from tests.bench.workloads import WORKLOADS, GiB, Workload
 
 #: How much smaller than the full sizes those of ``--quick`` are.

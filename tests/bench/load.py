@@ -1,9 +1,9 @@
 """The load: what clients do, at the least cost that a client can have.
 
 Bodies go from memory to the socket and downloads from the socket to nowhere inside the
-kernel; small requests are built beforehand. This file owns sockets and HTTP's framing and
-knows neither processes nor figures. Each call ends within ``LIMIT`` and raises ``Failed``
-if it is not answered as it should be, so that no error is ever measured as speed.
+kernel; small requests are built beforehand. This file knows neither processes nor figures.
+Each call ends within ``LIMIT`` and raises ``Failed`` if it is not answered as it should be,
+so that no error is ever measured as speed.
 """
 
 from __future__ import annotations
@@ -13,39 +13,26 @@ import heapq
 import mmap
 import multiprocessing
 import os
-import re
 import select
 import signal
 import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from tests.bench.wire import PATIENCE, Answer, Failed, Target, ask, expect, is_whole, receive, whole
+
 #: How many seconds one call may take.
 LIMIT = 300.0
-#: How many seconds a socket may stay silent.
-PATIENCE = 60.0
 
 _SOURCE_SIZE = 32 * 1024 * 1024
 _PUSH = 1024 * 1024
 #: What a paced stream sends at once: what a network card hands over at 10 MB/s and more.
 _PACED_PUSH = 16 * 1024
-_TYPE = {"Content-Type": "application/offset+octet-stream"}
 #: Some servers show no upload without a name and a type.
 _METADATA = {"Upload-Metadata": "filename YmVuY2g=,filetype YXBwbGljYXRpb24vb2N0ZXQtc3RyZWFt"}
-_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-
-
-class Failed(Exception):
-    """A server did not do what was asked for."""
-
-
-class Unsupported(Failed):
-    """A server cannot do what is asked for, and says so."""
 
 
 class Upload(NamedTuple):
@@ -55,73 +42,9 @@ class Upload(NamedTuple):
     size: int
 
 
-class Answer(NamedTuple):
-    """The status and the head of an answer."""
-
-    status: int
-    head: bytes
-
-    def header(self, name: str) -> str:
-        """Return a header's value, or an empty string."""
-        found = re.search(rf"\r\n{name}: *([^\r]*)".encode(), self.head, re.IGNORECASE)
-        return found[1].decode("latin-1") if found else ""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a server creates uploads."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-
-    @classmethod
-    def parse(cls, url: str) -> Target:
-        """Return the target that a URL names."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url} is not a URL of http or https.")
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        return cls(parts.scheme, parts.hostname, port, parts.path or "/")
-
-    def connect(self) -> socket.socket:
-        """Return a new connection."""
-        connection = socket.create_connection((self.host, self.port), PATIENCE)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.scheme == "http":
-            return connection
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        return context.wrap_socket(connection, server_hostname=self.host)
-
-    def request(self, method: str, path: str = "", /, **headers: object) -> bytes:
-        """Return the head of a request; underscores in names of headers stand for dashes."""
-        lines = [f"{method} {path or self.path} HTTP/1.1", f"Host: {self.host}:{self.port}"]
-        lines.append("Tus-Resumable: 1.0.0")
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        return "\r\n".join([*lines, "", ""]).encode()
-
-    def patch(self, path: str, length: int) -> bytes:
-        """Return the head of a request that appends ``length`` bytes to an empty upload."""
-        return self.request("PATCH", path, Upload_Offset=0, Content_Length=length, **_TYPE)
-
-    def post(self, body: bytes) -> bytes:
-        """Return a request that creates an upload with all of its content."""
-        size = len(body)
-        head = self.request("POST", Upload_Length=size, Content_Length=size, **_TYPE)
-        return head + body
-
-
 def options(target: Target) -> Answer:
     """Ask what the server can do."""
-    return ask(target, target.request("OPTIONS"), 200, 204)
-
-
-def ask(target: Target, request: bytes, *statuses: int) -> Answer:
-    """Send one request on a connection of its own and return the answer."""
-    with target.connect() as connection:
-        return _ask(connection, request, *statuses)
+    return target.ask(target.request("OPTIONS"), 200, 204)
 
 
 def create(target: Target, size: int, count: int = 1, **headers: object) -> list[Upload]:
@@ -154,7 +77,7 @@ def concatenate(target: Target, parts: Sequence[Upload]) -> Upload:
 def delete(target: Target, upload: Upload) -> None:
     """Ask for an upload's removal; the server may refuse."""
     request = target.request("DELETE", upload.path, Content_Length=0)
-    ask(target, request, *range(200, 500))
+    target.ask(request, *range(200, 500))
 
 
 def send(target: Target, uploads: Sequence[Upload]) -> None:
@@ -222,8 +145,8 @@ def download(target: Target, upload: Upload) -> None:
         connection.sendall(target.request("GET", upload.path))
         received = b""
         while b"\r\n\r\n" not in received:
-            received += _received(connection)
-        answer = _expect(received, 200)
+            received += receive(connection)
+        answer = expect(received, 200)
         if answer.header("Content-Length") != str(upload.size):
             raise Failed(f"GET was answered with {answer.header('Content-Length')!r} bytes.")
         left = upload.size - (len(received) - len(answer.head) - 4)
@@ -248,9 +171,9 @@ def repeat(target: Target, requests: Sequence[bytes], seconds: float, *statuses:
         while time.monotonic() < deadline:
             for number, _ in poll.poll(1.0):
                 connection, request = state[number]
-                answer = partial[number] + _received(connection)
-                if _is_whole(answer, request):
-                    _expect(answer, *statuses)
+                answer = partial[number] + receive(connection)
+                if is_whole(answer, request):
+                    expect(answer, *statuses)
                     count += 1
                     answer = b""
                     connection.sendall(request)
@@ -261,14 +184,14 @@ def repeat(target: Target, requests: Sequence[bytes], seconds: float, *statuses:
 def latencies(
     target: Target, request: bytes, pause: float, busy: Callable[[], bool], *statuses: int
 ) -> list[float]:
-    """Send a request again and again while ``busy``; return the seconds that each took."""
+    """Send a request once, and again while ``busy``; return the seconds that each took."""
     deadline = _deadline()
-    times = []
+    times: list[float] = []
     with target.connect() as connection:
-        while busy():
+        while not times or busy():
             _check(deadline)
             start = time.perf_counter()
-            _ask(connection, request, *statuses)
+            ask(connection, request, *statuses)
             times.append(time.perf_counter() - start)
             time.sleep(pause)
     return times
@@ -322,10 +245,10 @@ class _Stream:
 
     def answered(self) -> bool:
         """Read, and tell whether the upload was acknowledged."""
-        self._answer += _received(self.socket)
-        if not _is_whole(self._answer, self._request):
+        self._answer += receive(self.socket)
+        if not is_whole(self._answer, self._request):
             return False
-        offset = _expect(self._answer, 200, 204).header("Upload-Offset")
+        offset = expect(self._answer, 200, 204).header("Upload-Offset")
         if self._left or offset != str(self._size):
             raise Failed(f"{offset} of {self._size} bytes were acknowledged.")
         return True
@@ -359,7 +282,7 @@ def _send_encrypted(target: Target, uploads: Sequence[Upload]) -> None:
                     position = start % _SOURCE_SIZE
                     length = min(_PUSH, upload.size - start)
                     connection.sendall(view[position : position + length])
-                _expect(_whole(connection, request), 200, 204)
+                expect(whole(connection, request), 200, 204)
 
 
 def _send_aside(target: Target, uploads: Sequence[Upload]) -> None:
@@ -382,59 +305,15 @@ def _source() -> int:
 
 
 def _create(connection: socket.socket, request: bytes) -> str:
-    location = _ask(connection, request, 201).header("Location")
+    location = ask(connection, request, 201).header("Location")
     if not location:
         raise Failed("POST was answered without a Location.")
     return urlsplit(location).path
 
 
 def _offset(connection: socket.socket, target: Target, path: str) -> int:
-    answer = _ask(connection, target.request("HEAD", path), 200, 204)
+    answer = ask(connection, target.request("HEAD", path), 200, 204)
     return int(answer.header("Upload-Offset") or -1)
-
-
-def _ask(connection: socket.socket, request: bytes, *statuses: int) -> Answer:
-    connection.sendall(request)
-    return _expect(_whole(connection, request), *statuses)
-
-
-def _whole(connection: socket.socket, request: bytes) -> bytes:
-    answer = _received(connection)
-    while not _is_whole(answer, request):
-        answer += _received(connection)
-    return answer
-
-
-def _received(connection: socket.socket) -> bytes:
-    try:
-        received = connection.recv(64 * 1024)
-    except BlockingIOError:
-        return b""
-    except ConnectionError as error:
-        raise Failed("The connection was reset.") from error
-    if not received:
-        raise Failed("The connection was closed before the answer was whole.")
-    return received
-
-
-def _is_whole(answer: bytes, request: bytes) -> bool:
-    head, end, body = answer.partition(b"\r\n\r\n")
-    if not end:
-        return False
-    if request.startswith(b"HEAD ") or head[9:12] == b"204":
-        return True
-    length = _LENGTH.search(head)
-    # Without a length it is chunked.
-    return len(body) >= int(length[1]) if length else body.endswith(b"0\r\n\r\n")
-
-
-def _expect(answer: bytes, *statuses: int) -> Answer:
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status = int(head[9:12])
-    if status not in statuses:
-        said = b": ".join(filter(None, (head.splitlines()[0][9:], body[:100].strip())))
-        raise Failed(f"The answer was {said.decode('latin-1')}.")
-    return Answer(status, head)
 
 
 def _is_open(connection: socket.socket) -> bool:

@@ -24,8 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.bench import load
-from tests.bench.load import Failed, Target, Unsupported, Upload
+from tests.bench.load import Upload
 from tests.bench.measure import Meter, memory
+from tests.bench.wire import Failed, Target, Unsupported
 
 #: The name of ours in all tables.
 OURS = "tuswsgi"

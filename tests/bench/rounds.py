@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.load import Failed, Unsupported
 from tests.bench.peers import Certificate, Launch, Peer, Server, Unavailable
+from tests.bench.wire import Failed, Unsupported
 from tests.bench.workloads import Sample, Workload
 
 #: How much smaller than a round its warm-up is.
