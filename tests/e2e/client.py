@@ -327,7 +327,8 @@ def chunk(data: bytes) -> bytes:
 
 def content(size: int, seed: int = 1) -> bytes:
     """Return bytes of which no two blocks are alike."""
-    return random.Random(seed).randbytes(size)
+    numbers, piece = random.Random(seed), 64 * MB
+    return b"".join(numbers.randbytes(min(piece, size - at)) for at in range(0, size, piece))
 
 
 def sha1(data: bytes) -> str:

@@ -13,21 +13,22 @@ from e2e.client import MB, Connection, chunk, content, sha1, sha256_of, wait_unt
 from e2e.conftest import Serve, Server
 
 
-def send_and_kill(server: Server, path: str, data: bytes, acknowledged: int) -> int:
+def send_and_kill(server: Server, path: str, data: bytes, acknowledged: int, step: int) -> int:
     """Send requests until a random moment, then kill the server.
 
+    :param step: about how many bytes to send.
     :returns: the highest offset that the server has told.
     """
     client = server.client
     while random.random() < 0.5:  # some requests that come to their end
-        stop = acknowledged + random.randint(0, len(data) // 50)
+        stop = acknowledged + random.randint(0, step // 3)
         answer = client.patch(path, acknowledged, data[acknowledged:stop])
         assert (answer.status, answer.offset) == (204, min(stop, len(data)))
         acknowledged = answer.offset
     chunked = random.random() < 0.5
     length = len(data) - acknowledged
     with client.start_patch(path, acknowledged, None if chunked else length) as connection:
-        part = data[acknowledged : acknowledged + random.randint(0, len(data) // 10)]
+        part = data[acknowledged : acknowledged + random.randint(0, step)]
         connection.send(chunk(part) if chunked and part else part)
         # The socket's buffers take megabytes before the server has read them: it is
         # anywhere in between when it is killed.
@@ -41,7 +42,7 @@ def upload_with_kills(server: Server, size: int, kills: int) -> None:
     data = content(size)
     path, acknowledged, reached = server.client.create(size), 0, []
     for _ in range(kills):
-        acknowledged = send_and_kill(server, path, data, acknowledged)
+        acknowledged = send_and_kill(server, path, data, acknowledged, size // kills)
         stored = server.stored(path)
         server.start()
         offset = server.client.offset(path)
