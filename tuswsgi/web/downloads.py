@@ -118,10 +118,14 @@ def wanted_range(environ: Mapping[str, Any], headers: Headers, size: int) -> tup
     parsed = parse_range_header(environ["HTTP_RANGE"])
     if parsed is None or parsed.units != "bytes" or len(parsed.ranges) != 1:
         return None
-    found = parsed.range_for_length(size)
-    if found is None:
+    begin, end = parsed.ranges[0]
+    # "If the selected representation is shorter than the specified suffix-length, the
+    # entire representation is used." (RFC 9110, 14.1.2)
+    start = begin if begin >= 0 else max(0, size + begin)
+    stop = size if end is None else min(end, size)
+    if start >= stop:
         raise RangeNotSatisfiable(size)
-    return found
+    return start, stop
 
 
 def _range_applies(text: str | None, named: Mapping[str, str]) -> bool:
