@@ -149,9 +149,15 @@ class TusBlueprint(flask.Blueprint):
             return response
         environ = flask.request.environ
         for name, value in self._common_headers(environ):
-            response.headers.setdefault(name, value)
+            if name == "Vary":
+                response.vary.add(value)
+            else:
+                response.headers.setdefault(name, value)
         completed = cast(TusResponse, TusResponse.force_type(response))
-        completed.request_body = body_of(environ)
+        try:
+            completed.request_body = body_of(environ)
+        except TusError:
+            completed.request_body = None  # its length is nonsense
         return completed
 
 
