@@ -321,7 +321,6 @@ class TestUrlsOfParts:
             f"/files/x/{ID}",
             f"/files//{ID}",
             f"/files/../files/{ID}",
-            f"/files/{ID}/",
             f"/files/{ID}?x",
             f"/files/{ID}#x",
             "/files/",

@@ -21,7 +21,7 @@ from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import ConfigurationError, StorageFull, TusError, Unavailable
-from tuswsgi.process import PerProcess
+from tuswsgi.process import PerProcess, aside
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +175,10 @@ class _Writer:
     writing that would have to be started, watched and stopped in each process.
 
     The leader waits for other processes before BEGIN succeeds. From then on to the end of
-    COMMIT nothing switches greenlets.
+    COMMIT nothing switches greenlets, unless commits are slow.
 
-    :param gather: let others come along before each transaction: commits are slow.
+    :param gather: commits are slow: let others come along before each transaction, and go
+        on while it is written.
     """
 
     def __init__(self, database: Database, *, gather: bool) -> None:
@@ -244,9 +245,10 @@ class _Writer:
 
     def _commit(self, batch: list[_Write]) -> None:
         try:
-            for write in batch:
-                write.run(self._database)
-            self._database.execute_sql("COMMIT")
+            if self._gather:
+                aside(self._run, batch)
+            else:
+                self._run(batch)
         except BaseException as error:
             # Closing rolls back, whatever state the connection is in.
             self._database.close()
@@ -258,6 +260,11 @@ class _Writer:
             for write in batch:
                 if write.woken is not None:
                     write.woken.set()
+
+    def _run(self, batch: list[_Write]) -> None:
+        for write in batch:
+            write.run(self._database)
+        self._database.execute_sql("COMMIT")
 
     def _hand_over(self) -> None:
         with self._mutex:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +30,10 @@ from tuswsgi.extensions import Extension
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
 from tuswsgi.options import MAIN, option
 from tuswsgi.paths import inside
+from tuswsgi.process import aside
 
-#: How much is copied or read back before other greenlets get their turn.
-_SLICE = 8 * 1024 * 1024
+#: How much is copied at once: a copy can be interrupted between two slices.
+_SLICE = 16 * 1024 * 1024
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -106,7 +106,7 @@ class FileDataStore(DataStore):
             if self.force_fsync:
                 # A worker that was killed has written without syncing, and whoever
                 # asks will tell a client that these bytes are safe.
-                os.fdatasync(fd)
+                aside(os.fdatasync, fd)
             size, marked = os.fstat(fd).st_size, self._marked(info)
             return size if marked is None else min(size, marked)
 
@@ -125,13 +125,13 @@ class FileDataStore(DataStore):
                     self._unmark(info)
                 self._copy(source, fd, offset)
             if self.force_fsync:
-                os.fdatasync(fd)
+                aside(os.fdatasync, fd)
             return os.fstat(fd).st_size
 
     def finish(self, info: FileInfo) -> None:
         if self.force_fsync:
             with self._opened(info, os.O_RDONLY) as fd:
-                os.fsync(fd)
+                aside(os.fsync, fd)
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
         path = self._path(info)
@@ -148,7 +148,7 @@ class FileDataStore(DataStore):
                         if _copy_file(fd, target) != part.size:
                             raise UploadGone("The bytes of a partial upload are missing.")
                 if self.force_fsync:
-                    os.fsync(target)
+                    aside(os.fsync, target)
             finally:
                 os.close(target)
             os.replace(unfinished, path)
@@ -168,8 +168,8 @@ class FileDataStore(DataStore):
 
     def delete(self, info: FileInfo) -> None:
         path = self._path(info)
-        for belonging in (path, _hidden(path, "unverified"), _hidden(path, "concat")):
-            belonging.unlink(missing_ok=True)
+        # To free the blocks of a huge file takes the kernel its time.
+        aside(_unlink, path, _hidden(path, "unverified"), _hidden(path, "concat"))
         if path.parent.exists():
             self._sync_directory(path.parent)
 
@@ -212,7 +212,7 @@ class FileDataStore(DataStore):
         if self.force_fsync:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                os.fsync(fd)
+                aside(os.fsync, fd)
             finally:
                 os.close(fd)
 
@@ -239,7 +239,7 @@ class FileDataStore(DataStore):
         os.ftruncate(fd, size)
         if self.force_fsync:
             # The marker goes next, and must not go first when the power fails.
-            os.fdatasync(fd)
+            aside(os.fdatasync, fd)
 
     def _append_provisional(self, info: FileInfo, fd: int, offset: int, source: Source) -> None:
         self._mark(info, offset)
@@ -251,7 +251,7 @@ class FileDataStore(DataStore):
             if not accepted:
                 self._cut(fd, offset)
         if self.force_fsync:
-            os.fdatasync(fd)
+            aside(os.fdatasync, fd)
         self._unmark(info)
 
     # --- the marker of unverified bytes ------------------------------------------------
@@ -276,7 +276,7 @@ class FileDataStore(DataStore):
                 file.write(f"{offset}\n")
                 file.flush()
                 if self.force_fsync:
-                    os.fsync(file.fileno())
+                    aside(os.fsync, file.fileno())
         except OSError as error:
             raise _translated(error) from error
         self._sync_directory(marker.parent)
@@ -295,6 +295,11 @@ def _hidden(path: Path, purpose: str) -> Path:
     return path.with_name(f".{path.name}.{purpose}")
 
 
+def _unlink(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def _translated(error: OSError) -> Exception:
     return StorageFull() if error.errno in _FULL else error
 
@@ -309,11 +314,10 @@ def _copy_file(source: int, target: int) -> int:
     """Append the whole of one file to another and return how many bytes that were."""
     copied = 0
     while True:
-        moved = _copy_slice(source, target, copied)
+        moved = aside(_copy_slice, source, target, copied)
         if moved == 0:
             return copied
         copied += moved
-        time.sleep(0)
 
 
 def _copy_slice(source: int, target: int, offset: int) -> int:

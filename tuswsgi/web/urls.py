@@ -101,7 +101,7 @@ def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> st
         public.netloc.lower() if public else "",
     }:
         raise InvalidConcat("The Upload-Concat header names an upload of another server.")
-    directory, _, id = parts.path.rpartition("/")
+    directory, _, id = parts.path.removesuffix("/").rpartition("/")
     if unquote(directory) not in map(unquote, bases):
         raise InvalidConcat("The Upload-Concat header has a URL that is not one of an upload.")
     try:
