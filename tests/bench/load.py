@@ -266,8 +266,16 @@ def _streams(target: Target, uploads: Sequence[Upload]) -> Iterator[list[_Stream
 
 @contextmanager
 def _connections(target: Target, count: int) -> Iterator[list[socket.socket]]:
+    deadline = time.monotonic() + PATIENCE
     with ExitStack() as stack:
-        yield [stack.enter_context(target.connect()) for _ in range(count)]
+        connections: list[socket.socket] = []
+        while len(connections) < count:
+            if time.monotonic() > deadline:
+                raise Failed(
+                    f"After {PATIENCE:.0f} s only {len(connections)} connections were open."
+                )
+            connections.append(stack.enter_context(target.connect()))
+        yield connections
 
 
 def _send_encrypted(target: Target, uploads: Sequence[Upload]) -> None:
