@@ -87,8 +87,9 @@ def main(
     if again:
         figures = json.loads(again.read_text())
     else:
+        external = _external(urls, pids)
         peers, left_out = _peers(servers or list(PEERS), cache.expanduser())
-        peers += _external(urls, pids)
+        peers += external
         if not peers:
             raise click.ClickException(f"No server is left: {left_out}")
         scale = QUICK if quick else 1.0
