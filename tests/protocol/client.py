@@ -123,7 +123,7 @@ class Client:
     def stored(self) -> int:
         """Return how many uploads there are, tombstones not counted."""
         self.tus.start()
-        return sum(not info.is_gone for info in self.tus.uploads.infos.list())
+        return sum(not info.is_gone for info in self.tus.uploads.infos.list(limit=10**6))
 
 
 class Breaking(io.RawIOBase):
