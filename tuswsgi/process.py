@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
 
@@ -71,6 +72,22 @@ def _renew() -> None:
 os.register_at_fork(after_in_child=_renew)
 
 
+def let_others_run() -> None:
+    """Give every other greenlet its turn, those that wait for sockets too.
+
+    To sleep for 0 seconds does not do that: gevent resumes such sleepers up to 50 times
+    before it looks at a socket.
+    """
+    if not _is_cooperative():
+        time.sleep(0)
+        return
+    from gevent import get_hub
+
+    hub = get_hub()
+    with hub.loop.timer(0) as timer:
+        hub.wait(timer)
+
+
 def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run what blocks in the kernel for long (an fsync, a copy) and return its result.
 
@@ -78,8 +95,7 @@ def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     it is a plain call. It costs some 50 microseconds. `function` must not touch what belongs
     to greenlets: locks, events, sockets.
     """
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
+    if not _is_cooperative():
         return function(*args, **kwargs)
     from gevent import GreenletExit, get_hub
 
@@ -91,3 +107,9 @@ def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         running.wait()
         raise
     return result
+
+
+def _is_cooperative() -> bool:
+    """Whether gevent has patched this process, so that threads are greenlets."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from tuswsgi.errors import BodyIncomplete, BodyMalformed
+from tuswsgi.process import let_others_run
 from tuswsgi.web.pipe import IS_SUPPORTED, Unsupported, pipe
 from tuswsgi.web.request_body import BLOCK, RequestBody, shared_buffer
 
@@ -93,7 +94,7 @@ class GunicornBody(RequestBody):
     def _give_others_a_turn(self) -> None:
         if self._since_yield >= BLOCK:
             self._since_yield = 0
-            time.sleep(0)
+            let_others_run()
 
     def _interruptibly(self, action: Callable[[], T]) -> T | None:
         """Run what waits for the socket; ``None`` if ``wake`` or ``nudge`` ended it."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tuswsgi.datastores.base import Readable
+from tuswsgi.process import let_others_run
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class SentFile:
         self._content.close()
 
     def _send(self) -> None:
-        from gevent import Timeout, get_hub, sleep
+        from gevent import Timeout, get_hub
 
         file = self._content.opened.fileno()  # type: ignore[attr-defined]
         offset = os.lseek(file, 0, os.SEEK_CUR)
@@ -103,7 +104,7 @@ class SentFile:
                 offset += sent
                 unyielded += sent
                 if unyielded >= _STEP:
-                    sleep(0)
+                    let_others_run()
                     unyielded = 0
 
 
