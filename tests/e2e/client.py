@@ -299,14 +299,19 @@ class Client:
     def get(self, path: str, **headers: str) -> Response:
         return self.request("GET", path, _wire(headers))
 
-    def start_patch(self, path: str, offset: int, length: int | None, **headers: str) -> Connection:
+    def start_patch(
+        self, path: str, offset: int, length: int | None, first: bytes = b"", **headers: str
+    ) -> Connection:
         """Send the head of a PATCH.
 
         :param length: of its body; ``None`` for a chunked one.
+        :param first: bytes of its body, in one piece with the head. The server takes its time
+            with few bytes that come after it began to wait.
         """
         connection = self.connect()
         body = {"Transfer-Encoding": "chunked"} if length is None else {"Content-Length": length}
-        connection.send_head("PATCH", path, {**patch_headers(offset, None, **headers), **body})
+        head = connection.head("PATCH", path, {**patch_headers(offset, None, **headers), **body})
+        connection.send(head + (chunk(first) if length is None and first else first))
         return connection
 
 

@@ -12,13 +12,13 @@ from threading import Event
 
 import pytest
 
-from e2e.client import TUS, Connection, Response, chunk, content, wait_until
+from e2e.client import TUS, Connection, Response, content, wait_until
 from e2e.conftest import Serve, Server
 
 SIZE = 5_000_000
 
-#: Half of the default ``graceful_timeout``, after which gunicorn kills its workers.
-EARLY = 15.0
+#: Well before the default ``graceful_timeout``, after which gunicorn kills its workers.
+EARLY = 20.0
 
 
 @contextmanager
@@ -30,9 +30,8 @@ def in_mid_body(server: Server, count: int) -> Iterator[dict[str, tuple[Connecti
         for n in range(count):
             path, sent = server.client.create(SIZE), 100_000 * n + n
             length = None if n % 2 else SIZE
-            connection = stack.enter_context(server.client.start_patch(path, 0, length))
-            if sent:
-                connection.send(chunk(data[:sent]) if length is None else data[:sent])
+            patch = server.client.start_patch(path, 0, length, data[:sent])
+            connection = stack.enter_context(patch)
             uploads[path] = (connection, sent)
         for path, (_, sent) in uploads.items():
             wait_until(lambda path=path, sent=sent: server.stored(path) == sent, "bytes on disk")

@@ -376,6 +376,10 @@ class Uploads:
         if chunk.awaits_trailer and Extension.CHECKSUM_TRAILER not in self.extensions:
             raise ExtensionDisabled("Checksums in trailers are not offered here.")
         reception = Reception(self.finisher, chunk)
+        if chunk.is_empty:
+            # Nothing to wait for: a server that stops need not refuse it.
+            yield reception
+            return
         with self.readers.active(reception.reader):
             yield reception
 
