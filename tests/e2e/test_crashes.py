@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from e2e.client import MB, Connection, chunk, content, sha1, sha256_of, wait_until
+from e2e.client import MB, Connection, content, sha1, sha256_of, wait_until
 from e2e.conftest import Serve, Server
 
 
@@ -27,9 +27,8 @@ def send_and_kill(server: Server, path: str, data: bytes, acknowledged: int, ste
         acknowledged = answer.offset
     chunked = random.random() < 0.5
     length = len(data) - acknowledged
-    with client.start_patch(path, acknowledged, None if chunked else length) as connection:
-        part = data[acknowledged : acknowledged + random.randint(0, step)]
-        connection.send(chunk(part) if chunked and part else part)
+    part = data[acknowledged : acknowledged + random.randint(0, step)]
+    with client.start_patch(path, acknowledged, None if chunked else length, part):
         # The socket's buffers take megabytes before the server has read them: it is
         # anywhere in between when it is killed.
         seen = acknowledged + random.choice([0, random.randint(0, len(part))])
@@ -141,8 +140,8 @@ def test_one_worker_dies(serve: Serve) -> None:
     path = server.client.create(len(data))
     for offset in range(0, 3_000_000, 500_000):
         assert server.client.offset(path) == offset
-        with server.client.start_patch(path, offset, len(data) - offset) as connection:
-            connection.send(data[offset : offset + 500_000])
+        part = data[offset : offset + 500_000]
+        with server.client.start_patch(path, offset, len(data) - offset, part) as connection:
             wait_until(lambda end=offset + 500_000: server.stored(path) == end, "bytes on disk")
             if offset + 500_000 < len(data):
                 os.kill(server.worker_of(connection), signal.SIGKILL)

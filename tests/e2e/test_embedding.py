@@ -123,8 +123,8 @@ def test_takeover(embedded: Server, kind: str) -> None:
     client, data = embedded.client, content(1_000_000)
     path = client.create(len(data))
     for offset in range(0, 1_000_000, 200_000):
-        with client.start_patch(path, offset, len(data) - offset) as connection:
-            connection.send(data[offset : offset + 200_000])
+        part = data[offset : offset + 200_000]
+        with client.start_patch(path, offset, len(data) - offset, part) as connection:
             wait_until(lambda end=offset + 200_000: embedded.stored(path) == end, "bytes on disk")
             if offset < 800_000:
                 assert client.offset(path) == offset + 200_000
@@ -174,8 +174,7 @@ def test_stop_on_sigterm(tmp_path: Path, worker: str) -> None:
     with running(server):
         data = content(1_000_000)
         path = server.client.create(len(data))
-        with server.client.start_patch(path, 0, len(data)) as connection:
-            connection.send(data[:600_000])
+        with server.client.start_patch(path, 0, len(data), data[:600_000]) as connection:
             wait_until(lambda: server.stored(path) == 600_000, "bytes on disk")
             server.signal(signal.SIGTERM)
             answer = connection.read()

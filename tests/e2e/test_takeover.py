@@ -106,7 +106,7 @@ def hanging(server: Server, connection: Connection, path: str, *, chunked: bool)
     headers = patch_headers(offset, None if chunked else len(data) + 1)
     if chunked:
         headers["Transfer-Encoding"] = "chunked"
-    # In one piece: the server takes its time with few bytes that come after it began to wait.
+    # In one piece, as in Client.start_patch.
     body = chunk(data) if chunked and data else data
     connection.send(connection.head("PATCH", path, headers) + body)
     wait_until(lambda: server.stored(path) == offset + len(data), "bytes on disk")

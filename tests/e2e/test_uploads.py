@@ -220,8 +220,7 @@ def test_downloads_do_not_wait_for_a_patch(serve: Serve) -> None:
     server = serve("--download-unfinished")
     client, data = server.client, content(1_000_000)
     path = client.create(len(data))
-    with client.start_patch(path, 0, len(data)) as upload:
-        upload.send(data[:600_000])
+    with client.start_patch(path, 0, len(data), data[:600_000]) as upload:
         wait_until(lambda: server.stored(path) == 600_000, "bytes on disk")
         with ThreadPoolExecutor(20) as pool:
             bodies = list(pool.map(lambda _: client.get(path).body, range(20)))
@@ -229,3 +228,28 @@ def test_downloads_do_not_wait_for_a_patch(serve: Serve) -> None:
         upload.send(data[600_000:])
         assert upload.read().status == 204
     assert client.get(path).body == data
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_downloads_that_break_off(client: Client, how: str) -> None:
+    data = content(20 * MB)
+    path = client.create(len(data))
+    client.finish(path, data)
+    for _ in range(5):
+        with client.connect() as connection:
+            connection.send_head("GET", path, {})
+            connection.wait_for_bytes()
+            getattr(connection, how)()
+    assert client.get(path).body == data
+
+
+def test_a_download_outlives_its_upload(client: Client) -> None:
+    data = content(20 * MB)
+    path = client.create(len(data))
+    client.finish(path, data)
+    with client.connect() as connection:
+        connection.send_head("GET", path, {})
+        connection.wait_for_bytes()
+        assert client.request("DELETE", path, TUS).status == 204
+        assert connection.read().body == data
+    assert client.get(path).status == 410
