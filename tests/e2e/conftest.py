@@ -280,3 +280,21 @@ def server(_shared_server: Server) -> Iterator[Server]:
 def client(server: Server) -> Client:
     """A client of the shared server."""
     return server.client
+
+
+@pytest.fixture(scope="session")
+def tls_flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], ssl.SSLContext]:
+    """Return flags for serving with TLS, and how clients check the certificate."""
+    directory = tmp_path_factory.mktemp("tls")
+    certificate, key = directory / "cert.pem", directory / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-keyout", str(key), "-out", str(certificate)),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    flags = ["--certfile", str(certificate), "--keyfile", str(key)]
+    return flags, ssl.create_default_context(cafile=str(certificate))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,23 +14,6 @@ from e2e.client import PATIENCE, TUS, Connection, chunk, content, patch_headers,
 from e2e.conftest import SERVE, Serve, Server, running
 
 SIZE = 20_000_000
-
-
-@pytest.fixture(scope="module")
-def tls_flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], ssl.SSLContext]:
-    directory = tmp_path_factory.mktemp("tls")
-    certificate, key = directory / "cert.pem", directory / "key.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-keyout", str(key), "-out", str(certificate)),
-            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    flags = ["--certfile", str(certificate), "--keyfile", str(key)]
-    return flags, ssl.create_default_context(cafile=str(certificate))
 
 
 @pytest.fixture(scope="module")
