@@ -23,7 +23,7 @@ from tuswsgi.errors import (
     UploadGone,
     UploadNotFound,
 )
-from tuswsgi.info import FileInfo, Storage
+from tuswsgi.info import FileInfo, Metadata, Storage
 from tuswsgi.paths import inside
 from tuswsgi.testing.datastores import LARGE, Blocks, DataStoreContract, content, created
 
@@ -352,6 +352,37 @@ def test_hours_and_minutes(tmp_path):
     hour, minute, _ = created(store, "id").storage.path.split("/")
     assert 0 <= int(hour) < 24
     assert 0 <= int(minute) < 60
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (b"project", "project"),
+        ("проект 7".encode(), "проект 7"),
+        (b"a.b", "a.b"),
+        (b"../../up", "_._.._up"),
+        (b"..", "_."),
+        (b".hidden", "_hidden"),
+        (b"/etc", "_etc"),
+        (b"a\\b/c", "a_b_c"),
+        (b"a\0b\r\nc", "abc"),
+        (b"\0.a", "_a"),
+        (b"\xff", "\N{REPLACEMENT CHARACTER}"),
+        (b"x" * 500, "x" * 120),
+        ("я".encode() * 500, "я" * 60),
+        (b"", "_"),
+        (None, "_"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_directories_by_metadata(tmp_path, value, name):
+    store = FileDataStore(tmp_path, dir_structure="{metadata[my-key]}/{metadata[my-key]}-x")
+    store.prepare()
+    metadata = Metadata.of({"other": b"other"} | ({} if value is None else {"my-key": value}))
+    info = created(store, "id", metadata=metadata)
+    assert info.storage.path == f"{name}/{name}-x/id"
+    assert (tmp_path / name / f"{name}-x" / "id").is_file()
+    assert store.append(info, 0, Blocks(b"x")) == 1
 
 
 @pytest.mark.parametrize("structure", ["..", "a/../..", ".hidden", "a//b", "{env[TUSWSGI_UP]}/a"])

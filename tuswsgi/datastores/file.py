@@ -66,7 +66,7 @@ class FileDataStore(DataStore):
     dir_structure: str = option(
         "",
         "Directories for new uploads below the data directory, e.g. `{year}/{month}/{day}` "
-        "or `{env[HOSTNAME]}`; also `{hour}` and `{minute}` (UTC).",
+        "or `{env[HOSTNAME]}` or `{metadata[project]}`; also `{hour}` and `{minute}` (UTC).",
         rustus="DIR_STRUCTURE",
     )
 
@@ -80,7 +80,7 @@ class FileDataStore(DataStore):
         if not os.access(self.data_dir, os.R_OK | os.W_OK | os.X_OK):
             raise ConfigurationError(f"The data directory {self.data_dir} is not writable.")
         try:
-            inside(self.data_dir, self._relative_path("id"))
+            inside(self.data_dir, self._relative_path(FileInfo(id="id")))
         except UploadNotFound:
             raise ConfigurationError(
                 f"dir_structure leads out of the data directory or to a hidden one: "
@@ -88,7 +88,7 @@ class FileDataStore(DataStore):
             ) from None
 
     def create(self, info: FileInfo) -> Storage:
-        relative = info.storage.path or self._relative_path(info.id)
+        relative = info.storage.path or self._relative_path(info)
         path = inside(self.data_dir, relative)
         try:
             self._make_directory(path.parent)
@@ -185,7 +185,7 @@ class FileDataStore(DataStore):
     def _path(self, info: FileInfo) -> Path:
         return inside(self.data_dir, info.storage.path or info.id)
 
-    def _relative_path(self, id: str) -> str:
+    def _relative_path(self, info: FileInfo) -> str:
         now = datetime.now(timezone.utc)
         values = {
             name: str(getattr(now, name)) for name in ("year", "month", "day", "hour", "minute")
@@ -194,12 +194,16 @@ class FileDataStore(DataStore):
         def value(match: re.Match[str]) -> str:
             if match["variable"]:
                 return os.environ.get(match["variable"], "")
+            if match["key"]:
+                return _segment(info.metadata.text(match["key"]) or "")
             return values.get(match["name"], match[0])
 
         # rustus' manual writes env[NAME] without braces, its code writes dates with them.
-        pattern = r"\{?env\[(?P<variable>\w+)\]\}?|\{(?P<name>\w+)\}"
+        pattern = (
+            r"\{?env\[(?P<variable>\w+)\]\}?|\{metadata\[(?P<key>[^\]\s,]+)\]\}|\{(?P<name>\w+)\}"
+        )
         directories = re.sub(pattern, value, self.dir_structure).strip("/")
-        return f"{directories}/{id}" if directories else id
+        return f"{directories}/{info.id}" if directories else info.id
 
     def _make_directory(self, directory: Path) -> None:
         if directory == self.data_dir or directory.is_dir():
@@ -288,6 +292,13 @@ class FileDataStore(DataStore):
         except FileNotFoundError:
             return
         self._sync_directory(marker.parent)
+
+
+def _segment(text: str) -> str:
+    """Return what a client says as a part of a directory's name: it must not lead away."""
+    text = re.sub(r"^\.|[/\\]", "_", "".join(char for char in text if char.isprintable()))
+    # Two of them fit into one name.
+    return text.encode()[:120].decode(errors="ignore") or "_"
 
 
 def _hidden(path: Path, purpose: str) -> Path:
