@@ -28,6 +28,9 @@ BACKENDS = {
     },
 }
 
+#: For tests of what is decided before any backend is asked.
+on_memory = pytest.mark.parametrize("backends", ["memory"], indirect=True)
+
 Serve = Callable[..., Client]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from protocol.client import MIME, Breaking, Client, assert_refused, path_of
+from protocol.conftest import on_memory
 from tuswsgi.protocol.checksum import ALGORITHMS
 
 
@@ -68,6 +69,7 @@ class TestChecksum:
         assert_refused(response, 460)
         assert client.stored() == 0
 
+    @on_memory
     @pytest.mark.parametrize(
         ("header", "word"),
         [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol.client import Client, assert_refused, path_of
-from protocol.conftest import Serve
+from protocol.conftest import Serve, on_memory
 from tuswsgi.hooks.base import HookRequest, HookResponse
 from tuswsgi.info import State
 
@@ -24,6 +24,7 @@ class TestPartial:
         assert client.head(url).headers["Upload-Concat"] == "partial"
         assert client.content(url) == b"hello"
 
+    @on_memory
     @pytest.mark.parametrize("value", ["", "Partial", "partial;", "final", "Final;/files/x", "x"])
     def test_others_are_faults(self, client: Client, value: str) -> None:
         response = client.post(5, environ={"HTTP_UPLOAD_CONCAT": value})
@@ -107,6 +108,7 @@ class TestFinal:
         assert client.content(part) == b"x"
 
 
+@on_memory
 class TestUrls:
     def test_absolute_and_paths(self, client: Client) -> None:
         part = client.part(b"x")

@@ -9,7 +9,7 @@ import flask
 import pytest
 
 from protocol.client import MIME, Breaking, Client, assert_refused, metadata
-from protocol.conftest import Serve
+from protocol.conftest import Serve, on_memory
 from protocol.test_headers import NO_NUMBERS
 from tuswsgi.app import Tus
 from tuswsgi.datastores.memory import MemoryDataStore
@@ -19,6 +19,7 @@ from tuswsgi.extensions import Extension
 SENDABLE = [text for text in NO_NUMBERS if text.isprintable() and text == text.strip(" ")]
 
 
+@on_memory
 class TestOptions:
     @pytest.mark.parametrize("url", ["/files", "/files/", "/files/some-upload"])
     def test_it_describes_the_server(self, client: Client, url: str) -> None:
@@ -56,6 +57,7 @@ class TestOptions:
         assert "Tus-Checksum-Algorithm" not in response.headers
 
 
+@on_memory
 class TestVersion:
     @pytest.mark.parametrize("version", [None, "0.2.2", "1.0.1", "1.0.0,1.0.0", ""])
     @pytest.mark.parametrize("method", ["HEAD", "PATCH", "DELETE"])
@@ -88,6 +90,7 @@ class TestVersion:
             assert client.get(url, Tus_Resumable=version).data == b"hello"
 
 
+@on_memory
 class TestMethods:
     @pytest.mark.parametrize("override", ["PATCH", "patch", " Patch "])
     def test_an_override_comes_first(self, client: Client, override: str) -> None:
@@ -229,6 +232,7 @@ class TestPatch:
             assert response.headers["Upload-Offset"] == "5"
         assert client.content(url) == b"hello"
 
+    @on_memory
     @pytest.mark.parametrize("text", SENDABLE, ids=lambda text: repr(text)[:25])
     def test_an_offset_that_is_no_number(self, client: Client, text: str) -> None:
         url = client.create(5)
@@ -248,6 +252,7 @@ class TestPatch:
         assert_refused(client.patch(url, b"hello", "0, 0"), 400, "Upload-Offset")
         assert_refused(client.patch(url, b"hello", "0,0"), 400, "Upload-Offset")
 
+    @on_memory
     @pytest.mark.parametrize(
         "type", [None, "application/octet-stream", "text/plain", "multipart/form-data"]
     )
@@ -361,6 +366,7 @@ class TestHost:
 
 
 class TestRoutes:
+    @on_memory
     @pytest.mark.parametrize(
         "path",
         [
@@ -444,6 +450,7 @@ class Failing(MemoryDataStore):
         return super().__getattribute__(name)
 
 
+@on_memory
 class TestErrorsOfTheServer:
     @pytest.fixture
     def broken(self, embed: Any, app: flask.Flask) -> Any:

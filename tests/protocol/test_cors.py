@@ -8,7 +8,7 @@ import flask
 import pytest
 
 from protocol.client import MIME, Client
-from protocol.conftest import Serve
+from protocol.conftest import Serve, on_memory
 
 ORIGIN = "https://app.example.org"
 
@@ -99,6 +99,7 @@ class TestEveryAnswer:
         assert {"cookie", "origin"} <= words(",".join(response.headers.getlist("Vary")))
 
 
+@on_memory
 class TestOrigins:
     @pytest.mark.parametrize(
         ("patterns", "origin", "allowed"),
@@ -147,6 +148,7 @@ class TestOrigins:
             assert not name.startswith("Access-Control-")
 
 
+@on_memory
 class TestPreflight:
     def preflight(self, client: Client, url: str = "/files") -> Any:
         return client.options(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from protocol.client import MIME, Client, assert_refused, metadata, path_of
-from protocol.conftest import Serve
+from protocol.conftest import Serve, on_memory
 from protocol.test_core import SENDABLE
 from tuswsgi.extensions import Extension
 from tuswsgi.info import MAX_SIZE
@@ -26,6 +26,7 @@ class TestPost:
     def test_ids_are_never_the_same(self, client: Client) -> None:
         assert len({client.create(1) for _ in range(50)}) == 50
 
+    @on_memory
     @pytest.mark.parametrize("text", SENDABLE, ids=lambda text: repr(text)[:25])
     def test_a_length_that_is_no_number(self, client: Client, text: str) -> None:
         response = client.post(environ={"HTTP_UPLOAD_LENGTH": text.encode().decode("latin-1")})
@@ -93,6 +94,7 @@ class TestWithUpload:
         assert response.headers["Upload-Offset"] == "5"
         assert client.content(path_of(response)) == b"hello"
 
+    @on_memory
     @pytest.mark.parametrize("type", [None, "application/octet-stream", "text/plain"])
     def test_another_content_type(self, client: Client, type: str | None) -> None:
         # "The Client MUST include the Content-Type: application/offset+octet-stream header."
@@ -164,6 +166,7 @@ class TestDeferred:
         assert_refused(client.patch(url, b" world", 5, Upload_Length=10), 413)
         assert client.offset(url) == 5
 
+    @on_memory
     @pytest.mark.parametrize("text", SENDABLE, ids=lambda text: repr(text)[:25])
     def test_a_length_that_is_no_number(self, client: Client, text: str) -> None:
         url = client.create(Upload_Defer_Length=1)
@@ -178,6 +181,7 @@ class TestDeferred:
         assert_refused(client.patch(url, b"x", 1, Upload_Length=5), 409)
         assert client.head(url).headers["Upload-Defer-Length"] == "1"
 
+    @on_memory
     @pytest.mark.parametrize("value", ["0", "2", "true", "01"])
     def test_a_deferral_is_1(self, client: Client, value: str) -> None:
         # "If the Upload-Defer-Length header contains any other value than 1 the server
@@ -313,6 +317,7 @@ class TestMetadata:
         url = client.create(5, environ={"HTTP_UPLOAD_METADATA": ""})
         assert "Upload-Metadata" not in client.head(url).headers
 
+    @on_memory
     @pytest.mark.parametrize(
         ("raw", "word"),
         [
@@ -336,6 +341,7 @@ class TestMetadata:
         assert client.stored() == 0
 
 
+@on_memory
 class TestLocation:
     def test_absolute(self, client: Client) -> None:
         location = client.post(5, Host="example.org:8080").headers["Location"]

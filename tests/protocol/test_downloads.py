@@ -9,7 +9,7 @@ import pytest
 from werkzeug.http import http_date
 
 from protocol.client import Client, assert_refused, metadata, path_of
-from protocol.conftest import Serve
+from protocol.conftest import Serve, on_memory
 
 DIGITS = b"0123456789"
 
@@ -66,6 +66,7 @@ class TestContent:
         assert response.headers["Content-Type"] == type
         assert response.headers["Content-Disposition"] == 'attachment; filename="a"'
 
+    @on_memory
     @pytest.mark.parametrize(
         "type",
         [
@@ -88,6 +89,7 @@ class TestContent:
         assert response.headers["Content-Disposition"] == 'attachment; filename="a"'
         assert "Set-Cookie" not in response.headers
 
+    @on_memory
     @pytest.mark.parametrize("name", NAMES)
     def test_its_name(self, client: Client, name: str) -> None:
         response = client.get(client.create(10, DIGITS, Upload_Metadata=metadata(filename=name)))
@@ -163,6 +165,7 @@ class TestUnfinished:
         assert client.content(url) == DIGITS
 
 
+@on_memory
 class TestRanges:
     @pytest.mark.parametrize(
         ("wanted", "start", "stop"),
@@ -246,6 +249,7 @@ class TestRanges:
             assert response.data == DIGITS
 
 
+@on_memory
 class TestCaches:
     def test_who_has_it_gets_nothing(self, client: Client, url: str) -> None:
         fresh = client.get(url)
