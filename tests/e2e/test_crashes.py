@@ -104,11 +104,16 @@ def test_a_kill_around_the_verification(serve: Serve) -> None:
         block = data[offset : offset + step]
         with start_checked(server, path, offset, block) as connection:
             connection.send(block)
-            random.choice([lambda: None, lambda: wait_until(lambda: server.stored(path), "them")])()
+            moment = random.choice(["at once", "stored", "answered"])
+            if moment == "stored":
+                wait_until(lambda: server.stored(path) > offset, "bytes on disk")  # noqa: B023
+            elif moment == "answered":
+                assert connection.read().status == 204
             server.kill()
         server.start()
         reached = server.client.offset(path)
         assert reached in (offset, offset + step)
+        assert reached > offset or moment != "answered"
         outcomes.append(reached > offset)
         if reached == offset:
             answer = server.client.patch(path, offset, block, Upload_Checksum=sha1(block))
