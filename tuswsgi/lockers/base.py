@@ -103,13 +103,13 @@ class Locker(ABC, Generic[H]):
             if held is not None:
                 return held
             now = time.monotonic()
-            if now >= deadline:
-                raise UploadLocked
             if now >= next_request:
                 # Again every now and then: the request may be lost, and the holder may be
                 # another one than a moment ago.
                 self._request_release(id)
                 next_request = now + 0.1
+            if now >= deadline:
+                raise UploadLocked
             time.sleep(min(pause * random.uniform(0.5, 1.0), deadline - now))
             pause = min(pause * 2, _LONGEST_PAUSE)
 

@@ -1,9 +1,12 @@
-"""Locks for all processes of one host, kept as flock(2) locks on files.
+"""Locks for all processes of one host, kept by the kernel as locks on files.
 
 The kernel releases such a lock when its holder dies. This file owns the lock files and
-the sockets beside them, by which a waiter asks the present holder to let go: a lock file
-names the holder's socket and a token of this one acquisition. It does not know what is
-locked, and waiting is the business of the base class.
+the sockets beside them, by which a waiter asks the present holder to let go. It does not
+know what is locked, and waiting is the business of the base class.
+
+A lock is one byte, found by hashing the id, of one of a few files that are always there.
+A file per lock would be made and removed with every request, and a file system like ext4
+gets slower and slower at that.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import secrets
 import socket
+import struct
 import tempfile
 import threading
 import time
@@ -38,27 +41,29 @@ logger = logging.getLogger(__name__)
 #: The longest address that is bound as it is; the kernel takes 107 bytes.
 _LONGEST_ADDRESS = 100
 
-#: The first line of a lock file: the name of the holder's socket and the token.
-_LINE = re.compile(rb"([0-9]+-[0-9a-f]{8}\.sock) ([0-9a-f]{16})\n")
+#: How many files share the locks: the kernel looks through all locks of a file.
+_FILES = 64
+
+#: Open file description locks: unlike those of lockf they exclude the greenlets of one
+#: process, too. Linux has them; elsewhere a lock is a file after all, which stays.
+_SET_LOCK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
+
+#: ``struct flock``: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
-    """One acquisition: the locked file and the token by which its holder is asked, if it
-    can be asked at all.
-    """
+    """One acquisition: the open file that has the lock, and who may be asked for it."""
 
     fd: int
-    path: Path
-    token: bytes = b""
-    mailbox: Mailbox | None = None
+    on_release_request: ReleaseRequest | None
+    #: On the clock that all processes of a host share.
+    since: int
 
 
 class FileLocker(Locker[Held]):
     """Exclusive locks among all processes that use the same directory.
-
-    flock belongs to the open file, so it excludes the greenlets of one process as well;
-    lockf does not.
 
     :param directory: where the lock files and sockets are, on a local file system.
     :param timeout: how long ``lock`` waits for a holder, in seconds.
@@ -72,7 +77,9 @@ class FileLocker(Locker[Held]):
     def prepare(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _probe(self.directory)
+            fd = _try_lock(self.directory, "probe")
+            if fd is not None:
+                os.close(fd)
             _remove_leftovers(self.directory)
         except OSError as error:
             raise ConfigurationError(
@@ -85,66 +92,38 @@ class FileLocker(Locker[Held]):
             mailbox.close()
 
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Held | None:
-        path = self._path(id)
         try:
-            fd = _open_locked(path)
+            fd = _try_lock(self.directory, id)
             if fd is None:
                 return None
-            if on_release_request is None:
-                return Held(fd, path)
-            try:
-                return self._announce(fd, path, on_release_request)
-            except BaseException:
-                os.close(fd)
-                raise
+            held = Held(fd, on_release_request, time.monotonic_ns())
+            if on_release_request is not None:
+                try:
+                    self._mailbox.get().expect(id, held)
+                except BaseException:
+                    os.close(fd)
+                    raise
+            return held
         except OSError as error:
-            logger.exception("Cannot lock %s", path)
+            logger.exception("Cannot lock %s", id)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise (StorageFull if full else Unavailable) from error
 
-    def _path(self, id: str) -> Path:
-        if "/" in id:
-            raise UploadNotFound
-        return inside(self.directory, f"{id}.lock")
-
-    def _announce(self, fd: int, path: Path, on_release_request: ReleaseRequest) -> Held:
-        mailbox = self._mailbox.get()
-        token = mailbox.expect(on_release_request)
-        try:
-            # Only the first line counts: what a dead holder's longer one left is no harm.
-            os.pwrite(fd, mailbox.name.encode() + b" " + token + b"\n", 0)
-        except OSError:
-            # The flock excludes without the line: better a holder that cannot be asked
-            # than no lock at all on a full disk.
-            logger.warning("Cannot write %s: its holder cannot be asked to let go", path)
-        return Held(fd, path, token, mailbox)
-
     def _release(self, id: str, held: Held) -> None:
-        if held.mailbox is not None:
-            held.mailbox.forget(held.token)
-        try:
-            # Whoever unlinks must hold the lock of the file that is there now. Anything
-            # else would remove the file of a later holder.
-            if _is_current(held.fd, held.path):
-                held.path.unlink()
-        except OSError:
-            logger.warning("Cannot remove %s", held.path, exc_info=True)
-        finally:
-            os.close(held.fd)
+        if held.on_release_request is not None:
+            self._mailbox.get().forget(id, held)
+        os.close(held.fd)
 
     def _request_release(self, id: str) -> None:
-        try:
-            line = _LINE.match(self._path(id).read_bytes())
-            if line is not None:
-                self._mailbox.get().send(line[1].decode(), line[2])
-        except OSError:
-            # No file: the lock is free. No socket behind the name: the holder died, and
-            # the lock is free too. A full queue: the base class asks again.
-            pass
+        # Nobody knows which process it is, but there are few on a host.
+        self._mailbox.get().broadcast(id)
 
 
 class Mailbox:
     """The socket of one process, and the watcher that reads release requests from it.
+
+    A request says when it was sent. It is for who held the lock then, so one that comes
+    late does not meet a later holder.
 
     :param directory: where the socket is made.
     """
@@ -152,37 +131,38 @@ class Mailbox:
     def __init__(self, directory: Path) -> None:
         self.name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
         self._pid = os.getpid()
-        self._callbacks: dict[bytes, ReleaseRequest] = {}
+        self._holders: dict[str, Held] = {}
         self._post = Post(directory)
         self._inbox = self._post.bind(self.name)
         self._closing = False
         self._watcher: threading.Thread | None = None
         self._starting = threading.Lock()
 
-    def expect(self, on_release_request: ReleaseRequest) -> bytes:
-        """Return a new token; whoever sends it calls `on_release_request`."""
+    def expect(self, id: str, held: Held) -> None:
+        """Take requests for the lock of `id` from now on."""
         if self._watcher is None:
             self._start()
-        token = secrets.token_hex(8).encode()
-        self._callbacks[token] = on_release_request
-        return token
+        self._holders[id] = held
 
-    def forget(self, token: bytes) -> None:
-        """The lock was released: requests that are under way are for nobody."""
-        self._callbacks.pop(token, None)
+    def forget(self, id: str, held: Held) -> None:
+        """The lock is about to be released: requests that are under way are for nobody."""
+        if self._holders.get(id) is held:
+            del self._holders[id]
 
-    def send(self, name: str, token: bytes) -> None:
-        """Send a release request without waiting.
-
-        :raises OSError: if it cannot be delivered now.
-        """
-        self._post.send(name, token)
+    def broadcast(self, id: str) -> None:
+        """Send a release request to all processes, without waiting."""
+        message = f"{time.monotonic_ns()} {id}".encode()
+        for name in self._post.names():
+            try:
+                self._post.send(name, message)
+            except OSError:
+                pass  # the process is dead, or busy: the base class asks again
 
     def close(self) -> None:
         """End the watcher and remove the socket."""
         self._closing = True
         try:
-            self.send(self.name, b"")
+            self._post.send(self.name, b"")
         except OSError:
             pass  # a full queue wakes the watcher as well
         self._post.path(self.name).unlink(missing_ok=True)
@@ -204,15 +184,20 @@ class Mailbox:
         # A greenlet lives on in a forked child, where the socket is still the parent's.
         while not self._closing and os.getpid() == self._pid:
             try:
-                token = self._inbox.recv(64)
+                message = self._inbox.recv(512)
             except OSError:
                 logger.exception("Cannot receive requests to release locks")
                 time.sleep(0.1)
                 continue
-            callback = self._callbacks.get(token)
-            if callback is not None and os.getpid() == self._pid:
-                ask_to_release(callback, UploadInterrupted())
+            if os.getpid() == self._pid:
+                self._deliver(message)
         self._dispose()
+
+    def _deliver(self, message: bytes) -> None:
+        sent, _, id = message.decode("ascii", "replace").partition(" ")
+        held = self._holders.get(id)
+        if held is not None and sent.isdigit() and int(sent) >= held.since:
+            ask_to_release(held.on_release_request, UploadInterrupted())
 
     def _dispose(self) -> None:
         self._inbox.close()
@@ -264,42 +249,32 @@ class Post:
             self._fd = None
 
 
-def _open_locked(path: Path) -> int | None:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
+def _try_lock(directory: Path, id: str) -> int | None:
+    """Return an open file that has the lock of `id` until it is closed; ``None`` if another
+    one has it.
+    """
+    if "/" in id:
+        raise UploadNotFound
+    hashed = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") >> 1
+    place, file = divmod(hashed, _FILES)
+    name = f"{file:02x}.locks" if _SET_LOCK is not None else f"{id}.lock"
+    fd = os.open(inside(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if _SET_LOCK is not None:
+            fcntl.fcntl(fd, _SET_LOCK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+        else:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_current(fd, path):
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except BaseException:
-            os.close(fd)
-            raise
-        # The holder removed the file between our open and our flock.
-        os.close(fd)
-
-
-def _is_current(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _probe(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        pass  # somebody else's lock: it works
-    finally:
         os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what processes that died left behind: their sockets and lock files."""
+    """Remove the sockets of processes that died."""
     post = Post(directory)
     for name in post.names():
         try:
@@ -309,11 +284,3 @@ def _remove_leftovers(directory: Path) -> None:
         except OSError:
             pass  # alive but busy, or gone already
     post.close()
-    for path in directory.glob("*.lock"):
-        try:
-            # Only what is surely ours: somebody may keep other files here.
-            if _LINE.match(path.read_bytes()) and (fd := _open_locked(path)) is not None:
-                path.unlink()
-                os.close(fd)
-        except OSError:
-            pass  # gone already, or not ours
