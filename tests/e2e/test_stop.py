@@ -14,6 +14,7 @@ import pytest
 
 from e2e.client import TUS, Connection, Response, content, wait_until
 from e2e.conftest import Serve, Server
+from tuswsgi.lockers.file import is_locked
 
 SIZE = 5_000_000
 
@@ -36,7 +37,8 @@ def in_mid_body(server: Server, count: int) -> Iterator[dict[str, tuple[Connecti
         for path, (_, sent) in uploads.items():
             wait_until(lambda path=path, sent=sent: server.stored(path) == sent, "bytes on disk")
             locks = server.data_dir / ".tuswsgi" / "locks"
-            wait_until((locks / f"{path.rpartition('/')[2]}.lock").exists, "the lock")
+            id = path.rpartition("/")[2]
+            wait_until(lambda locks=locks, id=id: is_locked(locks, id), "the lock")
         yield uploads
 
 

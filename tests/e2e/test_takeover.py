@@ -18,6 +18,7 @@ import pytest
 
 from e2e.client import TUS, Connection, Response, chunk, content, patch_headers, wait_until
 from e2e.conftest import Server
+from tuswsgi.lockers.file import is_locked
 
 #: Far below both timeouts, and far above what a busy machine needs.
 SOON = 5.0
@@ -112,7 +113,7 @@ def hanging(server: Server, connection: Connection, path: str, *, chunked: bool)
     wait_until(lambda: server.stored(path) == offset + len(data), "bytes on disk")
     # If there are no bytes only the lock tells that the request has come so far.
     locks = server.data_dir / ".tuswsgi" / "locks"
-    wait_until((locks / f"{path.rpartition('/')[2]}.lock").exists, "the lock")
+    wait_until(lambda: is_locked(locks, path.rpartition("/")[2]), "the lock")
     yield offset + len(data)
     answer = connection.read()
     assert answer.status == 423

@@ -253,12 +253,7 @@ def _try_lock(directory: Path, id: str) -> int | None:
     """Return an open file that has the lock of `id` until it is closed; ``None`` if another
     one has it.
     """
-    if "/" in id:
-        raise UploadNotFound
-    hashed = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") >> 1
-    place, file = divmod(hashed, _FILES)
-    name = f"{file:02x}.locks" if _SET_LOCK is not None else f"{id}.lock"
-    fd = os.open(inside(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd, place = _open(directory, id)
     try:
         if _SET_LOCK is not None:
             fcntl.fcntl(fd, _SET_LOCK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
@@ -271,6 +266,27 @@ def _try_lock(directory: Path, id: str) -> int | None:
         os.close(fd)
         raise
     return fd
+
+
+def is_locked(directory: Path, id: str) -> bool:
+    """Whether somebody holds the lock of `id`, found out without disturbing anybody (Linux)."""
+    fd, place = _open(directory, id)
+    try:
+        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question)
+    finally:
+        os.close(fd)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _open(directory: Path, id: str) -> tuple[int, int]:
+    """Open the file of the lock of `id`; return also the byte that is the lock."""
+    if "/" in id:
+        raise UploadNotFound
+    hashed = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") >> 1
+    place, file = divmod(hashed, _FILES)
+    name = f"{file:02x}.locks" if _SET_LOCK is not None else f"{id}.lock"
+    return os.open(inside(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), place
 
 
 def _remove_leftovers(directory: Path) -> None:

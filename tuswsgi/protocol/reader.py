@@ -274,13 +274,16 @@ class ActiveReaders:
 
     def _watch(self, readers: set[UploadReader]) -> None:
         # One look at all readers now and then is far cheaper than a timer per wait.
-        pause = max(0.05, min(self.network_timeout / 10, 5.0))
+        pause = max(0.05, min(self.network_timeout / 10, 2.0))
+        looked = time.monotonic()
         while True:
             time.sleep(pause)
             now = time.monotonic()
+            # A process that was held up knows nothing of its clients until it looks again.
+            held_up, looked = now - looked - pause > self.network_timeout / 2, now
             for reader in tuple(readers):
                 silence = now - reader.last_progress
-                if silence > self.network_timeout:
+                if silence > self.network_timeout and not held_up:
                     reader.interrupt(ReadTimeout())
                 elif silence > pause:
                     reader.nudge()
