@@ -176,6 +176,20 @@ def stopped(worker: int) -> Iterator[None]:
         os.kill(worker, signal.SIGCONT)
 
 
+def test_a_server_that_was_held_up_does_not_blame_its_clients(impatient: Server) -> None:
+    client, data = impatient.client, content(500_000)
+    path = client.create(len(data))
+    with body_of(client, path, 0, len(data)) as connection:
+        for start in range(0, 5_000, 1_000):
+            with stopped(impatient.worker_of(connection)):
+                time.sleep(1.5 * TIMEOUT)
+                connection.send(data[start : start + 1_000])
+                wait_until_arrived(connection)
+        connection.send(data[5_000:])
+        assert connection.read().status == 204
+    assert client.get(path).body == data
+
+
 # --- bodies that end too soon --------------------------------------------------------------
 
 
