@@ -21,6 +21,7 @@ ROWS = {
     "tuswsgi.options": 0,
     "tuswsgi.paths": 0,
     "tuswsgi.process": 0,
+    "tuswsgi.signals": 0,
     "tuswsgi.connections": 1,
     "tuswsgi.datastores.base": 1,
     "tuswsgi.infostores.base": 1,

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flask
@@ -74,6 +74,8 @@ class Tus:
         if locker is not None and not isinstance(locker, Locker):
             # The option has the same name: which of the server's own lockers it is to be.
             options["locker"], locker = locker, None
+        if config is not None and options:
+            raise TypeError(f"A config has these already: {', '.join(options)}")
         config = config or Config.load(flags=options)
         self.config = config
         self.hooks = HookManager()
@@ -83,6 +85,7 @@ class Tus:
             locker or registry.locker(config),
             self.hooks,
             config.build(UploadSettings),
+            sender=self,
         )
         self._functions = CallableHook()
         self._owner = owner
@@ -90,14 +93,20 @@ class Tus:
         self._name = name or ("tus" if number == 1 else f"tus_{number}")
         self._started = PerProcess(self._start)
 
-    def blueprint(self) -> TusBlueprint:
-        """Return a blueprint with the server's routes, to be registered under any prefix."""
+    def blueprint(self, methods: Collection[str] | None = None) -> TusBlueprint:
+        """Return a blueprint with the server's routes, to be registered under any prefix.
+
+        :param methods: the only methods that it shall take, e.g. ``["POST", "HEAD",
+            "PATCH", "OPTIONS"]``. The others are left to rules of the application for the
+            same URLs.
+        """
         return TusBlueprint(
             self._name,
             self.uploads,
             self.config.build(WebSettings),
             owner=self._owner,
             before_first=self.start,
+            methods=methods,
         )
 
     def on(self, event: str) -> Callable[[HookFunction], HookFunction]:
@@ -120,6 +129,16 @@ class Tus:
             return function
 
         return add
+
+    def stop(self, id: str) -> bool:
+        """End an unfinished upload for good, in whatever worker it is being received.
+
+        :returns: whether there was something to end: finished uploads stay.
+        :raises UploadNotFound: if there is no such upload.
+        :raises UploadLocked: if its holder did not let go in time.
+        """
+        self.start()
+        return self.uploads.stop(id)
 
     def start(self) -> None:
         """Make ready in this process: prepare the backends, begin to sweep.

@@ -79,6 +79,20 @@ class Duration(fields.Field[float]):
         return f"{value:g}s"
 
 
+class Mode(fields.Field[int]):
+    """Permissions in octal digits: ``0640``, ``755``."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> int:
+        if isinstance(value, int):
+            return value
+        if re.fullmatch(r"0?o?[0-7]{3,4}", str(value).strip(), re.ASCII) is None:
+            raise ValidationError("Not permissions in octal digits such as 0640.")
+        return int(str(value).strip().replace("o", ""), 8)
+
+    def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> str:
+        return f"{value:04o}"
+
+
 class Text(fields.String):
     """A string."""
 

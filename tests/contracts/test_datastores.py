@@ -432,3 +432,16 @@ def files_up_to(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_modes_are_exact_whatever_the_umask_is(tmp_path):
+    store = FileDataStore(tmp_path, dir_structure="{year}", file_mode=0o660, dir_mode=0o770)
+    store.prepare()
+    before = os.umask(0o077)
+    try:
+        info = FileInfo("a", size=1)
+        path = tmp_path / (store.create(info).path or "")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o660
+    assert path.parent.stat().st_mode & 0o777 == 0o770

@@ -14,3 +14,8 @@ app.register_blueprint(tus.blueprint(), url_prefix="/files")
 @app.get("/")
 def index() -> str:
     return "my own page"
+
+
+@app.post("/stop/<id>")
+def stop(id: str) -> str:
+    return str(tus.stop(id))

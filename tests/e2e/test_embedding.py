@@ -160,6 +160,19 @@ GRACEFUL: dict[str, Callable[[Path], tuple[str, ...]]] = {
 }
 
 
+def test_the_application_stops_an_upload(embedded: Server, kind: str) -> None:
+    if kind not in INTERRUPTIBLE or kind == "our settings":
+        pytest.skip("no application of ours, or one that waits for a silent client")
+    path, data = embedded.client.create(1_000_000), content(1000)
+    with embedded.client.start_patch(path, 0, 1_000_000, data) as patch:
+        wait_until(lambda: embedded.stored(path) == len(data), "bytes on disk")
+        stopped = embedded.client.request("POST", f"/stop/{path.rpartition('/')[2]}", {})
+        assert (stopped.status, stopped.body) == (200, b"True")
+        assert patch.read().status == 423
+    assert embedded.client.head(path).status == 410
+    assert not embedded.file(path).exists()
+
+
 @pytest.mark.parametrize("worker", GRACEFUL)
 def test_stop_on_sigterm(tmp_path: Path, worker: str) -> None:
     conf = tmp_path / "conf.py"

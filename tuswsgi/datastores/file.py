@@ -28,7 +28,7 @@ from tuswsgi.errors import (
 )
 from tuswsgi.extensions import Extension
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
-from tuswsgi.options import MAIN, option
+from tuswsgi.options import MAIN, Mode, option
 from tuswsgi.paths import inside
 from tuswsgi.process import aside
 
@@ -69,6 +69,14 @@ class FileDataStore(DataStore):
         "or `{env[HOSTNAME]}` or `{metadata[project]}`; also `{hour}` and `{minute}` (UTC).",
         rustus="DIR_STRUCTURE",
     )
+    file_mode: int | None = option(
+        None, "Permissions of new files, e.g. `0640`. Unset: as the umask leaves them.", kind=Mode
+    )
+    dir_mode: int | None = option(
+        None,
+        "Permissions of new directories, e.g. `0750`. Unset: as the umask leaves them.",
+        kind=Mode,
+    )
 
     def prepare(self) -> None:
         try:
@@ -92,8 +100,7 @@ class FileDataStore(DataStore):
         path = inside(self.data_dir, relative)
         try:
             self._make_directory(path.parent)
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-            os.close(fd)
+            os.close(self._make_file(path, os.O_EXCL))
             self._sync_directory(path.parent)
         except FileExistsError:
             raise UploadExists from None
@@ -139,9 +146,7 @@ class FileDataStore(DataStore):
         with self._opened(info, os.O_RDONLY):
             pass  # raises if the upload itself is gone
         try:
-            target = os.open(
-                unfinished, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o644
-            )
+            target = self._make_file(unfinished, os.O_TRUNC)
             try:
                 for part in parts:
                     with self._opened(part, os.O_RDONLY) as fd:
@@ -210,7 +215,15 @@ class FileDataStore(DataStore):
             return
         self._make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
+        if self.dir_mode is not None:
+            directory.chmod(self.dir_mode)
         self._sync_directory(directory.parent)
+
+    def _make_file(self, path: Path, flags: int) -> int:
+        fd = os.open(path, flags | os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        if self.file_mode is not None:
+            os.fchmod(fd, self.file_mode)
+        return fd
 
     def _sync_directory(self, directory: Path) -> None:
         if self.force_fsync:

@@ -28,6 +28,7 @@ from tuswsgi.info import FileInfo, FinalResponse, State
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.protocol.settings import UploadSettings
+from tuswsgi.signals import tell, upload_finished
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Finisher:
     locker: Locker[Any]
     hooks: HookManager
     settings: UploadSettings
+    #: Who sends signals.
+    sender: object = None
 
     def finish(self, info: FileInfo, request: RequestInfo) -> FileInfo:
         """Finish an upload whose bytes are all kept. The caller holds its lock.
@@ -50,7 +53,14 @@ class Finisher:
             one who asks tries again.
         """
         finished, events = self.complete(info, request)
-        return self.infos.save(finished, events)
+        saved = self.infos.save(finished, events)
+        self.tell_finished(saved)
+        return saved
+
+    def tell_finished(self, info: FileInfo) -> None:
+        """Tell an application of this process, unless the upload was refused."""
+        if info.state is State.FINISHED:
+            tell(upload_finished, self.sender, info)
 
     def complete(self, info: FileInfo, request: RequestInfo) -> tuple[FileInfo, Sequence[Event]]:
         """Do all of ``finish`` but save: return what is to be saved."""

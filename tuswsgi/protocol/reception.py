@@ -25,9 +25,13 @@ from tuswsgi.info import FileInfo
 from tuswsgi.protocol.checksum import Checksum
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reader import Body, UploadReader
+from tuswsgi.signals import tell, upload_progress
 
 #: Errors after which the client shall go on from where the upload stands.
 _PASSING = (Unavailable, StorageFull, UploadLocked)
+
+#: Seconds between two looks at how far a body has come.
+_PROGRESS_INTERVAL = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,12 @@ class Reception:
         self._failure: TusError | None = None
         self._info: FileInfo | None = None
         self._start = 0
+        self._told_at = time.monotonic()
         self.reader = UploadReader(
             chunk.body,
             checksum=chunk.checksum,
             awaits_trailer=chunk.awaits_trailer,
-            on_progress=self._renew_expiry,
+            on_progress=self._progressed,
         )
 
     @property
@@ -123,7 +128,10 @@ class Reception:
             info = self._touched(info)
         if kept == info.size and not self.is_fault:
             return self._finisher.finish(info, request)
-        return self._finisher.infos.save(info) if kept > offset else info
+        if kept > offset:
+            info = self._finisher.infos.save(info)
+            tell(upload_progress, self._finisher.sender, info)
+        return info
 
     def receive_nothing(self, info: FileInfo, offset: int) -> None:
         """Check the PATCH of a finished upload: its end may be asked for again and again."""
@@ -149,10 +157,20 @@ class Reception:
         now = time.time()
         return replace(info, last_byte_at=now, expires_at=self._settings.expiry(now))
 
-    def _renew_expiry(self) -> None:
-        info, expiration = self._info, self._settings.expiration
-        if info is None or info.expires_at is None or expiration is None:
+    def _progressed(self) -> None:
+        """Tell how far it has come, and let it not expire meanwhile."""
+        now = self.reader.last_progress
+        if self._info is None or now - self._told_at < _PROGRESS_INTERVAL:
             return
-        if time.time() > info.expires_at - expiration * 0.75:
-            offset = self._start + self.reader.received
-            self._info = self._finisher.infos.save(self._touched(replace(info, offset=offset)))
+        self._told_at = now
+        info = replace(self._info, offset=self._start + self.reader.received)
+        if self._is_ageing(info):
+            info = self._info = self._finisher.infos.save(self._touched(info))
+        tell(upload_progress, self._finisher.sender, info)
+
+    def _is_ageing(self, info: FileInfo) -> bool:
+        """Whether a quarter of the time to its expiry has passed since that was renewed."""
+        expiration = self._settings.expiration
+        if info.expires_at is None or expiration is None:
+            return False
+        return time.time() > info.expires_at - expiration * 0.75

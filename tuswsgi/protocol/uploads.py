@@ -39,6 +39,7 @@ from tuswsgi.protocol.finishing import Finisher, sum_of_sizes
 from tuswsgi.protocol.reader import ActiveReaders
 from tuswsgi.protocol.reception import Chunk, Reception
 from tuswsgi.protocol.settings import UploadSettings
+from tuswsgi.signals import tell, upload_created, upload_terminated
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Uploads:
     :param infos: where records are kept.
     :param locker: who writes an upload, among all processes.
     :param hooks: the application's say.
+    :param sender: who sends signals.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Uploads:
         locker: Locker[Any],
         hooks: HookManager,
         settings: UploadSettings,
+        sender: object = None,
     ) -> None:
         self.data = data
         self.infos = infos
@@ -82,7 +85,7 @@ class Uploads:
         self.settings = settings
         self.extensions = _offered(settings, data)
         self.readers = ActiveReaders(settings.network_timeout)
-        self.finisher = Finisher(data, infos, locker, hooks, settings)
+        self.finisher = Finisher(data, infos, locker, hooks, settings, sender)
 
     # --- POST ------------------------------------------------------------------------
 
@@ -103,6 +106,8 @@ class Uploads:
             reception.check(info, 0)
             answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
             info = self._write_new(info, reception, request)
+        tell(upload_created, self.finisher.sender, info)
+        self.finisher.tell_finished(info)
         if info.is_final:
             info = self._first_build(info, request)
         self._follow_up(info, request)
@@ -295,7 +300,23 @@ class Uploads:
     def _remove(self, info: FileInfo, state: State, request: RequestInfo) -> None:
         self.data.delete(info)
         events = self.hooks.record(HookType.POST_TERMINATE, info, request)
-        self.infos.delete(info, events, state=state, now=time.time())
+        info = self.infos.delete(info, events, state=state, now=time.time())
+        tell(upload_terminated, self.finisher.sender, info)
+
+    def stop(self, id: str) -> bool:
+        """End an unfinished upload for good, also while another process receives it.
+
+        Its request keeps what arrived until the lock is given over, is answered 423, and
+        then finds the upload gone.
+
+        :returns: whether there was something to end: finished uploads stay.
+        """
+        with self.locker.lock(check_id(id)):
+            info = self.infos.load(id)
+            if info.is_gone or info.is_finished:
+                return False
+            self._remove(info, State.TERMINATED, RequestInfo())
+        return True
 
     # --- GET -------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import flask
 from flask.sansio.blueprints import BlueprintSetupState
+from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter, Rule
 
 from tuswsgi.errors import (
@@ -45,6 +46,8 @@ class _Rest(BaseConverter):
 
     regex = r"[\s\S]*?"
     part_isolating = False
+    # Before an application's own rule for a download, to which Flask adds HEAD.
+    weight = 50
 
 
 class TusBlueprint(flask.Blueprint):
@@ -54,6 +57,7 @@ class TusBlueprint(flask.Blueprint):
     body is read, and what they answer gets the headers of every other answer.
 
     :param before_first: called before each request is looked at.
+    :param methods: the methods to take, ``None`` for all.
     """
 
     def __init__(
@@ -64,13 +68,15 @@ class TusBlueprint(flask.Blueprint):
         *,
         owner: OwnerFunction | None = None,
         before_first: Callable[[], None] = lambda: None,
+        methods: Collection[str] | None = None,
     ) -> None:
         super().__init__(name, __name__)
         self._uploads = uploads
         self._settings = settings
         self._owner = owner
         self._before_first = before_first
-        self._views = Views(uploads, settings)
+        self._methods = None if methods is None else {method.upper() for method in methods}
+        self._views = Views(uploads, settings, self._methods)
         self._cors = Cors(settings)
         self.record(self._add_rules)
         self.after_request(self._complete)
@@ -88,7 +94,7 @@ class TusBlueprint(flask.Blueprint):
                     path,
                     endpoint=endpoint,
                     subdomain=state.subdomain,
-                    defaults=None,
+                    methods=self._methods,
                     strict_slashes=False,
                     merge_slashes=False,
                 )
@@ -107,6 +113,8 @@ class TusBlueprint(flask.Blueprint):
         except TusError as error:
             _log_error(environ, error)
             return error_response(error, common, body)
+        except HTTPException:
+            raise  # the application's own: its ``owner`` function aborts with 401
         except Exception as error:
             log.exception("%s %s failed", environ["REQUEST_METHOD"], environ.get("PATH_INFO"))
             # Too many open files is trouble that passes.

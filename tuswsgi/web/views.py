@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,15 @@ class Call:
 
 
 class Views:
-    """The methods of the upload collection and of uploads."""
+    """The methods of the upload collection and of uploads.
 
-    def __init__(self, uploads: Uploads, settings: WebSettings) -> None:
+    :param methods: the methods to offer, ``None`` for all.
+    """
+
+    def __init__(
+        self, uploads: Uploads, settings: WebSettings, methods: Collection[str] | None = None
+    ) -> None:
+        self._methods = methods
         self._uploads = uploads
         self._settings = settings
         self._extensions = frozenset(uploads.extensions)
@@ -61,7 +67,9 @@ class Views:
         for extension, more in offered.items():
             if extension in self._extensions:
                 methods |= more
-        return methods
+        if self._methods is None:
+            return methods
+        return {name: view for name, view in methods.items() if name in self._methods}
 
     def options(self, call: Call) -> TusResponse:
         return TusResponse(204, [*call.common, *self._capabilities], b"", call.body)
