@@ -41,3 +41,15 @@ REQUIRES: dict[Extension, Extension] = {
     Extension.CONCATENATION: Extension.CREATION,
     Extension.CONCATENATION_UNFINISHED: Extension.CONCATENATION,
 }
+
+#: The extensions that need a data store's help; the others need nothing of it.
+OF_STORES: frozenset[Extension] = frozenset(
+    {
+        Extension.CHECKSUM,
+        Extension.CHECKSUM_TRAILER,
+        Extension.TERMINATION,
+        Extension.CONCATENATION,
+        Extension.CONCATENATION_UNFINISHED,
+        Extension.GETTING,
+    }
+)

@@ -26,7 +26,7 @@ from tuswsgi.errors import (
     UploadGone,
     UploadNotFound,
 )
-from tuswsgi.extensions import Extension
+from tuswsgi.extensions import OF_STORES, Extension
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
 from tuswsgi.options import MAIN, Mode, option
 from tuswsgi.paths import inside
@@ -50,16 +50,7 @@ class FileDataStore(DataStore):
 
     section: ClassVar[str] = MAIN
     type: ClassVar[str] = "file_storage"
-    extensions: ClassVar[frozenset[Extension]] = frozenset(
-        {
-            Extension.CHECKSUM,
-            Extension.CHECKSUM_TRAILER,
-            Extension.CONCATENATION,
-            Extension.CONCATENATION_UNFINISHED,
-            Extension.TERMINATION,
-            Extension.GETTING,
-        }
-    )
+    extensions: ClassVar[frozenset[Extension]] = OF_STORES
 
     data_dir: Path
     force_fsync: bool = False

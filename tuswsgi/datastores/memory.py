@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from tuswsgi.datastores.base import DataStore, Readable, Source
 from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
-from tuswsgi.extensions import Extension
+from tuswsgi.extensions import OF_STORES, Extension
 from tuswsgi.info import FileInfo, Storage
 
 _BLOCK = 64 * 1024
@@ -21,16 +21,7 @@ class MemoryDataStore(DataStore):
     """Bytes in a dictionary; they are gone with the process."""
 
     type = "memory_storage"
-    extensions: ClassVar[frozenset[Extension]] = frozenset(
-        {
-            Extension.CHECKSUM,
-            Extension.CHECKSUM_TRAILER,
-            Extension.CONCATENATION,
-            Extension.CONCATENATION_UNFINISHED,
-            Extension.TERMINATION,
-            Extension.GETTING,
-        }
-    )
+    extensions: ClassVar[frozenset[Extension]] = OF_STORES
 
     def __init__(self) -> None:
         self._uploads: dict[str, bytes] = {}

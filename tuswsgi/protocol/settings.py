@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from tuswsgi.extensions import REQUIRES, Extension
+from tuswsgi.extensions import OF_STORES, REQUIRES, Extension
 from tuswsgi.info import MAX_SIZE
 from tuswsgi.options import Duration, MiB, Size, option
 
@@ -58,10 +59,12 @@ class UploadSettings:
         False, "Whether GET serves the bytes of an upload that is not finished."
     )
 
-    @property
-    def extensions(self) -> tuple[Extension, ...]:
-        """What is switched on, without what lacks its base, in the order of the enum."""
-        wanted = set(self.tus_extensions)
+    def offered(self, by_store: Collection[Extension]) -> tuple[Extension, ...]:
+        """Return what is switched on, without what lacks its base or the data store's help.
+
+        :param by_store: the extensions that the data store can serve.
+        """
+        wanted = {ext for ext in self.tus_extensions if ext in by_store or ext not in OF_STORES}
         if self.expiration is None:
             wanted.discard(Extension.EXPIRATION)
         for extension, base in REQUIRES.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,7 +83,7 @@ class Uploads:
         self.locker = locker
         self.hooks = hooks
         self.settings = settings
-        self.extensions = _offered(settings, data)
+        self.extensions = settings.offered(data.extensions)
         self.readers = ActiveReaders(settings.network_timeout)
         self.finisher = Finisher(data, infos, locker, hooks, settings, sender)
 
@@ -403,20 +403,3 @@ class Uploads:
             return
         with self.readers.active(reception.reader):
             yield reception
-
-
-def _offered(settings: UploadSettings, data: DataStore) -> Sequence[Extension]:
-    """Return the extensions that are switched on and that the data store can serve."""
-    of_the_store = {
-        Extension.CHECKSUM,
-        Extension.CHECKSUM_TRAILER,
-        Extension.CONCATENATION,
-        Extension.CONCATENATION_UNFINISHED,
-        Extension.TERMINATION,
-        Extension.GETTING,
-    }
-    return [
-        extension
-        for extension in settings.extensions
-        if extension in data.extensions or extension not in of_the_store
-    ]

@@ -18,7 +18,7 @@ import pytest
 
 from tuswsgi.datastores.base import DataStore, Readable
 from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
-from tuswsgi.extensions import Extension
+from tuswsgi.extensions import OF_STORES, Extension
 from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
 
 #: More than a store takes at once, and no round number.
@@ -133,14 +133,7 @@ class DataStoreContract:
 
     def test_it_names_itself_and_what_it_can(self, store: DataStore) -> None:
         assert store.type
-        assert store.extensions <= {
-            Extension.CHECKSUM,
-            Extension.CHECKSUM_TRAILER,
-            Extension.CONCATENATION,
-            Extension.CONCATENATION_UNFINISHED,
-            Extension.TERMINATION,
-            Extension.GETTING,
-        }
+        assert store.extensions <= OF_STORES
         assert (free := store.free_space()) is None or free >= 0
 
     def test_it_may_be_prepared_and_closed_again(self, store: DataStore) -> None:
