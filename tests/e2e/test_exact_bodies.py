@@ -114,7 +114,7 @@ def digest(algorithm: str, data: bytes) -> bytes:
 @pytest.mark.parametrize("bulk", [0, 1000, 256 * 1024 - 3, 256 * 1024 + 1, MIB, 3 * MIB - 1])
 def test_the_last_bytes_are_not_waited_for_in_vain(alone: Server, bulk: int) -> None:
     """The kernel gathers bytes before it wakes the server, but never more than are to come."""
-    data = content(bulk + 7)
+    data = content(bulk + 4)
 
     def time_to_the_answer() -> float:
         path = alone.client.create(len(data))
@@ -128,12 +128,12 @@ def test_the_last_bytes_are_not_waited_for_in_vain(alone: Server, bulk: int) -> 
             assert (answer.status, answer.offset) == (204, len(data))
             return time.monotonic() - sent
 
-    # A server that waits in vain looks again after 5 s. One that is slow is not so always.
-    assert any(time_to_the_answer() < 4 for _ in range(3))
+    # One that waits in vain looks again 5 s after the start. One that is slow is not always so.
+    assert any(time_to_the_answer() < 2.5 for _ in range(3))
 
 
 #: The silence that the server of these tests takes for an end, in seconds.
-TIMEOUT = 1.0
+TIMEOUT = 2.0
 
 
 @pytest.fixture
@@ -155,12 +155,12 @@ def test_slow_streams_are_alive(impatient: Server) -> None:
             length = None if chunked else len(data)
             connection = stack.enter_context(body_of(client, path, 0, length, **headers))
             bodies.append((path, connection, chunk if chunked else bytes))
-        for start in range(12):
+        for start in range(9):
             for _, connection, encode in bodies:
                 connection.send(encode(data[start : start + 1]))
-            time.sleep(0.3 * TIMEOUT)
+            time.sleep(0.3)
         for path, connection, encode in bodies:
-            connection.send(encode(data[12:]) + (chunk(b"") if encode is chunk else b""))
+            connection.send(encode(data[9:]) + (chunk(b"") if encode is chunk else b""))
             answer = connection.read()
             assert (answer.status, answer.offset) == (204, len(data))
             assert impatient.file(path).read_bytes() == data
@@ -180,12 +180,12 @@ def test_a_server_that_was_held_up_does_not_blame_its_clients(impatient: Server)
     client, data = impatient.client, content(500_000)
     path = client.create(len(data))
     with body_of(client, path, 0, len(data)) as connection:
-        for start in range(0, 5_000, 1_000):
-            with stopped(impatient.worker_of(connection)):
-                time.sleep(1.5 * TIMEOUT)
-                connection.send(data[start : start + 1_000])
-                wait_until_arrived(connection)
-        connection.send(data[5_000:])
+        with stopped(impatient.worker_of(connection)):
+            connection.send(data[:1_000])
+            time.sleep(1.5 * TIMEOUT)
+            wait_until_arrived(connection)
+        connection.pause(0.3)
+        connection.send(data[1_000:])
         assert connection.read().status == 204
     assert client.get(path).body == data
 
