@@ -212,6 +212,12 @@ class FileInfo:
     deleted_at: float | None = None
     sequence: int = 0
 
+    def but(self, **changes: Any) -> FileInfo:
+        """Return a copy with some fields changed: ``dataclasses.replace``, ten times as fast."""
+        copy = object.__new__(FileInfo)
+        copy.__dict__.update(self.__dict__, **changes)
+        return copy
+
     @property
     def is_finished(self) -> bool:
         """Finished for good: its bytes never change again (refused uploads too)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State
@@ -70,7 +69,7 @@ class InfoStore(ABC):
         :param state: ``TERMINATED`` or ``EXPIRED``.
         :param now: the time of the deletion.
         """
-        return self.save(replace(info, state=state, deleted_at=now), events)
+        return self.save(info.but(state=state, deleted_at=now), events)
 
     @abstractmethod
     def list(

@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class FileInfoStore(InfoStore):
             old, old_events = _parse(info.id, text)
             if old.sequence != info.sequence:
                 raise InfoConflict
-            saved = replace(info, sequence=info.sequence + 1)
+            saved = info.but(sequence=info.sequence + 1)
             self._mark(saved)
             os.replace(self._write(saved, [*old_events, *events]), path)
             self._sync(self._directory)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import Event
@@ -36,7 +35,7 @@ class MemoryInfoStore(InfoStore):
         with self._lock:
             if self.load(info.id).sequence != info.sequence:
                 raise InfoConflict
-            saved = replace(info, sequence=info.sequence + 1)
+            saved = info.but(sequence=info.sequence + 1)
             self._write(saved, events)
             return saved
 

@@ -8,7 +8,7 @@ request are written as text, since building them anew takes longer than running 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -147,7 +147,7 @@ class SqlInfoStore(InfoStore):
         self._connection.write(partial(self._run_create, info, events))
 
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
-        saved = replace(info, sequence=info.sequence + 1)
+        saved = info.but(sequence=info.sequence + 1)
         self._connection.write(partial(self._run_save, saved, events))
         return saved
 

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tuswsgi.datastores.base import DataStore
@@ -65,7 +65,7 @@ class Finisher:
     def complete(self, info: FileInfo, request: RequestInfo) -> tuple[FileInfo, Sequence[Event]]:
         """Do all of ``finish`` but save: return what is to be saved."""
         assert info.size is not None
-        info = replace(info, offset=info.size)
+        info = info.but(offset=info.size)
         self.data.finish(info)
         try:
             answer = self.hooks.ask(HookType.PRE_FINISH, info, request)
@@ -74,14 +74,12 @@ class Finisher:
                 raise
             # A hook's 4xx is its last word: it is kept and repeated.
             response = FinalResponse(refusal.status, refusal.message, refusal.headers)
-            return replace(
-                info, state=State.REFUSED, finished_at=time.time(), response=response
-            ), ()
+            return info.but(state=State.REFUSED, finished_at=time.time(), response=response), ()
         if answer is not None:
-            info = replace(
-                info, response=FinalResponse(answer.status, answer.body or "", answer.headers)
+            info = info.but(
+                response=FinalResponse(answer.status, answer.body or "", answer.headers)
             )
-        info = replace(info, state=State.FINISHED, finished_at=time.time())
+        info = info.but(state=State.FINISHED, finished_at=time.time())
         return info, self.hooks.record(HookType.POST_FINISH, info, request)
 
     def finish_if_complete(self, info: FileInfo, request: RequestInfo) -> FileInfo:
@@ -94,7 +92,7 @@ class Finisher:
         offset = self.data.offset(info)
         if offset == info.size:
             return self.finish(info, request)
-        return replace(info, offset=offset)
+        return info.but(offset=offset)
 
     def build_final(self, id: str, request: RequestInfo) -> FileInfo:
         """Make a waiting final upload of its parts, if they are all finished.
@@ -118,8 +116,8 @@ class Finisher:
                 if size is not None and size > self.settings.max_size:
                     raise MaxSizeExceeded
                 if any(part.state is not State.FINISHED for part in parts):
-                    return replace(info, size=size)
-                info = replace(info, size=size)
+                    return info.but(size=size)
+                info = info.but(size=size)
                 if self.data.offset(info) != size:
                     self.data.concatenate(info, parts)
                 info = self.finish(info, request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tuswsgi.errors import (
     BodyTooLarge,
@@ -109,7 +109,7 @@ class Reception:
         if self.is_fault and self.error is not None:
             raise self.error
         if kept > 0:
-            info = self._touched(replace(info, offset=kept))
+            info = self._touched(info.but(offset=kept))
         if kept == info.size:
             return self._finisher.complete(info, request)
         return info, ()
@@ -123,7 +123,7 @@ class Reception:
         self.check(info, offset)
         self._info, self._start = info, offset
         kept = self._append(info, offset)
-        info = replace(self._info, offset=kept)
+        info = self._info.but(offset=kept)
         if kept > offset:
             info = self._touched(info)
         if kept == info.size and not self.is_fault:
@@ -155,7 +155,7 @@ class Reception:
 
     def _touched(self, info: FileInfo) -> FileInfo:
         now = time.time()
-        return replace(info, last_byte_at=now, expires_at=self._settings.expiry(now))
+        return info.but(last_byte_at=now, expires_at=self._settings.expiry(now))
 
     def _progressed(self) -> None:
         """Tell how far it has come, and let it not expire meanwhile."""
@@ -163,7 +163,7 @@ class Reception:
         if self._info is None or now - self._told_at < _PROGRESS_INTERVAL:
             return
         self._told_at = now
-        info = replace(self._info, offset=self._start + self.reader.received)
+        info = self._info.but(offset=self._start + self.reader.received)
         if self._is_ageing(info):
             info = self._info = self._finisher.infos.save(self._touched(info))
         tell(upload_progress, self._finisher.sender, info)

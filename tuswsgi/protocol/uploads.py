@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tuswsgi.datastores.base import DataStore, Readable
@@ -118,7 +118,7 @@ class Uploads:
         nobody knows of, to be cleaned up, and never a record of bytes that are not there.
         """
         self._check_space(info)
-        info = replace(info, storage=self.data.create(info))
+        info = info.but(storage=self.data.create(info))
         try:
             events = self.hooks.record(HookType.POST_CREATE, info, request)
             if not info.is_final:
@@ -171,7 +171,7 @@ class Uploads:
         size = sum_of_sizes([parts[id] for id in info.partial_uploads])
         if size is not None and size > self.settings.max_size:
             raise MaxSizeExceeded
-        return replace(info, size=size)
+        return info.but(size=size)
 
     def _load_part(self, id: str, request: RequestInfo) -> FileInfo:
         try:
@@ -253,7 +253,7 @@ class Uploads:
             self._check_size(info, offset, size)
             if info.size is None and size is not None:
                 # Before the first byte: a crash must not leave bytes beyond what is known.
-                info = self.infos.save(replace(info, size=size))
+                info = self.infos.save(info.but(size=size))
             info = reception.receive(info, offset, request)
         if reception.error is not None and not info.is_finished:
             raise reception.error
@@ -329,7 +329,7 @@ class Uploads:
         if not info.is_finished:
             if not self.settings.download_unfinished or info.state is State.WAITING:
                 raise UploadNotFound("The upload is not finished.")
-            info = replace(info, offset=self.data.offset(info))
+            info = info.but(offset=self.data.offset(info))
         self.hooks.ask(HookType.PRE_GET, info, request)
         return info
 
