@@ -45,6 +45,12 @@ class Clock:
         return self._time() + self.ahead
 
 
+@pytest.fixture(autouse=True)
+def _no_sweep_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests sweep when they want to; a server's own sweep would come in between."""
+    monkeypatch.setattr(Tus, "_sweep", lambda self: None)
+
+
 @pytest.fixture(params=BACKENDS)
 def backends(request: pytest.FixtureRequest) -> dict[str, str]:
     """The options that choose the backends."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from flask import Response
 
@@ -36,25 +36,40 @@ class TusResponse(Response):
 
     default_mimetype = None
 
+    #: Whether the headers are as they shall be sent, because this class has made them all.
+    #: Werkzeug looks through those of an application's own response once more.
+    are_final = False
+    request_body: RequestBody | None = None
+
     def __init__(
         self,
         status: int,
         headers: Headers,
-        content: bytes | Iterable[bytes] = b"",
+        content: bytes | Content = b"",
         request_body: RequestBody | None = None,
     ) -> None:
+        plain = isinstance(content, bytes)
+        if isinstance(content, bytes) and status not in (204, 304):
+            headers = [*headers, ("Content-Length", str(len(content)))]
         super().__init__(
-            content,
+            [content] if isinstance(content, bytes) else content,
             status=f"{status} {_reason(status)}",
             headers=headers,
-            direct_passthrough=not isinstance(content, bytes),
+            direct_passthrough=not plain,
         )
+        self.are_final = True
         self.request_body = request_body
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
-        content = super().__call__(environ, start_response)
+        content: Iterable[bytes]
+        if self.are_final and not self._on_close:
+            start_response(self.status, self.headers.to_wsgi_list())
+            passed = cast("Iterable[bytes]", self.response)
+            content = passed if self.direct_passthrough else self.iter_encoded()
+        else:
+            content = super().__call__(environ, start_response)
         if isinstance(content, Content):
             content = content.through(environ, start_response)
         body = self.request_body

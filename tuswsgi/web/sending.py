@@ -8,8 +8,11 @@ loop of reads and writes there.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
+import struct
+import termios
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -54,65 +57,101 @@ class Content:
         sock = environ.get("gunicorn.socket")
         response = getattr(start_response, "__self__", None)
         if (
-            sock is None
-            or not hasattr(self.opened, "fileno")
-            or not hasattr(os, "sendfile")
-            or not type(sock).__module__.startswith("gevent.")
-            or hasattr(sock, "context")  # TLS
-            or f"{type(response).__module__}.{type(response).__name__}"
-            != "gunicorn.http.wsgi.Response"
+            type(sock).__module__.startswith("gevent.")
+            and f"{type(response).__module__}.{type(response).__name__}"
+            == "gunicorn.http.wsgi.Response"
         ):
-            return self
-        return SentFile(self, sock, response)
+            return _SentContent(self, sock, response)
+        return self
 
 
-class SentFile:
-    """A download that goes from a file to gunicorn's socket."""
+class _SentContent:
+    """A download that goes to gunicorn's socket, past gunicorn.
+
+    A client that takes nothing for too long is given up: the kernel says how many bytes
+    wait for it.
+    """
 
     def __init__(self, content: Content, sock: Any, response: Any) -> None:
         self._content = content
         self._sock = sock
         self._response = response
+        self._sent = 0
+        self._seen = (0, 0)
+        self._timer: Any = None
 
     def __iter__(self) -> Iterator[bytes]:
+        from gevent import get_hub, getcurrent
+
+        patience = self._content.patience
+        self._timer = get_hub().loop.timer(patience, patience)
+        self._timer.start(self._look, getcurrent())
         # gunicorn sends the head for the first item, however short that is.
         yield b""
-        self._send()
+        if _is_plain(self._sock) and hasattr(self._content.opened, "fileno"):
+            self._send_file(self._content.opened.fileno())
+        else:
+            self._send_blocks()
         # For gunicorn's access log; it has not seen these bytes.
-        self._response.sent = self._content.length
+        self._response.sent = self._sent
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.close()
         self._content.close()
 
-    def _send(self) -> None:
-        from gevent import Timeout, get_hub
+    def _send_file(self, file: int) -> None:
+        from gevent import get_hub
 
-        file = self._content.opened.fileno()  # type: ignore[attr-defined]
-        offset = os.lseek(file, 0, os.SEEK_CUR)
-        end, unyielded = offset + self._content.length, 0
-        with get_hub().loop.io(self._sock.fileno(), 2) as writable:
-            while offset < end:
+        start, unyielded = os.lseek(file, 0, os.SEEK_CUR), 0
+        sock = self._sock.fileno()
+        with get_hub().loop.io(sock, 2) as writable:
+            while (left := self._content.length - self._sent) > 0:
                 try:
-                    sent = os.sendfile(self._sock.fileno(), file, offset, min(_STEP, end - offset))
+                    sent = os.sendfile(sock, file, start + self._sent, min(_STEP, left))
                 except BlockingIOError:
-                    with Timeout(self._content.patience, _too_slow()):
-                        get_hub().wait(writable)
+                    get_hub().wait(writable)
                     unyielded = 0
                     continue
                 if sent == 0:
                     raise _too_short()
-                offset += sent
+                self._sent += sent
                 unyielded += sent
                 if unyielded >= _STEP:
                     let_others_run()
                     unyielded = 0
+
+    def _send_blocks(self) -> None:
+        for block in self._content:
+            rest = memoryview(block)
+            while rest:
+                sent = self._sock.send(rest)
+                self._sent += sent
+                rest = rest[sent:]
+            let_others_run()
+
+    def _look(self, sender: Any) -> None:
+        # In the hub. That the socket takes more would not tell it: a slow client may have
+        # to take megabytes until it does.
+        seen = (self._sent, _waiting_bytes(self._sock))
+        if seen == self._seen and seen[1] > 0:
+            sender.throw(BrokenPipeError(errno.EPIPE, "The client takes no bytes"))
+        self._seen = seen
+
+
+def _is_plain(sock: Any) -> bool:
+    return hasattr(os, "sendfile") and not hasattr(sock, "context")
+
+
+def _waiting_bytes(sock: Any) -> int:
+    """Return how many bytes the kernel holds for the other side of a socket."""
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
+    except OSError:
+        return 1  # it does not tell
 
 
 def _too_short() -> OSError:
     # Only closing the connection tells the client; gunicorn does so quietly for EPIPE.
     log.error("The bytes of an upload ended too soon while it was sent")
     return BrokenPipeError(errno.EPIPE, "The bytes of the upload ended too soon")
-
-
-def _too_slow() -> OSError:
-    return BrokenPipeError(errno.EPIPE, "The client takes no bytes")
