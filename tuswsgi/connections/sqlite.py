@@ -153,16 +153,25 @@ class _Write:
     def run(self, database: Database) -> None:
         """Run the function; its failure is its own and undoes its own work only."""
         database.execute_sql("SAVEPOINT one_write")
+        self._try(database, undo="ROLLBACK TO one_write")
+        database.execute_sql("RELEASE one_write")
+
+    def run_alone(self, database: Database) -> None:
+        """Run the function in a transaction of its own, which has begun."""
+        self._try(database, undo="ROLLBACK")
+        if self.error is None:
+            database.execute_sql("COMMIT")
+
+    def _try(self, database: Database, undo: str) -> None:
         try:
             self.result = self.fn(database)
         except Exception as error:
             self.error = error
             try:
-                database.execute_sql("ROLLBACK TO one_write")
+                database.execute_sql(undo)
             except OperationalError:
                 # On a full disk and the like SQLite has undone the whole transaction.
                 raise error from None
-        database.execute_sql("RELEASE one_write")
 
 
 class _Writer:
@@ -262,6 +271,9 @@ class _Writer:
                     write.woken.set()
 
     def _run(self, batch: list[_Write]) -> None:
+        if len(batch) == 1:
+            batch[0].run_alone(self._database)
+            return
         for write in batch:
             write.run(self._database)
         self._database.execute_sql("COMMIT")

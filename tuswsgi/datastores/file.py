@@ -182,6 +182,8 @@ class FileDataStore(DataStore):
         return inside(self.data_dir, info.storage.path or info.id)
 
     def _relative_path(self, info: FileInfo) -> str:
+        if not self.dir_structure:
+            return info.id
         now = datetime.now(timezone.utc)
         values = {
             name: str(getattr(now, name)) for name in ("year", "month", "day", "hour", "minute")

@@ -52,7 +52,7 @@ class UploadSettings:
     network_timeout: float = option(
         60.0,
         "How long a request's body may stay silent before what arrived is kept and the "
-        "connection is closed.",
+        "connection is closed; also how long a client may take nothing of a download.",
         kind=Duration,
     )
     download_unfinished: bool = option(
