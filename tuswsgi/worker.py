@@ -8,6 +8,7 @@ anything was checked.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +24,9 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
 from tuswsgi.errors import ConfigurationError
+from tuswsgi.web.gunicorn_body import missing_internals
+
+log = logging.getLogger(__name__)
 
 #: How long requests are still taken from connections that were idle at SIGTERM (seconds).
 _LAST_CALL = 1.0
@@ -40,6 +44,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
+        if missing := missing_internals():
+            log.warning("This gunicorn lacks %s: it is slower than it could be", ", ".join(missing))
         self._tus = getattr(self.wsgi, "extensions", {}).get("tuswsgi")
         if self._tus is not None:
             try:

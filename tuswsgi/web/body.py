@@ -13,7 +13,7 @@ from typing import Any
 
 from tuswsgi.errors import BodyIncomplete
 from tuswsgi.protocol.headers import content_length
-from tuswsgi.web.gunicorn_body import ChunkedBody, SocketBody
+from tuswsgi.web.gunicorn_body import gunicorn_body
 from tuswsgi.web.request_body import RequestBody
 
 log = logging.getLogger(__name__)
@@ -24,14 +24,7 @@ def body_of(environ: Mapping[str, Any]) -> RequestBody:
     length = content_length(environ)
     if length == 0:
         return RequestBody(environ, 0)
-    source, sock = environ["wsgi.input"], environ.get("gunicorn.socket")
-    reader = getattr(source, "reader", None)
-    kind = f"{type(reader).__module__}.{type(reader).__name__}"
-    if sock is not None and length is not None and kind == "gunicorn.http.body.LengthReader":
-        return SocketBody(environ, length)
-    if sock is not None and length is None and kind == "gunicorn.http.body.ChunkedReader":
-        return ChunkedBody(environ, None)
-    return PlainBody(environ, length)
+    return gunicorn_body(environ, length) or PlainBody(environ, length)
 
 
 class PlainBody(RequestBody):

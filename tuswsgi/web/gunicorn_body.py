@@ -12,6 +12,8 @@ import select
 import socket
 import time
 from collections.abc import Callable, Mapping
+from operator import attrgetter
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from tuswsgi.errors import BodyIncomplete, BodyMalformed
@@ -31,8 +33,70 @@ _GLANCE = 0.1
 _LOW_WATER = 256 * 1024
 
 
+#: What is leaned on: attributes of objects of gunicorn's, by their class, and what these
+#: objects can be made of to look at them.
+_LENGTH_READER = "gunicorn.http.body:LengthReader"
+_CHUNKED_READER = "gunicorn.http.body:ChunkedReader"
+_INTERNALS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
+    "gunicorn.http.unreader:SocketUnreader": ((None,), ("buf.tell", "take_buffered", "unread")),
+    _LENGTH_READER: ((None, 1), ("length", "unreader")),
+    _CHUNKED_READER: ((None, None), ("parser.__next__", "req")),
+    "gunicorn.http.body:Body": ((None,), ("reader", "failed")),
+    "gunicorn.http.wsgi:Response": ((None, None, None), ("sent", "force_close")),
+}
+_of_length_reader = attrgetter(
+    "length", "unreader.buf.tell", "unreader.take_buffered", "unreader.unread"
+)
+_of_chunked_reader = attrgetter("parser.__next__", "req.unreader")
+
+
+#: Bytes after which other greenlets get their turn: with so many at a time a HEAD beside
+#: some fast uploads waits for milliseconds.
+_TURN = 256 * 1024
+
+
 class _Woken(BaseException):
     """Thrown where a greenlet or a thread waits for bytes. Never leaves this file."""
+
+
+def missing_internals() -> list[str]:
+    """Return what this gunicorn lacks of what is leaned on; bodies get the plain way then."""
+    missing = []
+    for path, (arguments, names) in _INTERNALS.items():
+        try:
+            made = resolve_name(path)(*arguments)
+        except (ImportError, AttributeError, TypeError):
+            made = None
+        if _path(made) != path:
+            missing.append(path)
+            continue
+        missing += [f"{path}.{name}" for name in names if not _has(made, attrgetter(name))]
+    return [name.replace(":", ".") for name in missing]
+
+
+def gunicorn_body(environ: Mapping[str, Any], length: int | None) -> GunicornBody | None:
+    """Return a body of gunicorn's, ``None`` if it or the server is not as expected."""
+    reader = getattr(environ["wsgi.input"], "reader", None)
+    kind = _path(reader)
+    if environ.get("gunicorn.socket") is None:
+        return None
+    if length is not None and kind == _LENGTH_READER and _has(reader, _of_length_reader):
+        return SocketBody(environ, length)
+    if length is None and kind == _CHUNKED_READER and _has(reader, _of_chunked_reader):
+        return ChunkedBody(environ, None)
+    return None
+
+
+def _path(thing: object) -> str:
+    return f"{type(thing).__module__}:{type(thing).__name__}"
+
+
+def _has(thing: object, attributes: attrgetter[Any]) -> bool:
+    try:
+        attributes(thing)
+    except AttributeError:
+        return False
+    return True
 
 
 class GunicornBody(RequestBody):
@@ -92,7 +156,7 @@ class GunicornBody(RequestBody):
         return b""
 
     def _give_others_a_turn(self) -> None:
-        if self._since_yield >= BLOCK:
+        if self._since_yield >= _TURN:
             self._since_yield = 0
             let_others_run()
 
@@ -172,7 +236,7 @@ class SocketBody(GunicornBody):
         if self._ended or self._is_woken:
             return 0
         try:
-            moved = self._splice(fd, offset, min(n, self._left))
+            moved = self._splice(fd, offset, min(n, self._left, _TURN))
         except Unsupported:
             self._splices = False
             return None

@@ -1,0 +1,19 @@
+"""Our application under a gunicorn whose internals are not those that we know."""
+
+import os
+
+import gunicorn.http.unreader
+import gunicorn.http.wsgi
+
+from tuswsgi.app import create_app
+from tuswsgi.config import Config
+
+application = create_app(Config.from_environment(os.environ))
+
+
+class Response(gunicorn.http.wsgi.Response):
+    """Another one, in another place."""
+
+
+gunicorn.http.wsgi.Response = Response
+del gunicorn.http.unreader.Unreader.take_buffered

@@ -1,0 +1,168 @@
+"""gunicorn's internals: what is leaned on is there, and nothing breaks where it is not."""
+
+from __future__ import annotations
+
+import io
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gunicorn.http import body as bodies
+from gunicorn.http import unreader, wsgi
+
+from tuswsgi.web.body import PlainBody, body_of
+from tuswsgi.web.gunicorn_body import ChunkedBody, SocketBody, missing_internals
+from tuswsgi.web.request_body import RequestBody
+
+DATA = bytes(range(256)) * 200
+
+Environ = dict[str, Any]
+
+
+@pytest.fixture
+def sock() -> Iterator[socket.socket]:
+    """The server's end of a connection; `DATA` and the next request have been sent to it."""
+    client, server = socket.socketpair()
+    with client, server:
+        client.sendall(DATA + b"HEAD ")
+        yield server
+
+
+@pytest.fixture
+def chunked() -> Iterator[socket.socket]:
+    """Likewise, in chunks."""
+    client, server = socket.socketpair()
+    with client, server:
+        client.sendall(b"%x;ext\r\n%b\r\n0\r\nTrailer: x\r\n\r\nHEAD " % (len(DATA), DATA))
+        yield server
+
+
+def with_length(source: object, sock: socket.socket | None) -> Environ:
+    environ = {"wsgi.input": source, "gunicorn.socket": sock, "CONTENT_LENGTH": str(len(DATA))}
+    return environ | {"REQUEST_METHOD": "PATCH"}
+
+
+def with_chunks(source: object, sock: socket.socket | None) -> Environ:
+    environ = {"wsgi.input": source, "gunicorn.socket": sock, "wsgi.input_terminated": True}
+    return environ | {"REQUEST_METHOD": "PATCH", "HTTP_TRANSFER_ENCODING": "chunked"}
+
+
+def request(source: unreader.Unreader) -> Any:
+    return SimpleNamespace(unreader=source, parse_headers=lambda data, from_trailer: [])
+
+
+def read(body: RequestBody) -> bytes:
+    received = b""
+    while block := body.receive(10_000):
+        received += bytes(block)
+    assert body.ended
+    return received
+
+
+def rest_of(source: unreader.Unreader) -> bytes:
+    """Return what gunicorn will take for the next request."""
+    rest: bytes = source.read()
+    return rest
+
+
+def test_this_gunicorn_is_as_expected(sock: socket.socket, chunked: socket.socket) -> None:
+    assert missing_internals() == []
+    source = unreader.SocketUnreader(sock)
+    body = body_of(with_length(bodies.Body(bodies.LengthReader(source, len(DATA))), sock))
+    assert type(body) is SocketBody
+    assert read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+    source = unreader.SocketUnreader(chunked)
+    body = body_of(with_chunks(bodies.Body(bodies.ChunkedReader(request(source), source)), chunked))
+    assert type(body) is ChunkedBody
+    assert read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+
+
+@pytest.mark.parametrize("buffered", [1, 9_999, 10_000, 10_001, len(DATA), len(DATA) + 5])
+def test_what_the_parser_had_read_already(sock: socket.socket, buffered: int) -> None:
+    source = unreader.SocketUnreader(sock)
+    source.unread(sock.recv(buffered, socket.MSG_WAITALL))
+    body = body_of(with_length(bodies.Body(bodies.LengthReader(source, len(DATA))), sock))
+    assert read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+
+
+class OtherReader(bodies.LengthReader):  # type: ignore[misc]
+    """What a gunicorn to come may use."""
+
+
+class ChunkedReader(bodies.ChunkedReader):  # type: ignore[misc]
+    """Keeps its parser elsewhere."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self._parser = self.__dict__.pop("parser")
+
+    def read(self, size: int) -> bytes:
+        data: bytes = next(self._parser, b"")
+        return data
+
+
+ChunkedReader.__module__ = "gunicorn.http.body"
+
+
+def test_no_reader(sock: socket.socket) -> None:
+    body = body_of(with_length(io.BytesIO(DATA + b"HEAD "), sock))
+    assert type(body) is PlainBody
+    assert read(body) == DATA
+
+
+def test_no_socket(sock: socket.socket) -> None:
+    source = unreader.SocketUnreader(sock)
+    body = body_of(with_length(bodies.Body(bodies.LengthReader(source, len(DATA))), None))
+    assert type(body) is PlainBody
+    assert read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+
+
+def test_another_reader(sock: socket.socket) -> None:
+    source = unreader.SocketUnreader(sock)
+    body = body_of(with_length(bodies.Body(OtherReader(source, len(DATA))), sock))
+    assert type(body) is PlainBody
+    assert read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+
+
+@pytest.mark.parametrize("name", ["take_buffered", "unread"])
+def test_another_unreader(sock: socket.socket, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delattr(unreader.Unreader, name)
+    source = unreader.SocketUnreader(sock)
+    body = body_of(with_length(bodies.Body(bodies.LengthReader(source, len(DATA))), sock))
+    assert type(body) is PlainBody
+    assert read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+
+
+def test_no_parser(chunked: socket.socket) -> None:
+    source = unreader.SocketUnreader(chunked)
+    body = body_of(with_chunks(bodies.Body(ChunkedReader(request(source), source)), chunked))
+    assert type(body) is PlainBody
+    assert read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(unreader.Unreader, "take_buffered")
+    monkeypatch.delattr(bodies, "ChunkedReader")
+    monkeypatch.setattr(bodies, "LengthReader", OtherReader)
+    monkeypatch.delattr(wsgi.Response, "force_close")
+    assert missing_internals() == [
+        "gunicorn.http.unreader.SocketUnreader.take_buffered",
+        "gunicorn.http.body.LengthReader",
+        "gunicorn.http.body.ChunkedReader",
+        "gunicorn.http.wsgi.Response.force_close",
+    ]
+
+
+@pytest.mark.parametrize("reader", [bodies.LengthReader, bodies.ChunkedReader])
+def test_objects_that_are_made_differently(monkeypatch: pytest.MonkeyPatch, reader: type) -> None:
+    monkeypatch.setattr(reader, "__init__", lambda self, one, two, three: None)
+    assert missing_internals() == [f"gunicorn.http.body.{reader.__name__}"]
