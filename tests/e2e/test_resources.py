@@ -143,6 +143,27 @@ def test_a_full_disk_takes_back_what_was_not_verified(cramped: Server, small_dis
     assert client.get(path).body == data
 
 
+def test_a_full_disk_leaves_nothing_to_the_next_upload(small_disk: Path) -> None:
+    """What went half-way into the file belongs to no other one of the same worker."""
+    command = [*SERVE, "--data-dir", str(small_disk), "--workers", "1", "--min-free-disk", "0"]
+    data, next_data = content(5_000_000), content(1_500_000, seed=2)
+    with running(Server(command, small_disk)) as server:
+        client = server.client
+        for leave in (1_000_000, 1_234_567, 3_000_000):
+            path = client.create(len(data))
+            ballast = occupy(small_disk, leave=leave)
+            assert client.patch(path, 0, data).status == 507
+            assert server.file(path).read_bytes() == data[: client.offset(path)]
+            ballast.unlink()
+            next_path = client.create(len(next_data))
+            client.finish(next_path, next_data)
+            assert server.file(next_path).read_bytes() == next_data
+            client.finish(path, data)
+            assert server.file(path).read_bytes() == data
+            for used in (path, next_path):
+                assert client.request("DELETE", used, TUS).status == 204
+
+
 def test_nothing_fits_any_more(cramped: Server, small_disk: Path) -> None:
     client, data, more = cramped.client, content(1_000_000), content(3_000_000)
     finished, started = client.create(len(more)), client.create(len(data))
