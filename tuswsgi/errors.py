@@ -249,11 +249,6 @@ class ServerShutdown(Unavailable):
     message = "The server is shutting down; resume the upload."
 
 
-class LockLost(Unavailable):
-    code = "ERR_LOCK_LOST"
-    message = "The server lost its lock on the upload; resume the upload."
-
-
 class InfoConflict(Unavailable):
     """Another writer saved the upload's info in between."""
 

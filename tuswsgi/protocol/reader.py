@@ -8,7 +8,6 @@ they mean.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -28,8 +27,6 @@ from tuswsgi.errors import (
 )
 from tuswsgi.process import PerProcess, let_others_run
 from tuswsgi.protocol.checksum import Checksum
-
-log = logging.getLogger(__name__)
 
 #: The most bytes that are moved at once.
 _STEP = 1024 * 1024
