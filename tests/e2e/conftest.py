@@ -157,6 +157,10 @@ class Server:
         wait_until(look, "a worker that accepts the connection")
         return found[0]
 
+    def holds(self, connection: Connection) -> bool:
+        """Return whether a connection is still open on the server's side."""
+        return _inode_of_peer(connection) not in (None, "0")
+
     def _workers_with(self, inode: str | None) -> Iterator[int]:
         for worker in self.workers():
             for fd in Path(f"/proc/{worker}/fd").iterdir():
