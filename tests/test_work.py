@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,9 +15,7 @@ from pathlib import Path
 
 import pytest
 from e2e.client import BYTES, TUS, Connection, patch_headers, sha1, wait_until
-from e2e.conftest import Server, running
-
-ROOT = Path(__file__).parent.parent
+from e2e.conftest import Server, app_server, running
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -31,18 +28,7 @@ Counts = dict[str, float]
 def counting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with one worker that counts what it does."""
     data_dir = tmp_path_factory.mktemp("work") / "data"
-    environ = {
-        "TUSWSGI_DATA_DIR": str(data_dir),
-        "TUSWSGI_HOST": "127.0.0.1",
-        "TUSWSGI_PORT": "0",
-        "TUSWSGI_WORKERS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [
-        *(sys.executable, "-m", "gunicorn", "-c", str(ROOT / "conf" / "gunicorn.conf.py")),
-        *("--chdir", str(ROOT / "tests"), "e2e.counting_app:application"),
-    ]
-    with running(Server(command, data_dir, environ)) as server:
+    with running(app_server("counting_app", data_dir)) as server:
         server.client.finish(server.client.create(100), bytes(100))  # all is loaded now
         yield server
 

@@ -213,6 +213,23 @@ def _inode_of_peer(connection: Connection) -> str | None:
     return None
 
 
+def app_server(module: str, data_dir: Path) -> Server:
+    """Return a server of one worker, with our settings, for an application beside these tests."""
+    root = Path(__file__).parent.parent.parent
+    environ = {
+        "TUSWSGI_DATA_DIR": str(data_dir),
+        "TUSWSGI_HOST": "127.0.0.1",
+        "TUSWSGI_PORT": "0",
+        "TUSWSGI_WORKERS": "1",
+        "PYTHONPATH": str(root),
+    }
+    command = [
+        *(sys.executable, "-m", "gunicorn", "-c", str(root / "conf" / "gunicorn.conf.py")),
+        *("--chdir", str(root / "tests"), f"e2e.{module}:application"),
+    ]
+    return Server(command, data_dir, environ)
+
+
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
     """Run a server; at the end it must not have failed in a way that nobody expected."""

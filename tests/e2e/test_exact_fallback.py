@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from e2e.client import TUS, chunk, content, patch_headers, sha1, wait_until
-from e2e.conftest import Server, running
-
-ROOT = Path(__file__).parent.parent.parent
+from e2e.conftest import Server, app_server, running
 
 
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     data_dir = tmp_path_factory.mktemp("strange") / "data"
-    environ = {
-        "TUSWSGI_DATA_DIR": str(data_dir),
-        "TUSWSGI_HOST": "127.0.0.1",
-        "TUSWSGI_PORT": "0",
-        "TUSWSGI_WORKERS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [
-        *(sys.executable, "-m", "gunicorn", "-c", str(ROOT / "conf" / "gunicorn.conf.py")),
-        *("--chdir", str(ROOT / "tests"), "e2e.strange_gunicorn_app:application"),
-    ]
-    with running(Server(command, data_dir, environ)) as server:
+    with running(app_server("strange_gunicorn_app", data_dir)) as server:
         yield server
 
 

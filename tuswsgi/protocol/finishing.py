@@ -154,9 +154,10 @@ class Finisher:
 
     @contextmanager
     def _locked_parts(self, info: FileInfo) -> Iterator[Sequence[FileInfo]]:
-        if any(not part.is_finished for part in self.parts_of(info)):
+        parts = self.parts_of(info)
+        if any(not part.is_finished for part in parts):
             # Nobody is disturbed for a final upload that cannot be built anyway.
-            yield self.parts_of(info)
+            yield parts
             return
         with ExitStack() as locks:
             for id in sorted(set(info.partial_uploads)):
