@@ -22,9 +22,11 @@ ROWS = {
     "tuswsgi.paths": 0,
     "tuswsgi.process": 0,
     "tuswsgi.signals": 0,
+    "tuswsgi.spawn": 0,
     "tuswsgi.connections": 1,
     "tuswsgi.datastores.base": 1,
     "tuswsgi.infostores.base": 1,
+    "tuswsgi.infostores.record": 1,
     "tuswsgi.lockers.base": 1,
     "tuswsgi.hooks.base": 1,
     "tuswsgi.datastores": 2,
@@ -43,7 +45,9 @@ ROWS = {
     "tuswsgi.app": 6,
     "tuswsgi.cli": 6,
     "tuswsgi.client": 6,
+    "tuswsgi.http1": 6,
     "tuswsgi.master": 6,
+    "tuswsgi.outbox": 6,
     "tuswsgi.worker": 6,
 }
 
@@ -53,6 +57,15 @@ BACKENDS = ("tuswsgi.datastores", "tuswsgi.infostores", "tuswsgi.lockers", "tusw
 #: What backends of one kind have in common, and is no backend itself.
 SHARED = {
     ("tuswsgi.infostores", "tuswsgi.infostores.record"),
+    ("tuswsgi.infostores", "tuswsgi.infostores.markers"),
+    ("tuswsgi.infostores", "tuswsgi.infostores.outbox"),
+    ("tuswsgi.infostores", "tuswsgi.infostores.tables"),
+    ("tuswsgi.hooks", "tuswsgi.infostores.record"),
+    ("tuswsgi.hooks", "tuswsgi.hooks.answers"),
+    ("tuswsgi.hooks", "tuswsgi.hooks.events"),
+    ("tuswsgi.hooks", "tuswsgi.hooks.payloads"),
+    ("tuswsgi.hooks", "tuswsgi.hooks.claims"),
+    ("tuswsgi.hooks", "tuswsgi.hooks.lanes"),
 }
 
 #: What runs under gunicorn's gevent workers only.
