@@ -55,15 +55,20 @@ def run(*args: object, env: dict[str, str] | None = None) -> Result:
 
 
 def shown(*args: object, env: dict[str, str] | None = None) -> dict[str, tuple[str, str]]:
-    """Return each option's value and source, as ``config show`` prints them."""
+    """Return each option's value and source, as ``config show`` prints them.
+
+    The keys of sections other than the main one are like ``hooks.amqp.url``.
+    """
     result = run("config", "show", *args, env=env)
     assert result.exit_code == 0, result.output
-    lines = [line for line in result.stdout.splitlines() if " = " in f"{line} "]
-    values = {}
-    for line in lines:
-        key, _, rest = line.partition(" =")
-        value, _, source = rest.rpartition("  # ")
-        values[key] = (value.strip(), source)
+    values, prefix = {}, ""
+    for line in result.stdout.splitlines():
+        if line.startswith("["):
+            prefix = f"{line.strip('[]')}.".removeprefix("tuswsgi.")
+        elif " = " in f"{line} ":
+            key, _, rest = line.partition(" =")
+            value, _, source = rest.rpartition("  # ")
+            values[prefix + key] = (value.strip(), source)
     return values
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import flask
@@ -20,9 +20,12 @@ import flask
 from tuswsgi import registry
 from tuswsgi.config import Config
 from tuswsgi.datastores.base import DataStore
-from tuswsgi.hooks.base import HookType
+from tuswsgi.errors import ConfigurationError
+from tuswsgi.hooks.base import Hook, HookType
 from tuswsgi.hooks.callable import CallableHook, HookFunction
+from tuswsgi.hooks.delivery import Delivery, DeliverySettings
 from tuswsgi.hooks.manager import HookManager
+from tuswsgi.hooks.settings import EnabledHooks, HookSettings
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.process import PerProcess
@@ -33,6 +36,7 @@ from tuswsgi.registry import LockerName
 from tuswsgi.server import ServerSettings
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
 from tuswsgi.web.settings import WebSettings
+from tuswsgi.web.shortcut import ShortCut
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,8 @@ class Tus:
     :param config: the configuration; otherwise `options` are it.
     :param data_store: a store of your own in place of the configured one; likewise
         `info_store` and `locker`.
+    :param hooks: transports of your own, which are asked before the configured ones; also
+        the option of this name.
     :param owner: returns who sends a request. Uploads belong to who created them, and
         nobody else finds them.
     :param name: the blueprint's name; unique by default.
@@ -67,6 +73,7 @@ class Tus:
         data_store: DataStore | None = None,
         info_store: InfoStore | None = None,
         locker: Locker[Any] | LockerName | str | None = None,
+        hooks: Iterable[Hook] | Iterable[HookType] | str | None = None,
         owner: OwnerFunction | None = None,
         name: str | None = None,
         **options: Any,
@@ -74,19 +81,28 @@ class Tus:
         if locker is not None and not isinstance(locker, Locker):
             # The option has the same name: which of the server's own lockers it is to be.
             options["locker"], locker = locker, None
+        own_hooks = [] if hooks is None else [hook for hook in hooks if isinstance(hook, Hook)]
+        if hooks is not None and not own_hooks:
+            options["hooks"] = hooks
         if config is not None and options:
             raise TypeError(f"A config has these already: {', '.join(options)}")
         config = config or Config.load(flags=options)
         self.config = config
-        self.hooks = HookManager()
+        data = data_store or registry.data_store(config)
+        infos = info_store or registry.info_store(config)
+        self.hooks = self._make_hooks(own_hooks, data)
         self.uploads = Uploads(
-            data_store or registry.data_store(config),
-            info_store or registry.info_store(config),
+            data,
+            infos,
             locker or registry.locker(config),
             self.hooks,
             config.build(UploadSettings),
             sender=self,
         )
+        self._delivery = Delivery(
+            infos, self.hooks.hooks, config.build(DeliverySettings), self.uploads.answered
+        )
+        self.hooks.messenger = self._delivery
         self._functions = CallableHook()
         self._owner = owner
         number = next(_count)
@@ -109,23 +125,39 @@ class Tus:
             methods=methods,
         )
 
+    def _make_hooks(self, own: list[Hook], data: DataStore) -> HookManager:
+        settings = self.config.build(HookSettings)
+        hooks = [*own, *registry.hooks(self.config)]
+        names = [hook.name for hook in hooks]
+        for name in set(names):
+            if names.count(name) > 1:
+                raise ConfigurationError(f"Two transports of hooks have the name {name}.")
+        for hook in own:
+            hook.types = hook.types or frozenset(self.config.build(EnabledHooks).hooks)
+        return HookManager(
+            hooks,
+            follows_tusd=settings.follows_tusd,
+            progress_interval=settings.progress_interval,
+            locate=data.location,
+        )
+
     def on(self, event: str) -> Callable[[HookFunction], HookFunction]:
-        """Decorate a function that is asked in a blocking hook, e.g. ``pre-create``.
+        """Decorate a function that is to be called for a hook, e.g. ``pre-create``.
 
-        It gets a ``HookRequest`` and returns a ``HookResponse`` or nothing; what it raises
-        refuses the request.
+        It gets a ``HookRequest`` and returns a ``HookResponse`` or nothing. What it raises
+        in a blocking hook refuses the request. In any other it is called after the change
+        that it tells of was saved, maybe by another worker, and again if it raises.
 
-        :raises ValueError: if there is no such blocking hook.
+        :raises ValueError: if there is no such hook.
         """
         type = HookType(event)
-        if not type.blocking:
-            raise ValueError(f"{event} is not a blocking hook")
 
         def add(function: HookFunction) -> HookFunction:
             self._functions.add(type, function)
             if self._functions not in self.hooks.hooks:
-                self.hooks.hooks.append(self._functions)
-            self.hooks.enabled.add(type)
+                self.hooks.hooks.insert(0, self._functions)
+                if self._started.peek():
+                    self._delivery.start()
             return function
 
         return add
@@ -141,13 +173,22 @@ class Tus:
         return self.uploads.stop(id)
 
     def start(self) -> None:
-        """Make ready in this process: prepare the backends, begin to sweep.
+        """Make ready in this process: prepare the backends, begin to sweep and to deliver.
 
         The first request does it too; a server calls it to learn of trouble before that.
 
         :raises ConfigurationError: if a backend cannot work as it is configured.
         """
         self._started.get()
+
+    def drain(self, timeout: float = 10.0) -> None:
+        """Wait for the post-hooks that are being delivered, and begin no more.
+
+        What is left is delivered by other workers, or by the next ones. May be called again.
+
+        :param timeout: in seconds.
+        """
+        self._delivery.stop(timeout)
 
     def stop_uploads(self) -> None:
         """End all uploads that are in flight, and each one that comes.
@@ -176,11 +217,16 @@ class Tus:
 
         signal.signal(signal.SIGTERM, handle)
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
         self.uploads.data.prepare()
         self.uploads.infos.prepare()
         self.uploads.locker.prepare()
+        for hook in self.hooks.hooks:
+            hook.prepare()
+        if self.hooks.hooks:
+            self._delivery.start()
         threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
+        return True
 
     def _sweep(self) -> None:
         sweeper = Sweeper(self.uploads)
@@ -202,6 +248,8 @@ def create_app(config: Config | None = None) -> flask.Flask:
     app = flask.Flask("tuswsgi", static_folder=None)
     tus = Tus(config, name="tus")
     url = "/" + config.build(ServerSettings).url.strip("/")
-    app.register_blueprint(tus.blueprint(), url_prefix=url)
+    blueprint = tus.blueprint()
+    app.register_blueprint(blueprint, url_prefix=url)
     app.extensions["tuswsgi"] = tus
+    app.wsgi_app = ShortCut(app, blueprint, url)  # type: ignore[method-assign]
     return app

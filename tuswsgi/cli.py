@@ -1,4 +1,4 @@
-"""The command line: ``tuswsgi serve``, ``config`` and ``upload``.
+"""The command line: ``tuswsgi serve``, ``config``, ``hooks`` and ``upload``.
 
 It owns flags, output and exit codes (2 for a wrong configuration, 1 for everything else
 that fails) and no behaviour. Whatever is slow to import is imported by the command that
@@ -19,6 +19,7 @@ import click
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
+    from tuswsgi.infostores.base import InfoStore
     from tuswsgi.options import Option
 
 _FileArgument = partial(click.Path, path_type=Path, dir_okay=False)
@@ -176,6 +177,67 @@ def docs(check: bool, stdout: bool, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
             file.write_text(text, "utf-8")
+
+
+@main.group()
+def hooks() -> None:
+    """Look after post-hooks that were not delivered, also while the server runs."""
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@hooks.command(cls=ConfiguredCommand)
+@_config_option
+@_json_option
+def pending(load: Callable[[], Config], as_json: bool) -> None:
+    """List the post-hooks that are still to be delivered, oldest first."""
+    from tuswsgi import outbox
+
+    with _events(load) as infos:
+        click.echo((outbox.as_json if as_json else outbox.as_table)(outbox.pending(infos)))
+
+
+@hooks.command(cls=ConfiguredCommand)
+@_config_option
+@_json_option
+def dead(load: Callable[[], Config], as_json: bool) -> None:
+    """List the post-hooks that were given up, oldest first."""
+    from tuswsgi import outbox
+
+    with _events(load) as infos:
+        click.echo((outbox.as_json if as_json else outbox.as_table)(outbox.dead(infos)))
+
+
+@hooks.command(cls=ConfiguredCommand)
+@_config_option
+@click.argument("id", required=False)
+def replay(load: Callable[[], Config], id: str | None) -> None:
+    """Try post-hooks again that were given up.
+
+    ID is that of a post-hook or of an upload; without it all of them are tried.
+    """
+    from tuswsgi import outbox
+
+    with _events(load) as infos:
+        count = outbox.replay(infos, id)
+    if id is not None and not count:
+        raise click.ClickException(f"No post-hook with the ID {id} was given up.")
+    click.echo(f"{count} will be tried again.")
+
+
+@contextmanager
+def _events(load: Callable[[], Config]) -> Iterator[InfoStore]:
+    with _failing(exit_code=2):
+        configuration = load()
+    from tuswsgi import outbox
+    from tuswsgi.errors import Unavailable
+
+    try:
+        with _failing(exit_code=1), outbox.opened(configuration) as infos:
+            yield infos
+    except Unavailable as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()

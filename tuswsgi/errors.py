@@ -218,6 +218,12 @@ class HookRefusal(TusError):
         self.headers = dict(headers or {})
 
 
+class UploadStopped(HookRefusal):
+    """A post-receive hook ended the upload while its bytes arrived."""
+
+    code = "ERR_UPLOAD_STOPPED"
+
+
 # --- passing trouble: the client shall come back ------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import binascii
 import re
 import secrets
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,12 @@ _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~-]{0,127}", re.ASCII)
 
 
 def new_id() -> str:
-    """Return a new id: 128 random bits in a form that every URL and file system takes."""
-    return secrets.token_hex(16)
+    """Return a new id in a form that every URL and file system takes.
+
+    It begins with the time, so that records of uploads that come one after another lie
+    beside each other in a database; 80 random bits follow, which nobody guesses.
+    """
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
 def check_id(id: str) -> str:
@@ -217,6 +222,13 @@ class FileInfo:
         copy = object.__new__(FileInfo)
         copy.__dict__.update(self.__dict__, **changes)
         return copy
+
+    @classmethod
+    def restored(cls, fields: dict[str, Any]) -> FileInfo:
+        """Return a record with all these fields: what the constructor does, much faster."""
+        info = object.__new__(cls)
+        info.__dict__.update(fields)
+        return info
 
     @property
     def is_finished(self) -> bool:

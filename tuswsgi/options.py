@@ -257,7 +257,7 @@ def option(
         "secret": secret,
         "validate": validate,
     }
-    return dataclasses.field(default=default, metadata={"option": declared})
+    return dataclasses.field(default=default, repr=not secret, metadata={"option": declared})
 
 
 def options_of(group: type) -> Iterator[Option]:

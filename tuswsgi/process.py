@@ -78,7 +78,7 @@ def let_others_run() -> None:
     To sleep for 0 seconds does not do that: gevent resumes such sleepers up to 50 times
     before it looks at a socket.
     """
-    if not _is_cooperative():
+    if not is_cooperative():
         time.sleep(0)
         return
     from gevent import get_hub
@@ -95,7 +95,7 @@ def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     it is a plain call. It costs some 50 microseconds. `function` must not touch what belongs
     to greenlets: locks, events, sockets.
     """
-    if not _is_cooperative():
+    if not is_cooperative():
         return function(*args, **kwargs)
     from gevent import GreenletExit, get_hub
 
@@ -109,7 +109,7 @@ def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return result
 
 
-def _is_cooperative() -> bool:
+def is_cooperative() -> bool:
     """Whether gevent has patched this process, so that threads are greenlets."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuswsgi.datastores.base import DataStore
+from tuswsgi.hooks.base import Hook
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.options import Duration, option
@@ -143,13 +144,45 @@ def locker(config: Config) -> Locker[Any]:
     return FileLocker(directory=backends.own_dir / "locks", timeout=backends.lock_timeout)
 
 
+def hooks(config: Config) -> list[Hook]:
+    """Return the configured transports of hooks, in the order in which they are asked."""
+    from tuswsgi.hooks.payloads import payload_format
+    from tuswsgi.hooks.settings import EnabledHooks, HookSettings
+
+    made: list[Hook] = []
+    for transport, ways in _transports():
+        values = config.values(transport)
+        if any(values[way] for way in ways):
+            format = payload_format(config.build(HookSettings).format)
+            hook: Hook = transport(format=format, **values)
+            hook.types = frozenset(config.build(EnabledHooks).hooks)
+            made.append(hook)
+    return made
+
+
+def _transports() -> list[tuple[type, tuple[str, ...]]]:
+    """Return the transports of hooks in their order, with the options that switch them on."""
+    from tuswsgi.hooks.amqp import AmqpHook
+    from tuswsgi.hooks.file import FileHook
+    from tuswsgi.hooks.grpc import GrpcHook
+    from tuswsgi.hooks.http import HttpHook
+
+    return [
+        (FileHook, ("file", "dir")),
+        (HttpHook, ("urls",)),
+        (GrpcHook, ("endpoint",)),
+        (AmqpHook, ("url",)),
+    ]
+
+
 def prepare(config: Config) -> None:
     """Make the configured backends ready for use, as the workers will, and let them go.
 
     :raises ConfigurationError: if one of them cannot be used.
     """
-    for make in (data_store, info_store, locker):
-        backend = make(config)
+    backends: list[DataStore | InfoStore | Locker[Any] | Hook]
+    backends = [data_store(config), info_store(config), locker(config), *hooks(config)]
+    for backend in backends:
         backend.prepare()
         backend.close()
 
@@ -157,6 +190,8 @@ def prepare(config: Config) -> None:
 def option_groups() -> list[type]:
     """Return every class that has options, in the order of the reference."""
     from tuswsgi.datastores.file import FileDataStore
+    from tuswsgi.hooks.delivery import DeliverySettings
+    from tuswsgi.hooks.settings import EnabledHooks, HookSettings
     from tuswsgi.infostores.file import FileInfoStore
     from tuswsgi.infostores.sql import SqlInfoStore
     from tuswsgi.protocol.settings import UploadSettings
@@ -171,6 +206,10 @@ def option_groups() -> list[type]:
         SqlInfoStore,
         UploadSettings,
         WebSettings,
+        EnabledHooks,
+        HookSettings,
+        *(transport for transport, _ in _transports()),
+        DeliverySettings,
     ]
 
 

@@ -146,6 +146,7 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "on_reload": lambda arbiter: _prepare_process(settings),
         "post_fork": _hold_signals,
         "post_worker_init": lambda worker: _begin(settings, worker),
+        "worker_exit": lambda arbiter, worker: _end(worker),
     }
 
 
@@ -322,6 +323,11 @@ def _hold_signals(arbiter: Any, worker: Any) -> None:
             sys.exit(0)
 
 
+#: How long a worker that ends waits for post-hooks on their way; another worker repeats
+#: those that take longer (seconds).
+_DRAIN_TIME = 5.0
+
+
 def _begin(settings: ServerSettings, worker: Any) -> None:
     """Let a worker begin that is ready to serve."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
@@ -330,3 +336,10 @@ def _begin(settings: ServerSettings, worker: Any) -> None:
     # are not news.
     if worker.age == 1:
         print(ready_line(settings, worker.sockets[0].getsockname()), flush=True)
+
+
+def _end(worker: Any) -> None:
+    """Let a worker end whose connections are closed."""
+    tus = getattr(getattr(worker, "wsgi", None), "extensions", {}).get("tuswsgi")
+    if tus is not None:
+        tus.drain(_DRAIN_TIME)

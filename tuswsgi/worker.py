@@ -1,17 +1,22 @@
 """gunicorn's gevent worker, as ``tuswsgi serve`` uses it.
 
 It tells the application about SIGTERM, takes no connections then and lets go of idle ones,
-and leaves it to the application when a client that asked is told to send its body.
-Everything also works under ``-k gevent``, where a client that expects 100 gets it before
-anything was checked.
+and leaves it to the application when a client that asked is told to send its body. Plain
+requests take a shorter way through it (``http1``). Everything also works under
+``-k gevent``, where a client that expects 100 gets it before anything was checked.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
+from ssl import SSLError
+from types import ModuleType
 from typing import Any
 
 import gevent
@@ -19,11 +24,13 @@ from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
 from gunicorn.errors import AppImportError
+from gunicorn.http.errors import NoMoreData
 from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
 from tuswsgi.errors import ConfigurationError
+from tuswsgi.process import let_others_run
 from tuswsgi.web.gunicorn_body import missing_internals
 
 log = logging.getLogger(__name__)
@@ -36,15 +43,21 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     """A gevent worker for the application of ``create_app``."""
 
     _tus: Tus | None = None
+    alive: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._idle: set[_Idle] = set()
         self._stopping = Event()
+        #: The module ``http1``, ``None`` where everything is left to gunicorn.
+        self._plain: ModuleType | None = None
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
-        if missing := missing_internals():
+        self._plain, missing = _plain_http(self.cfg), missing_internals()
+        if self._plain is None and not missing and _is_ordinary(self.cfg):
+            missing.append("gunicorn.http as it was expected")
+        if missing:
             log.warning("This gunicorn lacks %s: it is slower than it could be", ", ".join(missing))
         self._tus = getattr(self.wsgi, "extensions", {}).get("tuswsgi")
         if self._tus is not None:
@@ -77,10 +90,12 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             server.stop(timeout=1)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        if not self.cfg.is_ssl or self._shakes_hands(client):
+        if self.cfg.is_ssl and not self._shakes_hands(client):
+            client.close()
+        elif self._plain is None:
             super().handle(listener, client, addr)
         else:
-            client.close()
+            self._converse(self._plain, listener, client, addr)
 
     def timeout_ctx(self) -> _Idle:
         # gunicorn waits for the next request of a connection inside of this, too.
@@ -91,6 +106,80 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             req._expected_100_continue = False
             req.body.send_continue = lambda: sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         super().handle_request(listener_name, req, sock, addr)
+
+    def _converse(self, plain: Any, listener: Any, client: Any, addr: Any) -> None:
+        """Serve the requests of a connection, as gunicorn does it but for the plain ones."""
+        request = None
+        try:
+            name = listener.getsockname()
+            parser = plain.PlainParser(self.cfg, client, addr)
+            environs = plain.PlainEnviron(self.cfg, client, addr, name)
+            while True:
+                request = None
+                if parser.unreader.buf.tell():
+                    # The next request is here already: without this one client could send
+                    # so many at once that nobody else is served.
+                    let_others_run()
+                with self.timeout_ctx():
+                    request = next(parser)
+                if request is None:
+                    break
+                if type(request) is plain.PlainRequest:
+                    self._answer(request, plain.PlainResponse(request, client, self.cfg), environs)
+                else:
+                    self.handle_request(name, request, client, addr)
+        except (StopIteration, NoMoreData) as end:
+            self.log.debug("A connection ends: %s", end)
+        except OSError as error:
+            # What breaks TLS is the client's or the network's fault.
+            gone = error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
+            if gone or isinstance(error, SSLError):
+                self.log.debug("The client went away: %s", error)
+            else:
+                self.log.exception("A connection failed")
+        except Exception as error:
+            self.handle_error(request, client, addr, error)
+        finally:
+            client.close()
+
+    def _answer(self, request: Any, response: Any, environs: Any) -> None:
+        """Run the application for a plain request and send what it answers.
+
+        :raises StopIteration: if the connection is to be closed.
+        """
+        began, environ = datetime.now(), environs.of(request)
+        self.nr += 1
+        if self.nr >= self.max_requests and self.alive:
+            self.log.info("The worker has served its requests and is replaced")
+            self.alive = False
+        if not self.alive:
+            response.force_close()
+        try:
+            content = self.wsgi(environ, response.start_response)
+            if self.is_already_handled(content):
+                return
+            try:
+                if isinstance(content, environ["wsgi.file_wrapper"]):
+                    response.write_file(content)
+                else:
+                    for block in content:
+                        response.write(block)
+                response.close()
+            finally:
+                if self.log.access_log_enabled:
+                    self.log.access(response, request, environ, datetime.now() - began)
+                if (close := getattr(content, "close", None)) is not None:
+                    close()
+        except OSError:
+            raise
+        except Exception:
+            if not response.headers_sent:
+                raise
+            # Another answer in the middle of this one would make it worse.
+            self.log.exception("A response broke off")
+            raise StopIteration from None
+        if response.should_close():
+            raise StopIteration
 
     def _serve(self, listener: Any) -> StreamServer:
         listener.setblocking(1)
@@ -128,6 +217,34 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         # graceful timeout.
         for idle in tuple(self._idle):
             idle.end()
+
+
+def _plain_http(cfg: Any) -> ModuleType | None:
+    """Return the module ``http1`` if it gets on with this gunicorn and these settings."""
+    if not _is_ordinary(cfg):
+        return None
+    try:
+        from tuswsgi import http1
+
+        return http1 if http1.works(cfg) else None
+    except Exception as error:
+        log.debug("gunicorn is not as expected: %r", error)
+        return None
+
+
+def _is_ordinary(cfg: Any) -> bool:
+    """Whether nothing is set that only gunicorn's own parser and loop know about."""
+    return (
+        bool(cfg.keepalive)
+        and not cfg.secure_scheme_headers
+        and not cfg.forwarder_headers
+        and cfg.settings["pre_request"].get() is cfg.settings["pre_request"].default
+        and cfg.settings["post_request"].get() is cfg.settings["post_request"].default
+        and str(getattr(cfg, "protocol", "http")) == "http"
+        and str(getattr(cfg, "proxy_protocol", "off")).lower() in ("off", "false")
+        and not os.environ.get("SCRIPT_NAME")
+        and getattr(cfg, "http_protocols", "h1") in ("h1", ["h1"])
+    )
 
 
 class _Idle(gevent.Timeout):  # type: ignore[misc]

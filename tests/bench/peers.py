@@ -166,6 +166,26 @@ def ours(cache: Path) -> Peer:
     return LocalPeer(OURS, f"{version('tuswsgi')} ({runs_on})", command)
 
 
+def tusd(cache: Path) -> Peer:
+    """Return tusd with its file store and file locker, where somebody has installed it."""
+    program = shutil.which("tusd")
+    if program is None:
+        raise Unavailable("There is no tusd on the PATH.")
+
+    def command(launch: Launch) -> list[str]:
+        command = [program, "-host", _HOST, "-port", str(launch.port), "-verbose=false"]
+        command += ["-base-path", "/files/", "-upload-dir", str(launch.directory / "data")]
+        if launch.certificate:
+            command += ["-tls-certificate", str(launch.certificate.certificate)]
+            command += ["-tls-key", str(launch.certificate.key)]
+        return command
+
+    told = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
+    lines = (told.stdout + told.stderr).splitlines()
+    number = next((line for line in lines if line.startswith("Version:")), "Version: unknown")
+    return LocalPeer("tusd", number.partition(":")[2].strip(), command, path="/files/")
+
+
 def tus_node(cache: Path) -> Peer:
     """Return @tus/server with @tus/file-store, installed by npm."""
     directory = cache / "node"
@@ -222,6 +242,7 @@ def resumable_upload(cache: Path) -> Peer:
 #: By their names. Ours comes first.
 PEERS: dict[str, Callable[[Path], Peer]] = {
     OURS: ours,
+    "tusd": tusd,
     "@tus/server": tus_node,
     "tuspyserver": tuspyserver,
     "resumable-upload": resumable_upload,

@@ -144,8 +144,8 @@ def _table(
 ) -> str:
     servers = list(report["versions"])
     head = [first, "unit", *servers]
-    if last and _NODE not in servers:
-        last = None
+    if _NODE not in servers or "tusd" in servers:
+        last = None  # there is nothing to derive it from, or no need to
     if last:
         head.append("against tusd (through @tus/server)")
     lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]

@@ -16,7 +16,8 @@ from tuswsgi.infostores import record
 from tuswsgi.infostores.file import FileInfoStore
 from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.infostores.sql import SqlInfoStore
-from tuswsgi.testing.infostores import InfoStoreContract, event, full, upload
+from tuswsgi.testing.infostores import InfoStoreContract
+from tuswsgi.testing.records import event, full, upload
 
 
 class TestMemoryInfoStore(InfoStoreContract):
@@ -86,6 +87,7 @@ class TestFileInfoStore(Shared):
         assert sorted(path.name for path in (directory / ".waiting").iterdir()) == ["a", "b"]
         store.save(replace(final, state=State.RECEIVING))
         assert sorted(path.name for path in directory.rglob("*")) == [
+            ".pending",
             ".waiting",
             f"{final.id}.info",
         ]
@@ -94,6 +96,55 @@ class TestFileInfoStore(Shared):
         (directory / ".waiting" / "part").mkdir()
         (directory / ".waiting" / "part" / "final").touch()
         assert list(store.finals_waiting_for("part")) == []
+
+    def test_markers_of_events_go_with_the_last_one(self, store, directory):
+        first = event(info := upload(), transport="http")
+        store.create(info, [first])
+        info = store.save(info, [second := event(info, sequence=1, transport="http")])
+        store.put_back(replace(second, dead=True))
+        store.settle(first)
+        assert [path.name for path in (directory / ".pending").iterdir()] == [info.id]
+        store.settle(second)
+        assert list((directory / ".pending").iterdir()) == []
+
+    def test_only_records_that_are_due_are_read(self, store, directory, caplog):
+        events = [event(info, transport="http") for info in (upload(), upload(), upload())]
+        for told in events:
+            store.create(upload(told.upload), [told])
+        late, dead, due = events
+        store.put_back(replace(late, due_at=50.0))
+        store.put_back(replace(dead, dead=True))
+        for told in (late, dead):
+            (directory / f"{told.upload}.info").write_text("no record")
+        assert list(store.claim("a", 49.9, 60.0)) == [due]
+        assert caplog.text == ""
+        for _ in range(3):
+            assert list(store.claim("a", 50.0, 60.0)) == []
+        assert caplog.text.count("Skipping") == 1
+
+    def test_a_marker_that_is_too_early_is_set_right(self, store, directory):
+        told = event(info := upload(), transport="http", due_at=50.0)
+        store.create(info, [told])
+        store.create(info := upload())
+        for path in (directory / ".pending" / told.upload, directory / ".pending" / info.id):
+            path.touch()
+            os.utime(path, (0, 0))
+        assert list(store.claim("a", 49.0, 60.0)) == []
+        assert [path.name for path in (directory / ".pending").iterdir()] == [told.upload]
+        assert (directory / ".pending" / told.upload).stat().st_mtime == 50.0
+        assert list(store.claim("a", 50.0, 60.0)) == [told]
+
+    def test_a_marker_of_nothing_counts_for_nothing(self, store, directory, monkeypatch):
+        for name in ("unknown", "strange name"):
+            (directory / ".pending" / name).touch()
+        assert list(store.claim("a", time.time() + 1, time.time() + 2)) == []
+        assert list(store.outbox(dead=False)) == []
+        # It may be that of an upload that is about to be created.
+        store.prepare()
+        assert len(list((directory / ".pending").iterdir())) == 2
+        monkeypatch.setattr("tuswsgi.infostores.file._ABANDONED", -1.0)
+        store.prepare()
+        assert list((directory / ".pending").iterdir()) == []
 
     def test_what_a_crash_left_goes_in_time(self, store, directory):
         old, young = directory / ".a.00000000.tmp", directory / ".b.00000000.tmp"
@@ -151,6 +202,53 @@ class TestSqliteInfoStore(Shared):
         )
         with pytest.raises(ConfigurationError, match="version 99"):
             store.prepare()
+
+    def test_events_of_an_older_form_are_told_of_or_make_way(self, store):
+        def remake(database):
+            database.execute_sql("DROP TABLE tuswsgi_events")
+            database.execute_sql("CREATE TABLE tuswsgi_events (number INTEGER, held BOOLEAN)")
+
+        store._connection.write(remake)
+        store.prepare()
+        store.create(info := upload(), [event(info)])
+        store._connection.write(remake)
+        store._connection.write(
+            lambda database: database.execute_sql("INSERT INTO tuswsgi_events VALUES (1, 1)")
+        )
+        with pytest.raises(ConfigurationError, match="tuswsgi_events"):
+            store.prepare()
+
+    def test_work_does_not_grow_with_the_events_that_wait(self, store):
+        def work(count):
+            for _ in range(count):
+                info = upload()
+                store.create(info, [event(info, transport="http", due_at=50.0)])
+                store.save(info, [event(info, sequence=1, transport="http")])
+            steps = 0
+
+            def step():
+                nonlocal steps
+                steps += 1
+
+            for run in (store._connection.read, store._connection.write):
+                run(lambda database: database.connection().set_progress_handler(step, 10))
+            told = event(info := upload(), transport="http")
+            store.create(info, [told])
+            claimed = store.claim("a", 10.0, 20.0, transport="http")
+            assert list(claimed) == [told]
+            assert list(store.claim("a", 10.0, 20.0)) == []
+            assert list(store.claim("a", 10.0, 20.0, upload=info.id)) == []
+            assert list(store.events(info.id)) == [told]
+            store.renew("a", 30.0)
+            store.put_back(replace(told, due_at=12.0))
+            store.settle(told)
+            for run in (store._connection.read, store._connection.write):
+                run(lambda database: database.connection().set_progress_handler(None, 10))
+            return steps
+
+        work(1)
+        few = work(1)
+        assert work(300) < 2 * few
 
     def test_events_of_a_failed_write_are_gone(self, store, monkeypatch):
         info = upload()

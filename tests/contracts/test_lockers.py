@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.errors import ConfigurationError, StorageFull, Unavailable, UploadNotFound
+from tuswsgi.errors import (
+    ConfigurationError,
+    StorageFull,
+    Unavailable,
+    UploadLocked,
+    UploadNotFound,
+)
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.lockers.memory import MemoryLocker
 from tuswsgi.testing.lockers import SOON, LockerContract, Requests, ignore
@@ -83,10 +89,19 @@ class TestFileLocker(LockerContract):
         with pytest.raises(UploadNotFound), locker.lock(id, ignore):
             pytest.fail("locked")
 
+    def test_a_lock_file_that_was_removed(self, locker, other):
+        with locker.lock("a"):
+            pass
+        for file in locker.directory.glob("*.locks"):
+            file.unlink()
+        with other.lock("a"), pytest.raises(UploadLocked), locker.try_lock("a"):
+            pass
+
     def test_nothing_is_left_behind(self, locker):
         with locker.lock("a", ignore), locker.lock("b", ignore):
             pass
         self.test_a_later_holder_is_not_asked(locker)
+        locker.close()
         links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
         files = [os.readlink(link) for link in links if os.path.islink(link)]
         assert not [file for file in files if file.startswith(f"{locker.directory}/")]

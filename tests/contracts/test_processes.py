@@ -18,8 +18,8 @@ from tuswsgi.errors import InfoConflict, UploadLocked
 from tuswsgi.infostores.file import FileInfoStore
 from tuswsgi.infostores.sql import SqlInfoStore
 from tuswsgi.lockers.file import FileLocker
-from tuswsgi.testing.infostores import event, upload
 from tuswsgi.testing.lockers import SOON, Requests, ignore
+from tuswsgi.testing.records import event, upload
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -323,7 +323,7 @@ import os, sys
 if sys.argv[1] == "gevent":
     from gevent import monkey; monkey.patch_all()
 from tuswsgi.infostores.sql import SqlInfoStore
-from tuswsgi.testing.infostores import upload
+from tuswsgi.testing.records import upload
 
 store = SqlInfoStore("sqlite:///" + sys.argv[2])
 store.prepare()
@@ -365,7 +365,7 @@ from gevent import monkey; monkey.patch_all()
 import sqlite3, subprocess, sys, time
 import gevent
 from tuswsgi.infostores.sql import SqlInfoStore
-from tuswsgi.testing.infostores import event, upload
+from tuswsgi.testing.records import event, upload
 
 path = sys.argv[1]
 store = SqlInfoStore("sqlite:///" + path)

@@ -66,7 +66,6 @@ class Server:
             if not name.startswith(("TUSWSGI_", "RUSTUS_"))
         }
         seen = len(self._lines)
-        self._has_ended = False
         self._process = subprocess.Popen(
             self._command,
             stdout=subprocess.PIPE,
@@ -77,6 +76,8 @@ class Server:
             start_new_session=True,
             env={**inherited, "PYTHONUNBUFFERED": "1", **self._environ},
         )
+        with self._news:
+            self._has_ended = False
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
         match = self.wait_for(self._ready, seen)
@@ -96,6 +97,22 @@ class Server:
         self._reader.join(PATIENCE)
         assert not self._reader.is_alive()
         self._process = None
+
+    def kill_worker(self) -> None:
+        """SIGKILL one worker; the master makes another one."""
+
+        def strike() -> bool:
+            workers = self.workers()
+            random.shuffle(workers)
+            for worker in workers:
+                try:
+                    os.kill(worker, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue  # it ended a moment ago, as workers do after a reload
+                return True
+            return False
+
+        wait_until(strike, "a worker to kill")
 
     def restart(self) -> None:
         self.kill()
@@ -163,7 +180,11 @@ class Server:
 
     def _workers_with(self, inode: str | None) -> Iterator[int]:
         for worker in self.workers():
-            for fd in Path(f"/proc/{worker}/fd").iterdir():
+            try:
+                fds = list(Path(f"/proc/{worker}/fd").iterdir())
+            except OSError:
+                continue  # it ended a moment ago
+            for fd in fds:
                 try:
                     if os.readlink(fd) == f"socket:[{inode}]":
                         yield worker
@@ -192,7 +213,9 @@ class Server:
                     self._lines.append(line)
                     self._news.notify_all()
         with self._news:
-            self._has_ended = True
+            # The log of one that was stopped may end after the next one was started.
+            if process is self._process:
+                self._has_ended = True
             self._news.notify_all()
 
 

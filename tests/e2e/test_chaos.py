@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import socket
@@ -99,8 +98,7 @@ def strike(server: Server) -> str:
     """Do something bad to the server."""
     what = random.choice(["kill a worker", "reload", "kill all", "restart"])
     if what == "kill a worker":
-        for worker in server.workers()[:1]:
-            os.kill(worker, signal.SIGKILL)
+        server.kill_worker()
     elif what == "reload":
         server.signal(signal.SIGHUP)
     elif what == "kill all":

@@ -7,11 +7,23 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from e2e.client import BYTES, MB, TUS, Client, Connection, chunk, content, patch_headers, path_of
-from e2e.conftest import OTHERS_READY, Server, running
+from e2e.client import (
+    BYTES,
+    MB,
+    TUS,
+    Client,
+    Connection,
+    chunk,
+    content,
+    patch_headers,
+    path_of,
+    wait_until,
+)
+from e2e.conftest import OTHERS_READY, Serve, Server, running
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -257,6 +269,27 @@ def test_a_row_of_requests_at_once(client: Client) -> None:
                 answer = connection.read()
                 assert (answer.status, answer.offset) == (status, start + 3_000)
         assert connection.read().body == data
+
+
+def test_a_long_row_holds_up_nobody_else(serve: Serve) -> None:
+    server, count, answers = serve(workers=1), 5_000, bytearray()
+    path = server.client.create(1)
+    with server.client.connect() as greedy, server.client.connect() as other:
+        assert other.request("HEAD", path, TUS).status == 200
+        row = greedy.head("HEAD", path, TUS) * count
+
+        def read() -> None:
+            while answers.count(b"HTTP/1.1 200") < count:
+                answers.extend(greedy.sock.recv(MB))
+
+        threads = [Thread(target=read), Thread(target=greedy.send, args=[row])]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: answers, "the first of the row")
+        assert other.request("HEAD", path, TUS).status == 200
+        assert answers.count(b"HTTP/1.1 200") < count
+        for thread in threads:
+            thread.join()
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])

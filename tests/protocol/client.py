@@ -183,6 +183,7 @@ def closing(tus: Tus) -> Iterator[Tus]:
     try:
         yield tus
     finally:
+        tus.drain()
         # The sweep of its first request may still be on its way.
         tus.uploads.locker.prepare()
         with tus.uploads.locker.lock("tuswsgi-sweep", lambda reason: None):

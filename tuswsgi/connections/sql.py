@@ -45,6 +45,10 @@ class SqlConnection(ABC):
     #: The driver's placeholder.
     placeholder: str
 
+    #: What at the end of a SELECT keeps its rows from other writers until the transaction
+    #: ends; nothing where only one can write at a time.
+    for_update: str
+
     def statement(self, sql: str) -> str:
         """Return a statement, written with ``?`` for its parameters, as the driver takes it."""
         return sql.replace("?", self.placeholder)

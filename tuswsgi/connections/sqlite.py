@@ -21,7 +21,7 @@ from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import ConfigurationError, StorageFull, TusError, Unavailable
-from tuswsgi.process import PerProcess, aside
+from tuswsgi.process import PerProcess, aside, let_others_run
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class SqliteConnection(SqlConnection):
     """
 
     placeholder = "?"
+    for_update = ""
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         self._path = path
@@ -104,7 +105,7 @@ class _Handles:
 
     def __init__(self, path: Path, *, durable: bool) -> None:
         self.reader = _Reader(_database(path, durable=durable))
-        self.writer = _Writer(_database(path, durable=durable), gather=durable)
+        self.writer = _Writer(_database(path, durable=durable), slow=durable)
         _opened.add(self)
 
     def close(self) -> None:
@@ -186,13 +187,12 @@ class _Writer:
     The leader waits for other processes before BEGIN succeeds. From then on to the end of
     COMMIT nothing switches greenlets, unless commits are slow.
 
-    :param gather: commits are slow: let others come along before each transaction, and go
-        on while it is written.
+    :param slow: commits wait for the disk: let others go on meanwhile.
     """
 
-    def __init__(self, database: Database, *, gather: bool) -> None:
+    def __init__(self, database: Database, *, slow: bool) -> None:
         self._database = database
-        self._gather = gather
+        self._slow = slow
         self._mutex = threading.Lock()
         self._queue: deque[_Write] = deque()
         self._led = False
@@ -235,8 +235,8 @@ class _Writer:
 
     def _lead(self, write: _Write) -> None:
         try:
-            if self._gather:
-                time.sleep(0)
+            # Other requests may be as far in a moment, and share the commit.
+            let_others_run()
             _patiently(lambda: self._database.execute_sql("BEGIN IMMEDIATE"), write.deadline)
         except BaseException:
             with self._mutex:
@@ -254,7 +254,7 @@ class _Writer:
 
     def _commit(self, batch: list[_Write]) -> None:
         try:
-            if self._gather:
+            if self._slow:
                 aside(self._run, batch)
             else:
                 self._run(batch)

@@ -95,6 +95,15 @@ class DataStore(ABC):
     def close(self) -> None:
         """Release what this process holds. The store may be used again afterwards."""
 
+    def place(self, info: FileInfo) -> Storage:
+        """Return where ``create`` will keep a new upload: at its path, if that was chosen.
+
+        Nothing is made yet, and who asks twice may hear two places.
+
+        :raises UploadNotFound: if no upload may lie there.
+        """
+        return Storage(self.type, info.storage.path or info.id)
+
     @abstractmethod
     def create(self, info: FileInfo) -> Storage:
         """Make an empty place for a new upload.

@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+# gevent's os.close looks for watchers of the descriptor, which a file has none of.
+from posix import close
 from typing import ClassVar
 
 from tuswsgi.datastores.base import DataStore, Readable, Source
@@ -29,7 +32,7 @@ from tuswsgi.errors import (
 from tuswsgi.extensions import OF_STORES, Extension
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
 from tuswsgi.options import MAIN, Mode, option
-from tuswsgi.paths import inside
+from tuswsgi.paths import contained
 from tuswsgi.process import aside
 
 #: How much is copied at once: a copy can be interrupted between two slices.
@@ -79,25 +82,28 @@ class FileDataStore(DataStore):
         if not os.access(self.data_dir, os.R_OK | os.W_OK | os.X_OK):
             raise ConfigurationError(f"The data directory {self.data_dir} is not writable.")
         try:
-            inside(self.data_dir, self._relative_path(FileInfo(id="id")))
+            self.place(FileInfo(id="id"))
         except UploadNotFound:
             raise ConfigurationError(
                 f"dir_structure leads out of the data directory or to a hidden one: "
                 f"{self.dir_structure}"
             ) from None
 
+    def place(self, info: FileInfo) -> Storage:
+        return Storage(self.type, contained(info.storage.path or self._relative_path(info)))
+
     def create(self, info: FileInfo) -> Storage:
-        relative = info.storage.path or self._relative_path(info)
-        path = inside(self.data_dir, relative)
+        storage = self.place(info)
+        path = self._path(info.but(storage=storage))
         try:
             self._make_directory(path.parent)
-            os.close(self._make_file(path, os.O_EXCL))
+            close(self._make_file(path, os.O_EXCL))
             self._sync_directory(path.parent)
         except FileExistsError:
             raise UploadExists from None
         except OSError as error:
             raise _translated(error) from error
-        return Storage(self.type, relative)
+        return storage
 
     def offset(self, info: FileInfo) -> int:
         with self._opened(info, os.O_RDONLY) as fd:
@@ -133,7 +139,7 @@ class FileDataStore(DataStore):
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
         path = self._path(info)
-        unfinished = _hidden(path, "concat")
+        unfinished = self._path(info, "concat")
         with self._opened(info, os.O_RDONLY):
             pass  # raises if the upload itself is gone
         try:
@@ -146,7 +152,7 @@ class FileDataStore(DataStore):
                 if self.force_fsync:
                     aside(os.fsync, target)
             finally:
-                os.close(target)
+                close(target)
             os.replace(unfinished, path)
         except OSError as error:
             raise _translated(error) from error
@@ -165,7 +171,7 @@ class FileDataStore(DataStore):
     def delete(self, info: FileInfo) -> None:
         path = self._path(info)
         # To free the blocks of a huge file takes the kernel its time.
-        aside(_unlink, path, _hidden(path, "unverified"), _hidden(path, "concat"))
+        aside(_unlink, path, self._path(info, "unverified"), self._path(info, "concat"))
         if path.parent.exists():
             self._sync_directory(path.parent)
 
@@ -178,8 +184,20 @@ class FileDataStore(DataStore):
 
     # --- paths ---------------------------------------------------------------------
 
-    def _path(self, info: FileInfo) -> Path:
-        return inside(self.data_dir, info.storage.path or info.id)
+    def _path(self, info: FileInfo, hidden: str = "") -> Path:
+        return Path(self._text_path(info, hidden))
+
+    def _text_path(self, info: FileInfo, hidden: str = "") -> str:
+        """Return where the bytes are; as text, since it is on the way of every request.
+
+        :param hidden: the purpose of a file of our own beside them: ids never begin with a
+            dot.
+        """
+        path = contained(info.storage.path or info.id)
+        if hidden:
+            directory, slash, name = path.rpartition("/")
+            path = f"{directory}{slash}.{name}.{hidden}"
+        return f"{self.data_dir}/{path}"
 
     def _relative_path(self, info: FileInfo) -> str:
         if not self.dir_structure:
@@ -224,20 +242,20 @@ class FileDataStore(DataStore):
             try:
                 aside(os.fsync, fd)
             finally:
-                os.close(fd)
+                close(fd)
 
     # --- bytes -----------------------------------------------------------------------
 
     @contextmanager
     def _opened(self, info: FileInfo, flags: int) -> Iterator[int]:
         try:
-            fd = os.open(self._path(info), flags | os.O_CLOEXEC)
+            fd = os.open(self._text_path(info), flags | os.O_CLOEXEC)
         except FileNotFoundError:
             raise UploadGone from None
         try:
             yield fd
         finally:
-            os.close(fd)
+            close(fd)
 
     def _copy(self, source: Source, fd: int, offset: int) -> None:
         try:
@@ -268,19 +286,19 @@ class FileDataStore(DataStore):
 
     def _marked(self, info: FileInfo) -> int | None:
         try:
-            fd = os.open(_hidden(self._path(info), "unverified"), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._text_path(info, "unverified"), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
             text = os.read(fd, 32)
         finally:
-            os.close(fd)
+            close(fd)
         # A crash while the marker was written left it empty or cut off, and nothing
         # unverified in the file yet.
         return int(text) if text.endswith(b"\n") else MAX_SIZE
 
     def _mark(self, info: FileInfo, offset: int) -> None:
-        marker = _hidden(self._path(info), "unverified")
+        marker = self._path(info, "unverified")
         try:
             with open(marker, "w", encoding="ascii") as file:
                 file.write(f"{offset}\n")
@@ -292,7 +310,7 @@ class FileDataStore(DataStore):
         self._sync_directory(marker.parent)
 
     def _unmark(self, info: FileInfo) -> None:
-        marker = _hidden(self._path(info), "unverified")
+        marker = self._path(info, "unverified")
         try:
             marker.unlink()
         except FileNotFoundError:
@@ -305,11 +323,6 @@ def _segment(text: str) -> str:
     text = re.sub(r"^\.|[/\\]", "_", "".join(char for char in text if char.isprintable()))
     # Two of them fit into one name.
     return text.encode()[:120].decode(errors="ignore") or "_"
-
-
-def _hidden(path: Path, purpose: str) -> Path:
-    """Name a file of our own beside an upload's; ids never begin with a dot."""
-    return path.with_name(f".{path.name}.{purpose}")
 
 
 def _unlink(*paths: Path) -> None:

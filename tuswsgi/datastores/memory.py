@@ -30,10 +30,12 @@ class MemoryDataStore(DataStore):
         pass
 
     def create(self, info: FileInfo) -> Storage:
-        if info.id in self._uploads:
+        storage = self.place(info)
+        key = _key(info.but(storage=storage))
+        if key in self._uploads:
             raise UploadExists
-        self._uploads[info.id] = b""
-        return Storage(self.type, info.id)
+        self._uploads[key] = b""
+        return storage
 
     def offset(self, info: FileInfo) -> int:
         return len(self._bytes(info))
@@ -46,23 +48,27 @@ class MemoryDataStore(DataStore):
         while block := source.read(_BLOCK):
             arrived += block
             if not source.provisional:
-                self._uploads[info.id] = kept + arrived
+                self._uploads[_key(info)] = kept + arrived
         if source.provisional and source.accepted(lambda: [bytes(arrived)]):
-            self._uploads[info.id] = kept + arrived
+            self._uploads[_key(info)] = kept + arrived
         return len(self._bytes(info))
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
         self._bytes(info)
-        self._uploads[info.id] = b"".join(self._bytes(part) for part in parts)
+        self._uploads[_key(info)] = b"".join(self._bytes(part) for part in parts)
 
     def open(self, info: FileInfo, start: int = 0) -> Readable:
         return io.BytesIO(self._bytes(info)[start:])
 
     def delete(self, info: FileInfo) -> None:
-        self._uploads.pop(info.id, None)
+        self._uploads.pop(_key(info), None)
 
     def _bytes(self, info: FileInfo) -> bytes:
         try:
-            return self._uploads[info.id]
+            return self._uploads[_key(info)]
         except KeyError:
             raise UploadGone from None
+
+
+def _key(info: FileInfo) -> str:
+    return info.storage.path or info.id

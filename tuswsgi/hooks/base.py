@@ -7,12 +7,13 @@ transports. How they look in JSON is the business of payload formats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
+from uuid import uuid4
 
-from tuswsgi.info import FileInfo
+from tuswsgi.info import FileInfo, Metadata, Storage
 
 
 class HookType(str, Enum):
@@ -44,6 +45,7 @@ class RequestInfo:
     :param uri: path and query as the client sent them.
     :param remote_addr: the client's address, with a proxy looked through if that is
         configured; ``None`` where the server does not know it.
+    :param remote_port: the client's port, where no proxy hides it.
     :param headers: header names in lower case, repeated ones joined by commas.
     :param owner: who sends it, as the embedding application names them.
     """
@@ -51,18 +53,51 @@ class RequestInfo:
     method: str = ""
     uri: str = ""
     remote_addr: str | None = None
+    remote_port: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     owner: str | None = None
 
 
 @dataclass(frozen=True)
-class Event:
-    """A post-hook that is to be delivered, kept beside the upload's record until it is.
+class HookRequest:
+    """What a transport is to send.
 
-    :param id: stable over retries, unique.
-    :param sequence: counts the record's writes; events of an upload are told in its order.
-    :param payload: the hook's payload as it was at the time of the event.
-    :param held: not to be delivered before somebody frees it.
+    :param info: the upload at the time of the event.
+    :param location: where its bytes lie, e.g. a path in the file system; ``None`` where
+        there is nothing to show (pre-create, stores without names).
+    :param id: unique, and the same for every transport and every repetition.
+    :param sequence: counts the record's writes; 0 where there was none.
+    """
+
+    type: HookType
+    info: FileInfo
+    request: RequestInfo
+    location: str | None = None
+    id: str = field(default_factory=lambda: uuid4().hex)
+    sequence: int = 0
+
+    def after(self, answer: HookResponse) -> HookRequest:
+        """Return what the next listener is to see: the upload as `answer` changed it."""
+        if answer.change is None:
+            return self
+        return replace(self, info=answer.change.applied_to(self.info))
+
+
+@dataclass(frozen=True)
+class Event:
+    """A post-hook that is to be delivered by one transport.
+
+    It is written with the change of state that it tells of and kept until it is
+    delivered, so that it survives the death of every process. Its `id` is that of the
+    hook, so an event is found by its id and its transport.
+
+    :param sequence: counts the record's writes; the events of an upload are delivered in
+        its order, separately for each transport.
+    :param payload: what ``hooks.events`` makes of the ``HookRequest``.
+    :param due_at: not to be delivered before this time.
+    :param attempts: how often its delivery failed.
+    :param error: why it failed the last time.
+    :param dead: given up; it is kept for the operator and holds up no other event.
     """
 
     id: str
@@ -70,37 +105,88 @@ class Event:
     upload: str
     sequence: int
     created_at: float
+    transport: str = ""
     payload: Mapping[str, Any] = field(default_factory=dict)
-    held: bool = False
+    due_at: float = 0.0
+    attempts: int = 0
+    error: str | None = None
+    dead: bool = False
 
 
 @dataclass(frozen=True)
-class HookRequest:
-    """What a transport is to send."""
+class ChangeFileInfo:
+    """What a pre-create hook wants an upload to be (tusd's ``FileInfoChanges``).
 
-    type: HookType
-    info: FileInfo
-    request: RequestInfo
+    Nothing of it is trusted: ids and paths are checked like everything from outside.
+
+    :param path: relative to the data store's root.
+    """
+
+    id: str | None = None
+    metadata: Metadata | None = None
+    path: str | None = None
+
+    def applied_to(self, info: FileInfo) -> FileInfo:
+        """Return an upload as the hook wants it."""
+        storage = info.storage
+        return info.but(
+            id=self.id or info.id,
+            metadata=info.metadata if self.metadata is None else self.metadata,
+            storage=Storage(storage.type, self.path) if self.path else storage,
+        )
 
 
 @dataclass(frozen=True)
 class HookResponse:
-    """What a blocking hook answered (tusd's ``HookResponse``).
+    """What a hook answered (tusd's ``HookResponse``).
 
-    :param reject: refuse the request; a 4xx refusal by pre-finish is final.
+    :param reject: refuse the request: ``RejectTermination`` for pre-terminate and
+        ``RejectUpload`` for every other blocking hook. A 4xx refusal by pre-finish is final.
     :param status: the HTTP status for the client, ``None`` for the protocol's own.
     :param body: the body for the client, ``None`` for the protocol's own.
     :param headers: more headers for the client.
+    :param change: what pre-create changes.
+    :param stop: end the PATCH that is running, and its upload (post-receive).
     """
 
     reject: bool = False
     status: int | None = None
     body: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    change: ChangeFileInfo | None = None
+    stop: bool = False
+
+    def followed_by(self, second: HookResponse) -> HookResponse:
+        """Return two answers as one; where both say something `second` counts."""
+        change = second.change or self.change
+        if self.change is not None and second.change is not None:
+            first, last = self.change, second.change
+            change = ChangeFileInfo(
+                last.id or first.id,
+                first.metadata if last.metadata is None else last.metadata,
+                last.path or first.path,
+            )
+        return HookResponse(
+            reject=self.reject or second.reject,
+            status=second.status or self.status,
+            body=self.body if second.body is None else second.body,
+            headers={**self.headers, **second.headers},
+            change=change,
+            stop=self.stop or second.stop,
+        )
 
 
 class Hook(ABC):
-    """A transport: brings a hook to an application and brings the answer back."""
+    """A transport: brings a hook to an application and brings the answer back.
+
+    :cvar name: by which events, logs and the command line call it.
+    :cvar may_refuse: whether its failure to deliver a blocking hook refuses the request.
+    :ivar types: the hooks that it is sent.
+    """
+
+    name: ClassVar[str]
+    may_refuse: ClassVar[bool] = True
+    types: Collection[HookType] = frozenset()
 
     def prepare(self) -> None:
         """Check the configuration; nothing that lives with the process is made yet.
@@ -112,10 +198,17 @@ class Hook(ABC):
     def send(self, request: HookRequest) -> HookResponse | None:
         """Send one hook and return the answer, ``None`` if there is nothing to say.
 
-        :raises TusError: to refuse the request with that error.
-        :raises Exception: if the hook could not be reached or broke; a blocking hook then
-            refuses the request with a 5xx.
+        It may be called from many greenlets or threads at once, and must not block the
+        others: no waiting but on gevent's (patched) primitives. It always ends, after its
+        timeout at the latest. For a blocking hook the request waits; for a post-hook the
+        caller repeats what failed.
+
+        :raises HookRefusal: to refuse the request with the application's own answer.
+        :raises HookFailed: if the hook could not be reached, took too long or answered
+            nonsense; a blocking hook then refuses the request with a 5xx. The cause is
+            its ``__cause__`` or its message for the log.
+        :raises Exception: as ``HookFailed``, for everything that nobody thought of.
         """
 
     def close(self) -> None:
-        """Release what this process holds."""
+        """Release what this process holds. The transport may be used again afterwards."""

@@ -1,62 +1,179 @@
-"""Asks blocking hooks, and decides what a refusal or a failure means for the request."""
+"""Asks blocking hooks, and decides what a refusal or a failure means for the request.
+
+Post-hooks it only hands on: as events to be written with a change of state, and to the
+delivery once that is done.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
-from uuid import uuid4
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 from tuswsgi.errors import HookFailed, HookRefusal, TusError
-from tuswsgi.hooks.base import Event, Hook, HookRequest, HookResponse, HookType, RequestInfo
+from tuswsgi.hooks.answers import check_change, check_response
+from tuswsgi.hooks.base import (
+    Event,
+    Hook,
+    HookRequest,
+    HookResponse,
+    HookType,
+    RequestInfo,
+)
+from tuswsgi.hooks.events import event_of
 from tuswsgi.info import FileInfo
 
 log = logging.getLogger(__name__)
 
 
+class Messenger(Protocol):
+    """What brings post-hooks to their transports: ``hooks.delivery.Delivery``."""
+
+    #: Whether events are written before they are sent.
+    keeps_events: bool
+
+    def wake(self, upload: str) -> None:
+        """Deliver the events of `upload` that are written by now."""
+
+    def send(self, hook: Hook, request: HookRequest) -> None:
+        """Send a hook once, soon; nobody hears of a failure. It does not wait."""
+
+
 class HookManager:
-    """Knows the transports and which hooks are enabled.
+    """Knows the transports.
 
     :param hooks: the transports, in the order in which they are asked.
-    :param enabled: the hooks that are sent at all.
+    :param follows_tusd: behave as today's tusd does where rustus does otherwise: an
+        upload that one request completes is told as created, too.
+    :param progress_interval: the least time between two post-receive hooks of a request,
+        in seconds.
+    :param locate: returns where the bytes of an upload lie.
     """
 
     def __init__(
-        self, hooks: Sequence[Hook] = (), enabled: Collection[HookType] = frozenset()
+        self,
+        hooks: Sequence[Hook] = (),
+        *,
+        follows_tusd: bool = False,
+        progress_interval: float = 1.0,
+        locate: Callable[[FileInfo], str | None] = lambda info: None,
     ) -> None:
         self.hooks = list(hooks)
-        self.enabled = set(enabled)
+        self.follows_tusd = follows_tusd
+        self.progress_interval = progress_interval
+        #: Brings post-hooks to their transports; without one they are not told at all.
+        self.messenger: Messenger | None = None
+        self._locate = locate
+
+    def wants(self, type: HookType) -> bool:
+        """Return whether anybody is sent hooks of this type."""
+        return any(type in hook.types for hook in self.hooks)
 
     def ask(self, type: HookType, info: FileInfo, request: RequestInfo) -> HookResponse | None:
         """Run a blocking hook through every transport; the first refusal wins.
 
-        :returns: the last answer, ``None`` if nobody had anything to say.
+        Each transport sees the upload as those before it have changed it.
+
+        :returns: what the answers are together, ``None`` if nobody had anything to say.
         :raises HookRefusal: if a hook refused.
         :raises HookFailed: if a hook broke, so that the client comes back.
         """
-        if type not in self.enabled:
+        hooks = [hook for hook in self.hooks if type in hook.types]
+        if not hooks:
             return None
-        answer = None
-        for hook in self.hooks:
-            answer = self._send(hook, HookRequest(type, info, request)) or answer
-            if answer is not None and answer.reject:
+        sent, answer = self._hook(type, info, request), None
+        for hook in hooks:
+            more = self._ask(hook, sent)
+            if more is None:
+                continue
+            if more.reject:
                 # tusd refuses with 400 where the hook names no status.
-                raise HookRefusal(answer.status or 400, answer.body, answer.headers)
+                raise HookRefusal(more.status or 400, more.body, more.headers)
+            if more.stop:
+                log.warning("%s by %s: only post-receive can stop an upload", type, hook.name)
+            if more.change is not None and type is not HookType.PRE_CREATE:
+                log.warning("%s by %s: only pre-create can change an upload", type, hook.name)
+                more = replace(more, change=None)
+            sent = sent.after(more)
+            answer = more if answer is None else answer.followed_by(more)
         return answer
 
     def record(self, type: HookType, info: FileInfo, request: RequestInfo) -> Sequence[Event]:
-        """Return the events that a change of state is to be saved with: none, or the one."""
-        if type not in self.enabled:
-            return ()
-        return (Event(uuid4().hex, type, info.id, info.sequence + 1, time.time()),)
+        """Return the events that a change of state is to be saved with, one per transport.
 
-    def _send(self, hook: Hook, request: HookRequest) -> HookResponse | None:
+        None where nobody wants them, or where post-hooks are not kept until they are
+        delivered. To be followed by ``tell``.
+        """
+        if self.messenger is None or not self.messenger.keeps_events:
+            return ()
+        hooks = [hook for hook in self.hooks if type in hook.types]
+        if not hooks:
+            return ()
+        sent, now = self._hook(type, info, request), time.time()
+        return [event_of(sent, hook.name, now) for hook in hooks]
+
+    def tell(self, type: HookType, info: FileInfo, request: RequestInfo) -> None:
+        """Have a post-hook delivered: what ``record`` returned is saved by now.
+
+        Progress was never recorded: it is out of date before it could be repeated.
+        """
+        if self.messenger is None:
+            return
+        hooks = [hook for hook in self.hooks if type in hook.types]
+        if not hooks:
+            return
+        if type is not HookType.POST_RECEIVE and self.messenger.keeps_events:
+            self.messenger.wake(info.id)
+            return
+        sent = self._hook(type, info, request)
+        for hook in hooks:
+            self.messenger.send(hook, sent)
+
+    def checked(self, answer: HookResponse) -> HookResponse:
+        """Return what of an answer can be obeyed.
+
+        :raises HookFailed: if it would break something.
+        """
+        if answer.change is not None:
+            check_change(answer.change)
+        return replace(answer, headers=check_response(answer.status, answer.headers))
+
+    def wake(self, upload: str) -> None:
+        """Have the events of an upload delivered that were saved before and are due now."""
+        if self.messenger is not None and self.messenger.keeps_events:
+            self.messenger.wake(upload)
+
+    def _hook(self, type: HookType, info: FileInfo, request: RequestInfo) -> HookRequest:
+        location = None if type is HookType.PRE_CREATE else self._locate(info)
+        # Post-hooks tell of the write that comes now; a creation is the one before all others.
+        is_counted = not type.blocking and type is not HookType.POST_CREATE
+        sequence = info.sequence + is_counted
+        return HookRequest(type, info, request, location, sequence=sequence)
+
+    def _send(self, hook: Hook, sent: HookRequest) -> HookResponse | None:
         try:
-            return hook.send(request)
-        except TusError:
+            answer = hook.send(sent)
+        except HookRefusal as refusal:
+            refusal.headers = check_response(refusal.status, refusal.headers)
             raise
-        except Exception:
-            log.exception(
-                "%s of %s failed in %s", request.type, request.info.id, hook.__class__.__name__
+        return None if answer is None else self.checked(answer)
+
+    def _ask(self, hook: Hook, sent: HookRequest) -> HookResponse | None:
+        try:
+            return self._send(hook, sent)
+        except HookRefusal:
+            raise
+        except Exception as error:
+            log.error(
+                "%s of %s failed by %s: %s",
+                sent.type,
+                sent.info.id,
+                hook.name,
+                error.__cause__ or error,
+                exc_info=None if isinstance(error, TusError) else error,
             )
+            if not hook.may_refuse:
+                return None
             raise HookFailed from None

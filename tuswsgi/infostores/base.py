@@ -8,7 +8,7 @@ are to be told to hooks. It never owns the number of bytes. The contract is test
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State
@@ -92,6 +92,77 @@ class InfoStore(ABC):
     def finals_waiting_for(self, part: str) -> Sequence[str]:
         """Return the ids of ``WAITING`` final uploads that have `part` among their parts."""
 
+    # --- the outbox ------------------------------------------------------------------
+    #
+    # Events are kept until somebody delivered them. Whoever is about to do so claims
+    # them for a while: a claim that ran out, because its process died, is nobody's.
+
     @abstractmethod
     def events(self, id: str) -> Sequence[Event]:
-        """Return the events of an upload that are not delivered yet, oldest first."""
+        """Return the events of an upload that are not delivered yet, in their order.
+
+        That is the order of their sequence, and where that is equal, of their writing.
+        Dead ones are not among them.
+        """
+
+    @abstractmethod
+    def claim(
+        self,
+        worker: str,
+        now: float,
+        until: float,
+        *,
+        upload: str | None = None,
+        transport: str | None = None,
+        limit: int = 100,
+    ) -> Sequence[Event]:
+        """Claim events for `worker` until the time `until`, and return them.
+
+        Of each upload and transport only the first event that is not dead can be claimed,
+        and only if it is due and no claim on it holds: so an event is delivered after
+        those before it, and by one process at a time. Two processes that claim at once
+        get different events.
+
+        :param upload: only events of this upload.
+        :param transport: only events of this transport, so that a slow one holds up no
+            other.
+        :param limit: how many events at most; the oldest first, about.
+        """
+
+    @abstractmethod
+    def renew(self, worker: str, until: float) -> None:
+        """Let all claims of `worker` end at `until` instead, also those that ran out and that
+        nobody else has taken. A time that has passed gives them up; who gave up claims does
+        not renew by that name again.
+        """
+
+    @abstractmethod
+    def settle(self, event: Event) -> None:
+        """Forget an event: it was delivered, or there is no need to. One that is not there
+        any more is no error.
+        """
+
+    @abstractmethod
+    def put_back(self, event: Event) -> None:
+        """Replace an event by itself with another ``due_at``, ``attempts``, ``error`` or
+        ``dead``, and give up the claim on it. One that is not there is no error.
+        """
+
+    @abstractmethod
+    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+        """Return up to `limit` events of all uploads, oldest first.
+
+        :param dead: those that were given up, instead of those that are to be delivered.
+        """
+
+
+def first_events(events: Iterable[Event]) -> Iterator[Event]:
+    """Yield the first event of each transport that is not dead.
+
+    :param events: those of one upload, in their order.
+    """
+    seen = set()
+    for event in events:
+        if not event.dead and event.transport not in seen:
+            seen.add(event.transport)
+            yield event

@@ -14,11 +14,13 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from tuswsgi.errors import (
     ConfigurationError,
@@ -32,14 +34,21 @@ from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State, check_id
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.markers import PendingMarkers, WaitingMarkers
+from tuswsgi.infostores.outbox import Kept
 from tuswsgi.options import option
 from tuswsgi.paths import inside
 from tuswsgi.process import let_others_run
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _SUFFIX = ".info"
 _TEMPORARY = ".tmp"
+
+#: Seconds after which claims look again at a record that they could not read.
+_UNREADABLE = 60.0
 
 #: How many records a search reads before it lets others run.
 _SCAN = 100
@@ -56,8 +65,9 @@ class FileInfoStore(InfoStore):
     """Records in a directory.
 
     ``<id>.info`` holds a record and its events. ``.waiting/<part>/<final>`` says that a
-    final upload may wait for a part: such a marker is written before the record, so a
-    crash can leave one too many and never one too few.
+    final upload may wait for a part, ``.pending/<id>`` that an upload may have events: such a
+    marker is written before the record, so a crash can leave one too many and never one too
+    few.
     """
 
     info_dir: Path = option(
@@ -71,22 +81,30 @@ class FileInfoStore(InfoStore):
         if not self.info_dir:
             raise ConfigurationError("The info store needs info_dir.")
         self._directory = Path(self.info_dir).absolute()
-        self._waiting = self._directory / ".waiting"
+        self._waiting = WaitingMarkers(self._directory / ".waiting")
+        self._pending = PendingMarkers(self._directory / ".pending")
+        #: Which workers of this process have claimed events of which uploads.
+        self._claimed: set[tuple[str, str]] = set()
 
     def prepare(self) -> None:
         try:
-            self._waiting.mkdir(parents=True, exist_ok=True)
+            self._waiting.prepare()
+            self._pending.prepare()
             self._remove_abandoned()
+            self._pending.remove_abandoned(
+                time.time() - _ABANDONED, lambda id: (self._directory / f"{id}{_SUFFIX}").exists()
+            )
         except OSError as error:
             raise ConfigurationError(
                 f"The directory {self._directory} cannot be used for records: {error}"
             ) from error
 
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
-        path = self._path(info.id)
+        path, kept = self._path(info.id), Kept(info)
+        kept.add(events)
         with _trouble(path):
-            self._mark(info)
-            temporary = self._write(info, events)
+            self._mark(kept)
+            temporary = self._write(kept)
             try:
                 # Unlike a rename this fails if there is such a file.
                 os.link(temporary, path)
@@ -99,19 +117,20 @@ class FileInfoStore(InfoStore):
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
         path = self._path(info.id)
         with _trouble(path), _locked(path) as text:
-            old, old_events = _parse(info.id, text)
+            kept = _parse(info.id, text)
+            old = kept.info
             if old.sequence != info.sequence:
                 raise InfoConflict
-            saved = info.but(sequence=info.sequence + 1)
-            self._mark(saved)
-            os.replace(self._write(saved, [*old_events, *events]), path)
-            self._sync(self._directory)
+            kept.info = saved = info.but(sequence=info.sequence + 1)
+            kept.add(events)
+            self._replace(path, kept)
             if old.state is State.WAITING and saved.state is not State.WAITING:
-                self._unmark(old)
+                for part in dict.fromkeys(old.partial_uploads):
+                    self._waiting.remove(check_id(part), old.id)
         return saved
 
     def load(self, id: str) -> FileInfo:
-        return self._read(id)[0]
+        return self._read(id).info
 
     def list(
         self, states: Collection[State] | None = None, *, after: str = "", limit: int = 1000
@@ -125,18 +144,111 @@ class FileInfoStore(InfoStore):
 
     def finals_waiting_for(self, part: str) -> Sequence[str]:
         try:
-            finals = sorted(os.listdir(inside(self._waiting, check_id(part))))
-        except (UploadNotFound, FileNotFoundError):
+            finals = self._waiting.finals(check_id(part))
+        except UploadNotFound:
             return []
-        return [info.id for info in self._known(finals) if info.state is State.WAITING]
+        return [info.id for info in self._infos(finals) if info.state is State.WAITING]
 
     def events(self, id: str) -> Sequence[Event]:
-        return sorted(self._read(id)[1], key=lambda event: event.sequence)
+        return [event for event in self._read(id).events if not event.dead]
+
+    def claim(
+        self,
+        worker: str,
+        now: float,
+        until: float,
+        *,
+        upload: str | None = None,
+        transport: str | None = None,
+        limit: int = 100,
+    ) -> Sequence[Event]:
+        claimed: list[Event] = []
+        with _trouble(self._directory):
+            due = self._pending.due(now) if upload is None else [upload]
+        for kept in self._known(due):
+            if kept.free(now, transport):
+                wanted = partial(self._claim, worker, now, until, transport, limit - len(claimed))
+                claimed += self._change(kept.info.id, wanted) or []
+            elif upload is None and not kept.free(now):
+                self._correct(kept.info.id)
+            if len(claimed) >= limit:
+                break
+        return claimed
+
+    def renew(self, worker: str, until: float) -> None:
+        for claim in tuple(self._claimed):
+            holder, id = claim
+            if holder == worker and not self._change(id, lambda kept: kept.renew(worker, until)):
+                self._claimed.discard(claim)
+
+    def settle(self, event: Event) -> None:
+        self._change(event.upload, partial(self._finish, event, []))
+
+    def put_back(self, event: Event) -> None:
+        self._change(event.upload, partial(self._finish, event, [event]))
+
+    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+        with _trouble(self._directory):
+            marked = self._pending.all()
+        found = [
+            event for kept in self._known(marked) for event in kept.events if event.dead is dead
+        ]
+        return sorted(found, key=lambda event: event.created_at)[:limit]
+
+    def _claim(
+        self, worker: str, now: float, until: float, transport: str | None, limit: int, kept: Kept
+    ) -> Sequence[Event]:
+        events = kept.free(now, transport)[:limit]
+        kept.claim(events, worker, until)
+        if events:
+            self._claimed.add((worker, kept.info.id))
+        return events
+
+    def _finish(self, event: Event, instead: Sequence[Event], kept: Kept) -> bool:
+        holder = kept.holder(event)
+        found = kept.replace(event, instead)
+        if holder is not None and not kept.is_held_by(holder):
+            self._claimed.discard((holder, event.upload))
+        return found
+
+    def _change(self, id: str, change: Callable[[Kept], T]) -> T | None:
+        """Change what is kept of an upload beside its record, and return what `change` did.
+
+        Nothing is written if that is nothing.
+        """
+        try:
+            path = self._path(id)
+            with _trouble(path), _locked(path) as text:
+                kept = _parse(id, text)
+                result = change(kept)
+                if result:
+                    self._replace(path, kept)
+                return result
+        except UploadNotFound:
+            return None
+        except record.CorruptRecord as error:
+            self._skip(id, error)
+            return None
+
+    def _correct(self, id: str) -> None:
+        """Set a marker that is too early: a crash left it, or a claim came in between."""
+        path = self._path(id)
+        try:
+            with _trouble(path), _locked(path) as text:
+                self._set_marker(_parse(id, text))
+        except (UploadNotFound, record.CorruptRecord):
+            pass  # the next one to look at it will see
+
+    def _set_marker(self, kept: Kept) -> None:
+        if kept.events:
+            self._pending.set(kept.info.id, kept.free_at())
+        else:
+            self._pending.remove(kept.info.id)
 
     def _path(self, id: str) -> Path:
         return inside(self._directory, check_id(id) + _SUFFIX)
 
-    def _read(self, id: str) -> tuple[FileInfo, Sequence[Event]]:
+    def _read(self, id: str) -> Kept:
         path = self._path(id)
         with _trouble(path):
             try:
@@ -149,29 +261,42 @@ class FileInfoStore(InfoStore):
         with _trouble(self._directory):
             names = os.listdir(self._directory)
         ids = (name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
-        return self._known(sorted(id for id in ids if id > after))
+        return self._infos(sorted(id for id in ids if id > after))
 
-    def _known(self, ids: Iterable[str]) -> Iterator[FileInfo]:
-        """Yield the records of `ids`, without those that are gone or not ours."""
+    def _infos(self, ids: Iterable[str]) -> Iterator[FileInfo]:
+        return (kept.info for kept in self._known(ids))
+
+    def _known(self, ids: Iterable[str]) -> Iterator[Kept]:
+        """Yield what is kept of `ids`, without those that are gone or not ours."""
         for count, id in enumerate(ids):
             if count % _SCAN == 0:
                 # Many small reads in a row: let other greenlets run.
                 let_others_run()
             try:
-                yield self._read(id)[0]
+                yield self._read(id)
             except UploadNotFound:
                 pass
             except record.CorruptRecord as error:
-                logger.warning("Skipping %s in %s: %s", id + _SUFFIX, self._directory, error)
+                self._skip(id, error)
 
-    def _write(self, info: FileInfo, events: Sequence[Event]) -> Path:
-        data = record.dump(info)
-        data["events"] = [record.dump_event(event) for event in events]
-        path = self._directory / f".{info.id}.{secrets.token_hex(4)}{_TEMPORARY}"
+    def _skip(self, id: str, error: record.CorruptRecord) -> None:
+        logger.warning("Skipping %s in %s: %s", id + _SUFFIX, self._directory, error)
+        self._pending.postpone(id, time.time() + _UNREADABLE)
+
+    def _replace(self, path: Path, kept: Kept) -> None:
+        """Replace a record that is locked, and set its marker."""
+        self._mark(kept)
+        os.replace(self._write(kept), path)
+        self._sync(self._directory)
+        self._set_marker(kept)
+
+    def _write(self, kept: Kept) -> Path:
+        text = kept.encode() + "\n"
+        path = self._directory / f".{kept.info.id}.{secrets.token_hex(4)}{_TEMPORARY}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with open(fd, "w", encoding="ascii") as file:
-                file.write(record.encode(data) + "\n")
+                file.write(text)
                 file.flush()
                 if self.force_fsync:
                     os.fsync(fd)
@@ -180,22 +305,16 @@ class FileInfoStore(InfoStore):
             raise
         return path
 
-    def _mark(self, info: FileInfo) -> None:
-        if info.state is not State.WAITING:
-            return
-        for part in dict.fromkeys(info.partial_uploads):
-            _touch(inside(self._waiting, check_id(part)) / info.id)
-            self._sync(self._waiting / part)
-        self._sync(self._waiting)
-
-    def _unmark(self, info: FileInfo) -> None:
-        for part in dict.fromkeys(info.partial_uploads):
-            folder = inside(self._waiting, check_id(part))
-            (folder / info.id).unlink(missing_ok=True)
-            try:
-                folder.rmdir()
-            except OSError:
-                pass  # another final waits for the part, or somebody was faster
+    def _mark(self, kept: Kept) -> None:
+        """Set the markers that what is about to be written needs."""
+        info = kept.info
+        if kept.events and self._pending.set(info.id, 0.0):
+            self._sync(self._directory / ".pending")
+        if info.state is State.WAITING:
+            for part in dict.fromkeys(info.partial_uploads):
+                self._waiting.add(check_id(part), info.id)
+                self._sync(self._directory / ".waiting" / part)
+            self._sync(self._directory / ".waiting")
 
     def _sync(self, directory: Path) -> None:
         if not self.force_fsync:
@@ -215,22 +334,11 @@ class FileInfoStore(InfoStore):
                 pass  # another process removed it
 
 
-def _parse(id: str, text: bytes) -> tuple[FileInfo, Sequence[Event]]:
-    data = record.decode(text)
-    info = record.load(data)
-    if info.id != id:
-        raise record.CorruptRecord(f"The record of {info.id} in the file of {id}.")
-    return info, [record.load_event(event) for event in data.get("events", ())]
-
-
-def _touch(path: Path) -> None:
-    while True:
-        path.parent.mkdir(exist_ok=True)
-        try:
-            path.touch()
-        except FileNotFoundError:
-            continue  # somebody removed the empty directory in between
-        return
+def _parse(id: str, text: bytes) -> Kept:
+    kept = Kept.decode(text)
+    if kept.info.id != id:
+        raise record.CorruptRecord(f"The record of {kept.info.id} in the file of {id}.")
+    return kept
 
 
 @contextmanager

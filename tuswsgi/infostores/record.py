@@ -82,28 +82,30 @@ def load(data: Mapping[str, Any]) -> FileInfo:
     try:
         get = data.get
         storage, response = get("storage") or {}, get("response")
-        return FileInfo(
-            id=data["id"],
-            size=get("size"),
-            offset=data["offset"],
-            metadata=Metadata(get("metadata", "")),
-            is_partial=get("is_partial", False),
-            is_final=get("is_final", False),
-            concat=get("concat"),
-            partial_uploads=tuple(get("partial_uploads", ())),
-            storage=Storage(
-                storage.get("type", ""), storage.get("path"), storage.get("details", {})
-            ),
-            owner=get("owner"),
-            state=State(data["state"]),
-            response=None if response is None else _load_response(response),
-            digest=get("digest"),
-            created_at=get("created_at", 0.0),
-            last_byte_at=get("last_byte_at"),
-            expires_at=get("expires_at"),
-            finished_at=get("finished_at"),
-            deleted_at=get("deleted_at"),
-            sequence=data["sequence"],
+        return FileInfo.restored(
+            {
+                "id": data["id"],
+                "size": get("size"),
+                "offset": data["offset"],
+                "metadata": Metadata(get("metadata", "")),
+                "is_partial": get("is_partial", False),
+                "is_final": get("is_final", False),
+                "concat": get("concat"),
+                "partial_uploads": tuple(get("partial_uploads", ())),
+                "storage": Storage(
+                    storage.get("type", ""), storage.get("path"), storage.get("details", {})
+                ),
+                "owner": get("owner"),
+                "state": State(data["state"]),
+                "response": None if response is None else _load_response(response),
+                "digest": get("digest"),
+                "created_at": get("created_at", 0.0),
+                "last_byte_at": get("last_byte_at"),
+                "expires_at": get("expires_at"),
+                "finished_at": get("finished_at"),
+                "deleted_at": get("deleted_at"),
+                "sequence": data["sequence"],
+            }
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptRecord(f"Not a record of an upload: {error!r}") from error
@@ -117,8 +119,12 @@ def dump_event(event: Event) -> dict[str, Any]:
         "upload": event.upload,
         "sequence": event.sequence,
         "created_at": event.created_at,
+        "transport": event.transport,
         "payload": dict(event.payload),
-        "held": event.held,
+        "due_at": event.due_at,
+        "attempts": event.attempts,
+        "error": event.error,
+        "dead": event.dead,
     }
 
 
@@ -134,8 +140,12 @@ def load_event(data: Mapping[str, Any]) -> Event:
             upload=data["upload"],
             sequence=data["sequence"],
             created_at=data["created_at"],
+            transport=data.get("transport", ""),
             payload=data.get("payload", {}),
-            held=data.get("held", False),
+            due_at=data.get("due_at", 0.0),
+            attempts=data.get("attempts", 0),
+            error=data.get("error"),
+            dead=data.get("dead", False),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptRecord(f"Not an event of an upload: {error!r}") from error

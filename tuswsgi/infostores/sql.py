@@ -1,8 +1,8 @@
 """Records of uploads in an SQL database, through peewee.
 
-This file owns the tables and the statements; connections and transactions are those of
-``connections.sql``. The models say how the tables look. Statements that run on every
-request are written as text, since building them anew takes longer than running them.
+This file owns the statements; the tables are those of ``tables`` beside it, connections and
+transactions those of ``connections.sql``. Statements that run on every request are written as
+text, since building them anew takes longer than running them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import peewee
 
@@ -20,67 +20,8 @@ from tuswsgi.hooks.base import Event, HookType
 from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.tables import make_tables
 from tuswsgi.options import option
-
-#: The version of the tables below.
-SCHEMA = 1
-
-
-class Schema(peewee.Model):
-    """One row: the version of the tables."""
-
-    id = peewee.IntegerField(primary_key=True)
-    version = peewee.IntegerField()
-
-    class Meta:
-        table_name = "tuswsgi_schema"
-
-
-class Upload(peewee.Model):
-    """One record. The columns beside it are what is searched for and compared."""
-
-    id = peewee.CharField(max_length=128, primary_key=True)
-    state = peewee.CharField(max_length=16)
-    sequence = peewee.BigIntegerField()
-    created_at = peewee.DoubleField()
-    #: When the clean-up shall come, so nothing once the upload is finished or gone.
-    expires_at = peewee.DoubleField(null=True, index=True)
-    finished_at = peewee.DoubleField(null=True)
-    deleted_at = peewee.DoubleField(null=True)
-    record = peewee.TextField()
-
-    class Meta:
-        table_name = "tuswsgi_uploads"
-        indexes = ((("state", "id"), False),)
-
-
-class PendingEvent(peewee.Model):
-    """One event; its number tells the order of events that were written together."""
-
-    number = peewee.BigAutoField()
-    upload = peewee.CharField(max_length=128)
-    sequence = peewee.BigIntegerField()
-    event_id = peewee.CharField(max_length=128)
-    type = peewee.CharField(max_length=32)
-    created_at = peewee.DoubleField()
-    held = peewee.BooleanField()
-    payload = peewee.TextField()
-
-    class Meta:
-        table_name = "tuswsgi_events"
-        indexes = ((("upload", "sequence", "number"), False),)
-
-
-class Waiting(peewee.Model):
-    """A final upload that waits for a part."""
-
-    part = peewee.CharField(max_length=128)
-    final = peewee.CharField(max_length=128, index=True)
-
-    class Meta:
-        table_name = "tuswsgi_waiting"
-        primary_key = peewee.CompositeKey("part", "final")
-
 
 _CREATE = """
 INSERT INTO tuswsgi_uploads
@@ -97,13 +38,41 @@ WHERE id = ? AND sequence = ?
 _EXPIRED = """
 SELECT id FROM tuswsgi_uploads WHERE expires_at <= ? ORDER BY expires_at LIMIT ?
 """
-_ADD_EVENT = """
-INSERT INTO tuswsgi_events (upload, sequence, event_id, type, created_at, held, payload)
-VALUES (?, ?, ?, ?, ?, ?, ?)
+_EVENT = """
+event_id, type, upload, sequence, created_at, transport, payload, due_at, attempts, error, dead
 """
-_EVENTS = """
-SELECT event_id, type, upload, sequence, created_at, payload, held
-FROM tuswsgi_events WHERE upload = ? ORDER BY sequence, number
+_ADD_EVENT = f"""
+INSERT INTO tuswsgi_events ({_EVENT}, claimed_until) VALUES ({", ".join("?" * 11)}, 0)
+"""
+_EVENTS = f"""
+SELECT {_EVENT} FROM tuswsgi_events
+WHERE upload = ? AND NOT dead ORDER BY sequence, number
+"""
+_OUTBOX = f"SELECT {_EVENT} FROM tuswsgi_events WHERE dead = ? ORDER BY number LIMIT ?"
+_CLAIM = """
+UPDATE tuswsgi_events SET claimed_by = ?, claimed_until = ?, free_at = ?
+WHERE number = ? AND free_at = ?
+"""
+_RENEW = """
+UPDATE tuswsgi_events
+SET claimed_until = ?, free_at = CASE WHEN free_at IS NULL THEN NULL ELSE ? END
+WHERE claimed_by = ?
+"""
+_SETTLE = "DELETE FROM tuswsgi_events WHERE event_id = ? AND transport = ?"
+_PUT_BACK = """
+UPDATE tuswsgi_events
+SET due_at = ?, attempts = ?, error = ?, dead = ?,
+claimed_by = NULL, claimed_until = 0, free_at = NULL
+WHERE event_id = ? AND transport = ?
+"""
+_FIRST = """
+SELECT number, due_at, claimed_until, free_at FROM tuswsgi_events
+WHERE upload = ? AND transport = ? AND NOT dead ORDER BY sequence, number LIMIT 1
+"""
+_FREE = "UPDATE tuswsgi_events SET free_at = ? WHERE number = ? AND free_at IS NULL"
+_FREE_NO_MORE = """
+UPDATE tuswsgi_events SET free_at = NULL
+WHERE upload = ? AND transport = ? AND number <> ? AND free_at IS NOT NULL
 """
 _WAIT = "INSERT INTO tuswsgi_waiting (part, final) VALUES (?, ?)"
 _WAIT_NO_MORE = "DELETE FROM tuswsgi_waiting WHERE final = ?"
@@ -130,13 +99,17 @@ class SqlInfoStore(InfoStore):
         text = self._connection.statement
         self._create, self._exists, self._load = text(_CREATE), text(_EXISTS), text(_LOAD)
         self._save, self._expired = text(_SAVE), text(_EXPIRED)
-        self._add_event, self._events = text(_ADD_EVENT), text(_EVENTS)
+        self._add_event, self._events, self._outbox = map(text, (_ADD_EVENT, _EVENTS, _OUTBOX))
+        self._claim, self._renew, self._settle = text(_CLAIM), text(_RENEW), text(_SETTLE)
+        self._put_back, self._first = text(_PUT_BACK), text(_FIRST)
+        self._free, self._free_no_more = text(_FREE), text(_FREE_NO_MORE)
+        self._lock = text(_EXISTS) + self._connection.for_update
         self._wait, self._wait_no_more = text(_WAIT), text(_WAIT_NO_MORE)
         self._waiting_for = text(_WAITING_FOR)
 
     def prepare(self) -> None:
         self._connection.prepare()
-        self._connection.write(_make_tables)
+        self._connection.write(make_tables)
         # Whoever prepares may fork afterwards, and connections do not survive that.
         self._connection.close()
 
@@ -178,6 +151,46 @@ class SqlInfoStore(InfoStore):
     def events(self, id: str) -> Sequence[Event]:
         return [_event(row) for row in self._all(self._events, (id,))]
 
+    def claim(
+        self,
+        worker: str,
+        now: float,
+        until: float,
+        *,
+        upload: str | None = None,
+        transport: str | None = None,
+        limit: int = 100,
+    ) -> Sequence[Event]:
+        wanted = {"free_at <= ?": now, "upload = ?": upload, "transport = ?": transport}
+        wanted = {term: value for term, value in wanted.items() if value is not None}
+        text = f"FROM tuswsgi_events WHERE {' AND '.join(wanted)}"
+        look = self._connection.statement(f"SELECT 1 {text} LIMIT 1")
+        # Looking takes no lock: an empty outbox is in nobody's way.
+        if self._one(look, (*wanted.values(),)) is None:
+            return []
+        find = self._connection.statement(
+            f"SELECT {_EVENT}, number, free_at {text} ORDER BY free_at, number LIMIT ?"
+        )
+        values = (*wanted.values(), limit)
+        return self._connection.write(partial(self._run_claim, find, values, worker, until))
+
+    def renew(self, worker: str, until: float) -> None:
+        self._connection.write(
+            lambda database: database.execute_sql(self._renew, (until, until, worker)).rowcount
+        )
+
+    def settle(self, event: Event) -> None:
+        values = (event.id, event.transport)
+        self._connection.write(partial(self._change, event, self._settle, values))
+
+    def put_back(self, event: Event) -> None:
+        changes = (event.due_at, event.attempts, event.error, event.dead)
+        values = (*changes, event.id, event.transport)
+        self._connection.write(partial(self._change, event, self._put_back, values))
+
+    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+        return [_event(row) for row in self._all(self._outbox, (dead, limit))]
+
     def _run_create(self, info: FileInfo, events: Sequence[Event], database: Database) -> None:
         try:
             database.execute_sql(
@@ -206,6 +219,35 @@ class SqlInfoStore(InfoStore):
                 database.execute_sql(self._wait, (part, info.id))
         for event in events:
             database.execute_sql(self._add_event, _row(event))
+            self._free_first(event.upload, event.transport, database)
+
+    def _run_claim(
+        self, find: str, values: tuple[Any, ...], worker: str, until: float, database: Database
+    ) -> Sequence[Event]:
+        claimed = []
+        for *row, number, free_at in database.execute_sql(find, values).fetchall():
+            claim = (worker, until, until, number, free_at)
+            # Where writers do not exclude each other, another one may have been faster.
+            if database.execute_sql(self._claim, claim).rowcount:
+                claimed.append(_event(row))
+        return claimed
+
+    def _change(self, event: Event, sql: str, values: tuple[Any, ...], database: Database) -> None:
+        # A new event must not be written at the same time: it would take this one for its
+        # predecessor, and nobody would tell it that it is the first.
+        database.execute_sql(self._lock, (event.upload,)).fetchone()
+        database.execute_sql(sql, values)
+        self._free_first(event.upload, event.transport, database)
+
+    def _free_first(self, upload: str, transport: str, database: Database) -> None:
+        """Let the first event be claimed, and no other one."""
+        row = database.execute_sql(self._first, (upload, transport)).fetchone()
+        if row is None:
+            return
+        number, due_at, claimed_until, free_at = row
+        if free_at is None:
+            database.execute_sql(self._free_no_more, (upload, transport, number))
+            database.execute_sql(self._free, (max(due_at, claimed_until), number))
 
     def _one(self, sql: str, values: tuple[Any, ...]) -> Any:
         return self._connection.read(lambda database: database.execute_sql(sql, values).fetchone())
@@ -225,32 +267,33 @@ def _searched(info: FileInfo) -> tuple[Any, ...]:
 
 
 def _row(event: Event) -> tuple[Any, ...]:
-    payload = record.encode(event.payload)
     return (
-        event.upload,
-        event.sequence,
         event.id,
         event.type.value,
+        event.upload,
+        event.sequence,
         event.created_at,
-        event.held,
-        payload,
+        event.transport,
+        record.encode(event.payload),
+        event.due_at,
+        event.attempts,
+        event.error,
+        event.dead,
     )
 
 
-def _event(row: tuple[Any, ...]) -> Event:
-    id, type, upload, sequence, created_at, payload, held = row
+def _event(row: Sequence[Any]) -> Event:
+    id, type, upload, sequence, created_at, transport, payload, due_at, attempts, error, dead = row
     return Event(
-        id, HookType(type), upload, sequence, created_at, record.decode(payload), bool(held)
+        id,
+        HookType(type),
+        upload,
+        sequence,
+        created_at,
+        transport,
+        record.decode(payload),
+        due_at,
+        attempts,
+        error,
+        bool(dead),
     )
-
-
-def _make_tables(database: Database) -> None:
-    for model in (Schema, Upload, PendingEvent, Waiting):
-        peewee.SchemaManager(model, cast(peewee.Database, database)).create_all(safe=True)
-    row = database.execute_sql("SELECT version FROM tuswsgi_schema").fetchone()
-    if row is None:
-        database.execute_sql(f"INSERT INTO tuswsgi_schema (id, version) VALUES (1, {SCHEMA})")
-    elif row[0] > SCHEMA:
-        raise ConfigurationError(
-            f"The info store's tables are of version {row[0]}: a newer tuswsgi made them."
-        )

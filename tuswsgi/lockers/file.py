@@ -25,6 +25,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# gevent's os.close looks for watchers of the descriptor, which a file has none of.
+from posix import close
+from typing import NamedTuple
+
 from tuswsgi.errors import (
     ConfigurationError,
     StorageFull,
@@ -33,7 +37,7 @@ from tuswsgi.errors import (
     UploadNotFound,
 )
 from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
-from tuswsgi.paths import inside
+from tuswsgi.paths import contained
 from tuswsgi.process import PerProcess
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,9 @@ _LONGEST_ADDRESS = 100
 #: How many files share the locks: the kernel looks through all locks of a file.
 _FILES = 64
 
+#: How many of each file stay open without a lock.
+_MOST_FREE = 4
+
 #: Open file description locks: unlike those of lockf they exclude the greenlets of one
 #: process, too. Linux has them; elsewhere a lock is a file after all, which stays.
 _SET_LOCK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
@@ -52,11 +59,19 @@ _SET_LOCK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
 _FLOCK = struct.Struct("hhqqi4x")
 
 
+class Lock(NamedTuple):
+    """A byte of an open file that is locked."""
+
+    name: str
+    fd: int
+    place: int
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
-    """One acquisition: the open file that has the lock, and who may be asked for it."""
+    """One acquisition: the lock, and who may be asked for it."""
 
-    fd: int
+    lock: Lock
     on_release_request: ReleaseRequest | None
     #: On the clock that all processes of a host share.
     since: int
@@ -73,13 +88,15 @@ class FileLocker(Locker[Held]):
         super().__init__(timeout)
         self.directory = Path(directory).absolute()
         self._mailbox: PerProcess[Mailbox] = PerProcess(lambda: Mailbox(self.directory))
+        # A child has its own: a lock belongs to all who share an open file.
+        self._files: PerProcess[LockFiles] = PerProcess(lambda: LockFiles(self.directory))
 
     def prepare(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            fd = _try_lock(self.directory, "probe")
-            if fd is not None:
-                os.close(fd)
+            lock = self._files.get().try_lock("probe")
+            if lock is not None:
+                self._files.get().unlock(lock)
             _remove_leftovers(self.directory)
         except OSError as error:
             raise ConfigurationError(
@@ -90,18 +107,21 @@ class FileLocker(Locker[Held]):
         mailbox = self._mailbox.pop()
         if mailbox is not None:
             mailbox.close()
+        files = self._files.pop()
+        if files is not None:
+            files.close()
 
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Held | None:
         try:
-            fd = _try_lock(self.directory, id)
-            if fd is None:
+            lock = self._files.get().try_lock(id)
+            if lock is None:
                 return None
-            held = Held(fd, on_release_request, time.monotonic_ns())
+            held = Held(lock, on_release_request, time.monotonic_ns())
             if on_release_request is not None:
                 try:
                     self._mailbox.get().expect(id, held)
                 except BaseException:
-                    os.close(fd)
+                    self._files.get().unlock(lock)
                     raise
             return held
         except OSError as error:
@@ -112,11 +132,81 @@ class FileLocker(Locker[Held]):
     def _release(self, id: str, held: Held) -> None:
         if held.on_release_request is not None:
             self._mailbox.get().forget(id, held)
-        os.close(held.fd)
+        self._files.get().unlock(held.lock)
 
     def _request_release(self, id: str) -> None:
         # Nobody knows which process it is, but there are few on a host.
         self._mailbox.get().broadcast(id)
+
+
+class LockFiles:
+    """The lock files of one process.
+
+    A file that has no lock stays open for the next one: to open it would cost more than
+    to lock it. Each lock has an open file of its own, or greenlets would share locks.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._free: dict[str, list[int]] = {}
+
+    def try_lock(self, id: str) -> Lock | None:
+        """Return the lock of `id`, ``None`` if another one has it."""
+        if "/" in id:
+            raise UploadNotFound
+        name, place = _place(id)
+        lock = Lock(name, self._take(name), place)
+        try:
+            if _SET_LOCK is not None:
+                fcntl.fcntl(lock.fd, _SET_LOCK, _change(fcntl.F_WRLCK, place))
+            else:
+                fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._give_back(lock)
+            return None
+        except BaseException:
+            close(lock.fd)
+            raise
+        return lock
+
+    def unlock(self, lock: Lock) -> None:
+        if _SET_LOCK is None:
+            close(lock.fd)
+            return
+        try:
+            fcntl.fcntl(lock.fd, _SET_LOCK, _change(fcntl.F_UNLCK, lock.place))
+        except BaseException:
+            close(lock.fd)
+            raise
+        self._give_back(lock)
+
+    def close(self) -> None:
+        while self._free:
+            _, free = self._free.popitem()
+            for fd in free:
+                close(fd)
+
+    def _take(self, name: str) -> int:
+        try:
+            fd = self._free[name].pop()
+        except LookupError:
+            return _open(self._directory, name)
+        if os.fstat(fd).st_nlink:
+            return fd
+        # Somebody has removed the file: others would lock another one of that name.
+        close(fd)
+        return _open(self._directory, name)
+
+    def _give_back(self, lock: Lock) -> None:
+        free = self._free.setdefault(lock.name, [])
+        if _SET_LOCK is not None and len(free) < _MOST_FREE:
+            free.append(lock.fd)
+        else:
+            close(lock.fd)
+
+
+def _change(kind: int, place: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0)
 
 
 class Mailbox:
@@ -245,48 +335,31 @@ class Post:
     def close(self) -> None:
         self._outbox.close()
         if self._fd is not None:
-            os.close(self._fd)
+            close(self._fd)
             self._fd = None
-
-
-def _try_lock(directory: Path, id: str) -> int | None:
-    """Return an open file that has the lock of `id` until it is closed; ``None`` if another
-    one has it.
-    """
-    fd, place = _open(directory, id)
-    try:
-        if _SET_LOCK is not None:
-            fcntl.fcntl(fd, _SET_LOCK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
-        else:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def is_locked(directory: Path, id: str) -> bool:
     """Whether somebody holds the lock of `id`, found out without disturbing anybody (Linux)."""
-    fd, place = _open(directory, id)
+    name, place = _place(id)
+    fd = _open(directory, name)
     try:
         question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question)
     finally:
-        os.close(fd)
+        close(fd)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _open(directory: Path, id: str) -> tuple[int, int]:
-    """Open the file of the lock of `id`; return also the byte that is the lock."""
-    if "/" in id:
-        raise UploadNotFound
+def _place(id: str) -> tuple[str, int]:
+    """Return in which file the lock of `id` is, and which byte of it that is."""
     hashed = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") >> 1
     place, file = divmod(hashed, _FILES)
-    name = f"{file:02x}.locks" if _SET_LOCK is not None else f"{id}.lock"
-    return os.open(inside(directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), place
+    return (f"{file:02x}.locks" if _SET_LOCK is not None else f"{id}.lock"), place
+
+
+def _open(directory: Path, name: str) -> int:
+    return os.open(f"{directory}/{contained(name)}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -28,7 +28,7 @@ from tuswsgi.info import FileInfo, FinalResponse, State
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.protocol.settings import UploadSettings
-from tuswsgi.signals import tell, upload_finished
+from tuswsgi.signals import tell, upload_finished, upload_progress, upload_terminated
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,32 @@ class Finisher:
         """
         finished, events = self.complete(info, request)
         saved = self.infos.save(finished, events)
-        self.tell_finished(saved)
+        self.tell_finished(saved, request)
         return saved
 
-    def tell_finished(self, info: FileInfo) -> None:
-        """Tell an application of this process, unless the upload was refused."""
+    def tell_finished(self, info: FileInfo, request: RequestInfo) -> None:
+        """Tell everybody, unless the upload was refused."""
         if info.state is State.FINISHED:
+            self.hooks.tell(HookType.POST_FINISH, info, request)
             tell(upload_finished, self.sender, info)
+
+    def tell_progress(self, info: FileInfo, request: RequestInfo) -> None:
+        """Tell everybody how far an upload has come."""
+        self.hooks.tell(HookType.POST_RECEIVE, info, request)
+        tell(upload_progress, self.sender, info)
+
+    def remove(self, info: FileInfo, state: State, request: RequestInfo) -> FileInfo:
+        """Remove an upload for good and leave a tombstone. The caller holds its lock.
+
+        The bytes go first: after a crash in between the client, which has no answer,
+        repeats its request.
+        """
+        events = self.hooks.record(HookType.POST_TERMINATE, info, request)
+        self.data.delete(info)
+        info = self.infos.delete(info, events, state=state, now=time.time())
+        self.hooks.tell(HookType.POST_TERMINATE, info, request)
+        tell(upload_terminated, self.sender, info)
+        return info
 
     def complete(self, info: FileInfo, request: RequestInfo) -> tuple[FileInfo, Sequence[Event]]:
         """Do all of ``finish`` but save: return what is to be saved."""
@@ -122,7 +141,7 @@ class Finisher:
                     self.data.concatenate(info, parts)
                 info = self.finish(info, request)
         if self.settings.remove_parts and info.state is State.FINISHED:
-            self._remove_parts(info)
+            self._remove_parts(info, request)
         return info
 
     def part_finished(self, part: FileInfo, request: RequestInfo) -> None:
@@ -164,14 +183,13 @@ class Finisher:
                 locks.enter_context(self.locker.lock(id))
             yield self.parts_of(info)
 
-    def _remove_parts(self, final: FileInfo) -> None:
+    def _remove_parts(self, final: FileInfo, request: RequestInfo) -> None:
         for id in sorted(set(final.partial_uploads)):
             try:
                 with self.locker.try_lock(id):
                     part = self.infos.load(id)
                     if not part.is_gone and not self.infos.finals_waiting_for(id):
-                        self.data.delete(part)
-                        self.infos.delete(part, (), state=State.TERMINATED, now=time.time())
+                        self.remove(part, State.TERMINATED, request)
             except UploadLocked:
                 log.info("The part %s of %s is in use and stays", id, final.id)
             except Exception:

@@ -7,7 +7,7 @@ upload that expires after its last byte must not expire in the middle of a long 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tuswsgi.errors import (
@@ -19,19 +19,22 @@ from tuswsgi.errors import (
     Unavailable,
     UploadLocked,
     UploadSizeExceeded,
+    UploadStopped,
 )
-from tuswsgi.hooks.base import Event, RequestInfo
+from tuswsgi.hooks.base import Event, HookResponse, RequestInfo
 from tuswsgi.info import FileInfo
 from tuswsgi.protocol.checksum import Checksum
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reader import Body, UploadReader
-from tuswsgi.signals import tell, upload_progress
 
 #: Errors after which the client shall go on from where the upload stands.
 _PASSING = (Unavailable, StorageFull, UploadLocked)
 
-#: Seconds between two looks at how far a body has come.
-_PROGRESS_INTERVAL = 1.0
+#: The most seconds between two looks at how far a body has come.
+_LOOK_INTERVAL = 1.0
+
+#: Called with an upload as it is now.
+OnProgress = Callable[[FileInfo], None]
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class Reception:
     def __init__(self, finisher: Finisher, chunk: Chunk) -> None:
         self._finisher = finisher
         self._settings = finisher.settings
+        self._interval = finisher.hooks.progress_interval
         self._chunk = chunk
         self._failure: TusError | None = None
         self._info: FileInfo | None = None
+        self._on_progress: OnProgress = lambda info: None
         self._start = 0
-        self._told_at = time.monotonic()
+        self._told_at = self._looked_at = time.monotonic()
         self.reader = UploadReader(
             chunk.body,
             checksum=chunk.checksum,
@@ -82,6 +87,25 @@ class Reception:
     def is_fault(self) -> bool:
         """Whether ``error`` is the client's, so that coming back would not help."""
         return self.error is not None and not isinstance(self.error, _PASSING)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the request has no body."""
+        return self._chunk.is_empty
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the upload is to end with this request."""
+        return isinstance(self.error, UploadStopped)
+
+    def stop(self, answer: HookResponse) -> bool:
+        """End the body, and let the client have `answer`.
+
+        :returns: whether there was still something to end.
+        """
+        stopped = UploadStopped(answer.status or 400, answer.body, answer.headers)
+        self.reader.interrupt(stopped)
+        return self.reader.error is stopped
 
     def check(self, info: FileInfo, offset: int) -> None:
         """Refuse a body that announces more bytes than may come, before any is read."""
@@ -114,23 +138,31 @@ class Reception:
             return self._finisher.complete(info, request)
         return info, ()
 
-    def receive(self, info: FileInfo, offset: int, request: RequestInfo) -> FileInfo:
+    def receive(
+        self, info: FileInfo, offset: int, request: RequestInfo, on_progress: OnProgress
+    ) -> FileInfo:
         """Append the chunk, then finish the upload or save how far it came.
 
         The caller holds the lock, has read `offset` under it and looks at ``error``
         afterwards: what arrived before an error is kept.
+
+        :param on_progress: called now and then while bytes arrive, and at the end of a
+            chunk that does not complete the upload.
         """
         self.check(info, offset)
-        self._info, self._start = info, offset
+        self._info, self._start, self._on_progress = info, offset, on_progress
         kept = self._append(info, offset)
         info = self._info.but(offset=kept)
         if kept > offset:
             info = self._touched(info)
+        if self.is_stopped:
+            return info
         if kept == info.size and not self.is_fault:
             return self._finisher.finish(info, request)
         if kept > offset:
             info = self._finisher.infos.save(info)
-            tell(upload_progress, self._finisher.sender, info)
+        if kept > offset or self.error is None:
+            on_progress(info)
         return info
 
     def receive_nothing(self, info: FileInfo, offset: int) -> None:
@@ -160,13 +192,15 @@ class Reception:
     def _progressed(self) -> None:
         """Tell how far it has come, and let it not expire meanwhile."""
         now = self.reader.last_progress
-        if self._info is None or now - self._told_at < _PROGRESS_INTERVAL:
+        if self._info is None or now - self._looked_at < min(self._interval, _LOOK_INTERVAL):
             return
-        self._told_at = now
+        self._looked_at = now
         info = self._info.but(offset=self._start + self.reader.received)
         if self._is_ageing(info):
             info = self._info = self._finisher.infos.save(self._touched(info))
-        tell(upload_progress, self._finisher.sender, info)
+        if now - self._told_at >= self._interval:
+            self._told_at = now
+            self._on_progress(info)
 
     def _is_ageing(self, info: FileInfo) -> bool:
         """Whether a quarter of the time to its expiry has passed since that was renewed."""

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tuswsgi.datastores.base import DataStore, Readable
@@ -24,39 +24,29 @@ from tuswsgi.errors import (
     MaxSizeExceeded,
     OffsetMismatch,
     PartsUnfinished,
-    StorageFull,
     UploadGone,
     UploadLocked,
     UploadNotFound,
 )
 from tuswsgi.extensions import Extension
-from tuswsgi.hooks.base import HookResponse, HookType, RequestInfo
+from tuswsgi.hooks.base import (
+    ChangeFileInfo,
+    HookRequest,
+    HookResponse,
+    HookType,
+    RequestInfo,
+)
 from tuswsgi.hooks.manager import HookManager
-from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
+from tuswsgi.info import FileInfo, State, check_id, new_id
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
+from tuswsgi.protocol.creating import Creation, Creator
 from tuswsgi.protocol.finishing import Finisher, sum_of_sizes
 from tuswsgi.protocol.reader import ActiveReaders
 from tuswsgi.protocol.reception import Chunk, Reception
 from tuswsgi.protocol.settings import UploadSettings
-from tuswsgi.signals import tell, upload_created, upload_terminated
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Creation:
-    """What a POST asks for.
-
-    :param size: ``None`` if the length is deferred or that of a final upload.
-    :param concat: ``Upload-Concat`` as it was sent.
-    :param parts: the ids of a final upload's parts, empty for any other upload.
-    """
-
-    size: int | None
-    metadata: Metadata
-    concat: str | None = None
-    parts: tuple[str, ...] = ()
 
 
 class Uploads:
@@ -86,6 +76,9 @@ class Uploads:
         self.extensions = settings.offered(data.extensions)
         self.readers = ActiveReaders(settings.network_timeout)
         self.finisher = Finisher(data, infos, locker, hooks, settings, sender)
+        self.creator = Creator(self.finisher)
+        #: The PATCHes that this process receives, by the ids of their uploads.
+        self._received: dict[str, tuple[Reception, RequestInfo]] = {}
 
     # --- POST ------------------------------------------------------------------------
 
@@ -105,35 +98,16 @@ class Uploads:
         with self._reception(chunk) as reception:
             reception.check(info, 0)
             answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
-            info = self._write_new(info, reception, request)
-        tell(upload_created, self.finisher.sender, info)
-        self.finisher.tell_finished(info)
+            change = ChangeFileInfo() if answer is None else answer.change or ChangeFileInfo()
+            info = change.applied_to(info)
+            if change.id or change.path:
+                info = self.creator.create_chosen(info, reception, request)
+            else:
+                info = self.creator.create(info, reception, request)
         if info.is_final:
             info = self._first_build(info, request)
         self._follow_up(info, request)
         return self._not_refused(info), answer
-
-    def _write_new(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
-        """Write the bytes first and then the record: a crash in between leaves bytes that
-        nobody knows of, to be cleaned up, and never a record of bytes that are not there.
-        """
-        self._check_space(info)
-        info = info.but(storage=self.data.create(info))
-        try:
-            events = self.hooks.record(HookType.POST_CREATE, info, request)
-            if not info.is_final:
-                info, more = reception.receive_first(info, request)
-                events = [*events, *more]
-            self.infos.create(info, events)
-        except Exception:
-            self.data.delete(info)
-            raise
-        return info
-
-    def _check_space(self, info: FileInfo) -> None:
-        free = self.data.free_space()
-        if free is not None and free - (info.size or 0) < self.settings.min_free_disk:
-            raise StorageFull
 
     def _new_info(self, creation: Creation, request: RequestInfo) -> FileInfo:
         size, now = creation.size, time.time()
@@ -199,14 +173,36 @@ class Uploads:
         HEAD request". Nobody is told an offset equal to the length before finishing
         worked.
         """
-        info = self._access(id, request)
+        info = self._inspect_free(check_id(id), request)
+        if info is None:
+            info = self._access(id, request)
+            if info.state is not State.WAITING and not info.is_finished:
+                with self.locker.lock(id):
+                    info = self.finisher.finish_if_complete(self._load(id, request), request)
+                self._follow_up(info, request)
         if info.state is State.WAITING:
             info = self.finisher.build_final(id, request)
-        elif not info.is_finished:
-            with self.locker.lock(id):
-                info = self.finisher.finish_if_complete(self._load(id, request), request)
-            self._follow_up(info, request)
         return self._not_refused(info)
+
+    def _inspect_free(self, id: str, request: RequestInfo) -> FileInfo | None:
+        """Return an upload that nobody holds, ``None`` if that is not so easy.
+
+        Whether the request may see the upload is looked at before a holder is disturbed;
+        where there is none, the record need not be read twice.
+        """
+        if self.hooks.wants(HookType.PRE_ACCESS):
+            return None
+        try:
+            with self.locker.try_lock(id):
+                found = self._load(id, request)
+                if found.state is State.WAITING:
+                    return found
+                info = self.finisher.finish_if_complete(found, request)
+        except UploadLocked:
+            return None
+        if not found.is_finished:
+            self._follow_up(info, request)
+        return info
 
     # --- PATCH -----------------------------------------------------------------------
 
@@ -254,7 +250,15 @@ class Uploads:
             if info.size is None and size is not None:
                 # Before the first byte: a crash must not leave bytes beyond what is known.
                 info = self.infos.save(info.but(size=size))
-            info = reception.receive(info, offset, request)
+            self._received[info.id] = (reception, request)
+            try:
+                info = reception.receive(
+                    info, offset, request, partial(self.finisher.tell_progress, request=request)
+                )
+            finally:
+                del self._received[info.id]
+            if reception.is_stopped:
+                self.finisher.remove(info, State.TERMINATED, request)
         if reception.error is not None and not info.is_finished:
             raise reception.error
         self._follow_up(info, request)
@@ -285,23 +289,14 @@ class Uploads:
     def terminate(self, id: str, request: RequestInfo) -> HookResponse | None:
         """Remove an upload for good and leave a tombstone.
 
-        The bytes go first: after a crash in between the client, which has no answer,
-        repeats its request.
-
         :returns: what the pre-terminate hook wants the client to be told.
         """
         self._access(id, request)
         with self.locker.lock(id):
             info = self._load(id, request)
             answer = self.hooks.ask(HookType.PRE_TERMINATE, info, request)
-            self._remove(info, State.TERMINATED, request)
+            self.finisher.remove(info, State.TERMINATED, request)
         return answer
-
-    def _remove(self, info: FileInfo, state: State, request: RequestInfo) -> None:
-        self.data.delete(info)
-        events = self.hooks.record(HookType.POST_TERMINATE, info, request)
-        info = self.infos.delete(info, events, state=state, now=time.time())
-        tell(upload_terminated, self.finisher.sender, info)
 
     def stop(self, id: str) -> bool:
         """End an unfinished upload for good, also while another process receives it.
@@ -315,8 +310,27 @@ class Uploads:
             info = self.infos.load(id)
             if info.is_gone or info.is_finished:
                 return False
-            self._remove(info, State.TERMINATED, RequestInfo())
+            self.finisher.remove(info, State.TERMINATED, RequestInfo())
         return True
+
+    def answered(self, hook: HookRequest, answer: HookResponse) -> None:
+        """Obey the answer to a post-hook: that to post-receive can stop the upload.
+
+        It does so only while the PATCH that was told of is still being received; it is
+        terminated then, and the client gets the answer.
+        """
+        if not answer.stop:
+            return
+        reception, request = self._received.get(hook.info.id, (None, None))
+        # The answer to one PATCH must not stop the next one.
+        if (
+            reception is None
+            or request is not hook.request
+            or not reception.stop(self.hooks.checked(answer))
+        ):
+            log.warning("%s of %s: it is too late to stop the upload", hook.type, hook.info.id)
+        else:
+            log.info("%s of %s: the upload is stopped", hook.type, hook.info.id)
 
     # --- GET -------------------------------------------------------------------------
 
@@ -347,7 +361,7 @@ class Uploads:
         with self.locker.try_lock(id):
             info = self.infos.load(id)
             if not info.is_gone and self._has_expired(info):
-                self._remove(info, State.EXPIRED, RequestInfo())
+                self.finisher.remove(info, State.EXPIRED, RequestInfo())
                 log.info("The upload %s has expired", id)
 
     # --- shared steps ----------------------------------------------------------------------

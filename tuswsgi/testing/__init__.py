@@ -15,4 +15,5 @@ pytest.register_assert_rewrite(
     "tuswsgi.testing.datastores",
     "tuswsgi.testing.infostores",
     "tuswsgi.testing.lockers",
+    "tuswsgi.testing.outbox",
 )

@@ -1,69 +1,26 @@
 """The contract of info stores as tests: subclass ``InfoStoreContract``.
 
-Each test holds a store to a sentence of ``InfoStore``'s documentation. How a store gets
+Each test holds a store to a sentence of ``InfoStore``'s documentation; those about claims
+are beside this file. How a store gets
 on with other processes that die is not tested here, since that needs its own processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
 
 import pytest
 
 from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
-from tuswsgi.hooks.base import Event, HookType
-from tuswsgi.info import MAX_SIZE, FileInfo, FinalResponse, Metadata, State, Storage, new_id
+from tuswsgi.hooks.base import HookType
+from tuswsgi.info import MAX_SIZE, FileInfo, Metadata, State, new_id
 from tuswsgi.infostores.base import InfoStore
-
-T = TypeVar("T")
-
-
-def upload(id: str | None = None, **fields: Any) -> FileInfo:
-    """Return the record of a new upload with the given fields."""
-    return FileInfo(id=new_id() if id is None else id, created_at=1.5, **fields)
+from tuswsgi.testing.outbox import OutboxContract
+from tuswsgi.testing.records import event, full, together, upload
 
 
-def event(info: FileInfo, type: HookType = HookType.POST_RECEIVE, **fields: Any) -> Event:
-    """Return an event that comes with a write of `info`."""
-    values = {"sequence": info.sequence, "created_at": 2.5, "payload": {"n": 1}, **fields}
-    return Event(id=new_id(), type=type, upload=info.id, **values)
-
-
-def together(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Run `calls` at the same time, one thread each, and return their results."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-
-
-def full() -> FileInfo:
-    """Return a record that has something in every field."""
-    return FileInfo(
-        id=new_id(),
-        size=12,
-        offset=7,
-        metadata=Metadata.of({"filename": "кошка.txt", "empty": b"", "raw": bytes(range(256))}),
-        is_partial=True,
-        is_final=True,
-        concat="final;/files/a /files/b",
-        partial_uploads=("a", "b", "a"),
-        storage=Storage("file_storage", "2024/кошка", {"parts": [{"n": 1, "etag": '"x"'}]}),
-        owner="Zoë \N{CAT FACE}",
-        state=State.REFUSED,
-        response=FinalResponse(422, "Nein.\n", {"X-Reason": "virus"}),
-        digest="sha256 " + "0" * 64,
-        created_at=1700000000.123456,
-        last_byte_at=1700000001.1,
-        expires_at=1700000002.2,
-        finished_at=1700000003.3,
-        deleted_at=1700000004.4,
-        sequence=5,
-    )
-
-
-class InfoStoreContract:
+class InfoStoreContract(OutboxContract):
     """Tests of an ``InfoStore``; define the fixture `store`, and `other` if you can."""
 
     @pytest.fixture
@@ -185,7 +142,7 @@ class InfoStoreContract:
     def test_events_come_back_as_they_were(self, store: InfoStore) -> None:
         info = upload()
         payload = {"text": "кошка \N{CAT FACE}", "n": MAX_SIZE, "none": None, "deep": [{"a": []}]}
-        first = event(info, HookType.POST_CREATE, payload=payload, held=True, created_at=1.25)
+        first = event(info, HookType.POST_CREATE, payload=payload, created_at=1.25)
         store.create(info, [first])
         assert list(store.events(info.id)) == [first]
 
@@ -194,7 +151,8 @@ class InfoStoreContract:
         told = [event(info), event(info, HookType.POST_CREATE), event(info)]
         store.create(info, told)
         for _ in range(3):
-            info = store.save(info, more := [event(info, sequence=info.sequence + 1)] * 2)
+            more = [event(info, sequence=info.sequence + 1) for _ in "12"]
+            info = store.save(info, more)
             told += more
         store.save(info)
         assert list(store.events(info.id)) == told

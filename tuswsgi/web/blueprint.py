@@ -30,9 +30,9 @@ from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.web.body import body_of
 from tuswsgi.web.cors import Cors
 from tuswsgi.web.request_body import RequestBody
-from tuswsgi.web.responses import Headers, TusResponse, error_response
+from tuswsgi.web.responses import Answer, Headers, TusResponse, error_response
 from tuswsgi.web.settings import WebSettings
-from tuswsgi.web.urls import origin_of
+from tuswsgi.web.urls import origin_of, request_uri
 from tuswsgi.web.views import Call, Views
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,10 @@ class TusBlueprint(flask.Blueprint):
 
     def _view(self, tus_id: str = "", **values: Any) -> TusResponse:
         # `values` are variables of the embedding application's URL prefix.
-        environ = flask.request.environ
+        return TusResponse(self.answer(flask.request.environ, tus_id))
+
+    def answer(self, environ: dict[str, Any], tus_id: str) -> Answer:
+        """Return the answer to a request for an upload, for the collection if there is no id."""
         common = self._common_headers(environ)
         body: RequestBody | None = None
         try:
@@ -123,7 +126,7 @@ class TusBlueprint(flask.Blueprint):
 
     def _answer(
         self, environ: dict[str, Any], id: str, body: RequestBody, common: Headers
-    ) -> TusResponse:
+    ) -> Answer:
         headers = TusHeaders(environ)
         # "The X-HTTP-Method-Override request header MUST be a string which MUST be
         # interpreted as the request's method by the Server [...]. The actual method of
@@ -140,11 +143,17 @@ class TusBlueprint(flask.Blueprint):
     def _request_info(self, environ: Mapping[str, Any], method: str) -> RequestInfo:
         origin = origin_of(environ, self._settings)
         owner = self._owner(flask.request) if self._owner is not None else None
-        if not self._uploads.hooks.enabled:
+        if not self._uploads.hooks.hooks:
             return RequestInfo(method, owner=owner)
-        uri = environ.get("RAW_URI") or environ.get("REQUEST_URI") or flask.request.full_path
-        headers = {name.lower(): value for name, value in flask.request.headers.items()}
-        return RequestInfo(method, uri, origin.client, headers, owner)
+        port = environ.get("REMOTE_PORT", "") if origin.client == environ.get("REMOTE_ADDR") else ""
+        return RequestInfo(
+            method,
+            request_uri(environ),
+            origin.client,
+            int(port) if port.isdecimal() else None,
+            _headers(environ),
+            owner,
+        )
 
     def _common_headers(self, environ: Mapping[str, Any]) -> Headers:
         # "The Tus-Resumable header MUST be included in every request and response except
@@ -167,6 +176,13 @@ class TusBlueprint(flask.Blueprint):
         except TusError:
             completed.request_body = None  # its length is nonsense
         return completed
+
+
+def _headers(environ: Mapping[str, Any]) -> dict[str, str]:
+    """Return all headers of a request, with names in lower case."""
+    names = {key: key[5:] for key in environ if key.startswith("HTTP_")}
+    names |= {key: key for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)}
+    return {name.replace("_", "-").lower(): environ[key] for key, name in names.items()}
 
 
 def _log_error(environ: Mapping[str, Any], error: TusError) -> None:

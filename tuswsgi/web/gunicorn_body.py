@@ -52,7 +52,7 @@ _of_chunked_reader = attrgetter("parser.__next__", "req.unreader")
 
 #: Bytes after which other greenlets get their turn: with so many at a time a HEAD beside
 #: some fast uploads waits for milliseconds.
-_TURN = 256 * 1024
+_TURN = 512 * 1024
 
 
 class _Woken(BaseException):

@@ -7,6 +7,7 @@ sends, it looks after the rest of the request's body.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -26,39 +27,62 @@ from tuswsgi.protocol.headers import TUS_VERSION, UPLOAD_OFFSET, VERSION
 from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.sending import Content
 
-_REASONS = {460: "Checksum Mismatch"}
-
 Headers = list[tuple[str, str]]
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus} | {460: "Checksum Mismatch"}
+
+
+@dataclass
+class Answer:
+    """What is to be answered. It is a WSGI application, so nothing else is needed to send it.
+
+    :param request_body: the body of the request, which may not have been read.
+    """
+
+    status: int
+    headers: Headers
+    content: bytes | Content = b""
+    request_body: RequestBody | None = None
+
+    def __post_init__(self) -> None:
+        if self.status in (204, 304):
+            # They have no body, whatever a hook says: it would be taken for the next answer.
+            self.content = b""
+        elif isinstance(self.content, bytes):
+            self.headers = [*self.headers, ("Content-Length", str(len(self.content)))]
+
+    @property
+    def status_line(self) -> str:
+        return f"{self.status} {_REASONS.get(self.status, 'Unknown')}"
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        start_response(self.status_line, self.headers)
+        content = (self.content,) if isinstance(self.content, bytes) else self.content
+        return _sent(content, self.request_body, environ, start_response)
 
 
 class TusResponse(Response):
-    """A response of this server, which knows the body of its request."""
+    """An answer as Flask wants it, so that an embedding application may change it."""
 
     default_mimetype = None
 
-    #: Whether the headers are as they shall be sent, because this class has made them all.
+    #: Whether the headers are as they shall be sent, because this server has made them all.
     #: Werkzeug looks through those of an application's own response once more.
     are_final = False
     request_body: RequestBody | None = None
 
-    def __init__(
-        self,
-        status: int,
-        headers: Headers,
-        content: bytes | Content = b"",
-        request_body: RequestBody | None = None,
-    ) -> None:
-        plain = isinstance(content, bytes)
-        if isinstance(content, bytes) and status not in (204, 304):
-            headers = [*headers, ("Content-Length", str(len(content)))]
+    def __init__(self, answer: Answer) -> None:
+        content = answer.content
         super().__init__(
             [content] if isinstance(content, bytes) else content,
-            status=f"{status} {_reason(status)}",
-            headers=headers,
-            direct_passthrough=not plain,
+            status=answer.status_line,
+            headers=answer.headers,
+            direct_passthrough=not isinstance(content, bytes),
         )
         self.are_final = True
-        self.request_body = request_body
+        self.request_body = answer.request_body
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
@@ -70,20 +94,29 @@ class TusResponse(Response):
             content = passed if self.direct_passthrough else self.iter_encoded()
         else:
             content = super().__call__(environ, start_response)
-        if isinstance(content, Content):
-            content = content.through(environ, start_response)
-        body = self.request_body
-        if body is None or body.ended:
-            return content
-        body.drain()
-        if body.ended:
-            return content
-        body.abandon()
-        # gunicorn takes no Connection header from applications; this is how it is told.
-        force_close = getattr(getattr(start_response, "__self__", None), "force_close", None)
-        if force_close is not None:
-            force_close()
-        return _LingeringContent(content, body)
+        return _sent(content, self.request_body, environ, start_response)
+
+
+def _sent(
+    content: Iterable[bytes],
+    body: RequestBody | None,
+    environ: dict[str, Any],
+    start_response: Callable[..., Any],
+) -> Iterable[bytes]:
+    """Return what the server is to send, and look after the rest of the request's body."""
+    if isinstance(content, Content):
+        content = content.through(environ, start_response)
+    if body is None or body.ended:
+        return content
+    body.drain()
+    if body.ended:
+        return content
+    body.abandon()
+    # gunicorn takes no Connection header from applications; this is how it is told.
+    force_close = getattr(getattr(start_response, "__self__", None), "force_close", None)
+    if force_close is not None:
+        force_close()
+    return _LingeringContent(content, body)
 
 
 class _LingeringContent:
@@ -103,16 +136,7 @@ class _LingeringContent:
         self._body.linger()
 
 
-def _reason(status: int) -> str:
-    if status in _REASONS:
-        return _REASONS[status]
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"
-
-
-def error_response(error: TusError, common: Headers, body: RequestBody | None) -> TusResponse:
+def error_response(error: TusError, common: Headers, body: RequestBody | None) -> Answer:
     """Return the answer for an error: one line with its code and its sentence."""
     headers = [*common, ("Cache-Control", "no-store")]
     text = f"{error.code}: {error.message}\n"
@@ -134,13 +158,11 @@ def error_response(error: TusError, common: Headers, body: RequestBody | None) -
     return text_response(error.status, headers, text, body)
 
 
-def text_response(
-    status: int, headers: Headers, text: str, body: RequestBody | None
-) -> TusResponse:
+def text_response(status: int, headers: Headers, text: str, body: RequestBody | None) -> Answer:
     """Return an answer with a plain text, unless its headers name another type."""
     if text and not any(name.lower() == "content-type" for name, _ in headers):
         headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
-    return TusResponse(status, headers, text.encode(), body)
+    return Answer(status, headers, text.encode(), body)
 
 
 def success_response(
@@ -148,10 +170,10 @@ def success_response(
     headers: Headers,
     answer: HookResponse | FinalResponse | None,
     body: RequestBody,
-) -> TusResponse:
+) -> Answer:
     """Return the answer to a request that worked, as a hook may have changed it."""
     if answer is None:
-        return TusResponse(status, headers, b"", body)
+        return Answer(status, headers, b"", body)
     merged = _merged(headers, answer.headers.items())
     return text_response(answer.status or status, merged, answer.body or "", body)
 

@@ -56,11 +56,7 @@ class Content:
         """Return the fastest iterable of these bytes that the server allows."""
         sock = environ.get("gunicorn.socket")
         response = getattr(start_response, "__self__", None)
-        if (
-            type(sock).__module__.startswith("gevent.")
-            and f"{type(response).__module__}.{type(response).__name__}"
-            == "gunicorn.http.wsgi.Response"
-        ):
+        if type(sock).__module__.startswith("gevent.") and _is_gunicorns(response):
             return _SentContent(self, sock, response)
         return self
 
@@ -137,6 +133,11 @@ class _SentContent:
         if seen == self._seen and seen[1] > 0:
             sender.throw(BrokenPipeError(errno.EPIPE, "The client takes no bytes"))
         self._seen = seen
+
+
+def _is_gunicorns(response: object) -> bool:
+    names = [f"{base.__module__}.{base.__name__}" for base in type(response).__mro__]
+    return "gunicorn.http.wsgi.Response" in names
 
 
 def _is_plain(sock: Any) -> bool:

@@ -58,6 +58,16 @@ def origin_of(environ: Mapping[str, Any], settings: WebSettings) -> Origin:
     )
 
 
+def request_uri(environ: Mapping[str, Any]) -> str:
+    """Return path and query of a request as its client sent them, if the server tells."""
+    uri: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
+    if uri:
+        return uri
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    query = environ.get("QUERY_STRING", "")
+    return quote(path.encode("latin-1")) + (query and f"?{query}")
+
+
 def _collection_path(environ: Mapping[str, Any]) -> str:
     """Return the path of the upload collection, which this request addressed."""
     path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")

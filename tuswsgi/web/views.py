@@ -11,12 +11,13 @@ from tuswsgi.extensions import Extension
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.protocol import headers as tus
 from tuswsgi.protocol.checksum import ALGORITHMS
+from tuswsgi.protocol.creating import Creation
 from tuswsgi.protocol.headers import TusHeaders
 from tuswsgi.protocol.reception import Chunk
-from tuswsgi.protocol.uploads import Creation, Uploads
+from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.web import downloads
 from tuswsgi.web.request_body import RequestBody
-from tuswsgi.web.responses import Headers, TusResponse, success_response
+from tuswsgi.web.responses import Answer, Headers, success_response
 from tuswsgi.web.sending import Content
 from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import upload_id, upload_url
@@ -53,11 +54,11 @@ class Views:
         self._extensions = frozenset(uploads.extensions)
         self._capabilities = self._describe_server()
 
-    def methods(self, id: str) -> dict[str, Callable[[Call], TusResponse]]:
+    def methods(self, id: str) -> dict[str, Callable[[Call], Answer]]:
         """Return the methods that a URL takes, by name."""
         if not id:
             offered = {Extension.CREATION: {"POST": self.post}}
-            methods: dict[str, Callable[[Call], TusResponse]] = {"OPTIONS": self.options}
+            methods: dict[str, Callable[[Call], Answer]] = {"OPTIONS": self.options}
         else:
             offered = {
                 Extension.GETTING: {"GET": self.get},
@@ -71,10 +72,10 @@ class Views:
             return methods
         return {name: view for name, view in methods.items() if name in self._methods}
 
-    def options(self, call: Call) -> TusResponse:
-        return TusResponse(204, [*call.common, *self._capabilities], b"", call.body)
+    def options(self, call: Call) -> Answer:
+        return Answer(204, [*call.common, *self._capabilities], b"", call.body)
 
-    def post(self, call: Call) -> TusResponse:
+    def post(self, call: Call) -> Answer:
         creation, chunk = self._creation(call), self._chunk(call)
         if not chunk.is_empty:
             self._require(Extension.CREATION_WITH_UPLOAD, "POST requests with a body")
@@ -86,14 +87,14 @@ class Views:
         headers = [*call.common, location, *tus.describe(info, full=False)]
         return success_response(201, headers, info.response or answer, call.body)
 
-    def head(self, call: Call) -> TusResponse:
+    def head(self, call: Call) -> Answer:
         info = self._uploads.inspect(call.id, call.request)
         # "The Server MUST prevent the client and/or proxies from caching the response by
         # adding the Cache-Control: no-store header to the response." (HEAD)
         headers = [*call.common, ("Cache-Control", "no-store"), *tus.describe(info, full=True)]
-        return TusResponse(200, headers, b"", call.body)
+        return Answer(200, headers, b"", call.body)
 
-    def patch(self, call: Call) -> TusResponse:
+    def patch(self, call: Call) -> Answer:
         call.headers.check_content_type()
         offset, size = call.headers.offset, call.headers.length
         info = self._uploads.append(call.id, offset, size, self._chunk(call), call.request)
@@ -102,15 +103,15 @@ class Views:
         headers = [*call.common, *tus.describe(info, full=False)]
         return success_response(204, headers, info.response, call.body)
 
-    def delete(self, call: Call) -> TusResponse:
+    def delete(self, call: Call) -> Answer:
         answer = self._uploads.terminate(call.id, call.request)
         return success_response(204, call.common, answer, call.body)
 
-    def get(self, call: Call) -> TusResponse:
+    def get(self, call: Call) -> Answer:
         info = self._uploads.look(call.id, call.request)
         validators = downloads.validators(info)
         if downloads.is_cached(call.environ, validators):
-            return TusResponse(304, [*call.common, *validators], b"", call.body)
+            return Answer(304, [*call.common, *validators], b"", call.body)
         wanted = downloads.wanted_range(call.environ, validators, info.offset)
         start, stop = wanted or (0, info.offset)
         headers = [
@@ -123,7 +124,7 @@ class Views:
             headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{info.offset}"))
         patience = self._uploads.settings.network_timeout
         content = Content(self._uploads.open(info, start), stop - start, patience)
-        return TusResponse(206 if wanted else 200, headers, content, call.body)
+        return Answer(206 if wanted else 200, headers, content, call.body)
 
     # --- parsing ---------------------------------------------------------------------
 

@@ -1,0 +1,685 @@
+"""Post-hooks arrive: in order, in spite of failures, and from whichever worker is alive."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuswsgi.errors import HookFailed, Unavailable
+from tuswsgi.hooks import delivery, lanes
+from tuswsgi.hooks.base import Event, Hook, HookRequest, HookResponse, HookType, RequestInfo
+from tuswsgi.hooks.callable import CallableHook
+from tuswsgi.hooks.delivery import Delivery, DeliveryMode, DeliverySettings
+from tuswsgi.hooks.events import event_of
+from tuswsgi.info import FileInfo, Metadata, State
+from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.file import FileInfoStore
+from tuswsgi.infostores.memory import MemoryInfoStore
+from tuswsgi.infostores.sql import SqlInfoStore
+
+#: Seconds after which a test gives up waiting: more than a busy machine ever needs.
+PATIENCE = 30.0
+
+CREATED, FINISHED, TERMINATED = (
+    HookType.POST_CREATE,
+    HookType.POST_FINISH,
+    HookType.POST_TERMINATE,
+)
+PROGRESS = HookType.POST_RECEIVE
+
+QUICK = DeliverySettings(delivery_backoff=0.01, delivery_max_backoff=0.05)
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.002)
+
+
+class Receiver(Hook):
+    """A transport that keeps what it is sent.
+
+    :ivar behave: what it does with each request besides: it may block, raise or answer.
+    """
+
+    name = "receiver"
+
+    def __init__(self, name: str = "receiver") -> None:
+        self.name = name  # type: ignore[misc]
+        self.begun: list[HookRequest] = []
+        self.sent: list[HookRequest] = []
+        self.behave: Callable[[HookRequest], HookResponse | None] = lambda request: None
+        self.at_once = self.most_at_once = 0
+        self._lock = threading.Lock()
+
+    def send(self, request: HookRequest) -> HookResponse | None:
+        with self._lock:
+            self.begun.append(request)
+            self.at_once += 1
+            self.most_at_once = max(self.at_once, self.most_at_once)
+        try:
+            answer = self.behave(request)
+        finally:
+            with self._lock:
+                self.at_once -= 1
+        self.sent.append(request)
+        return answer
+
+    def types_of(self, upload: str) -> list[HookType]:
+        return [request.type for request in self.sent if request.info.id == upload]
+
+
+def wait_for(gate: threading.Event | threading.Barrier) -> Callable[[HookRequest], None]:
+    """Return a behaviour: to take as long as `gate` is closed."""
+
+    def behave(request: HookRequest) -> None:
+        gate.wait(PATIENCE)
+
+    return behave
+
+
+@pytest.fixture(params=["memory", "sql", "file"])
+def infos(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[InfoStore]:
+    store: InfoStore = MemoryInfoStore()
+    if request.param == "sql":
+        store = SqlInfoStore(info_db_dsn=f"sqlite:///{tmp_path}/info.sqlite3")
+    elif request.param == "file":
+        store = FileInfoStore(info_dir=tmp_path)
+    store.prepare()
+    yield store
+    store.close()
+
+
+@pytest.fixture(autouse=True)
+def frequent_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_POLL", (0.02, 0.05))
+
+
+@pytest.fixture
+def rare_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is delivered then was not found by looking for it now and then."""
+    monkeypatch.setattr(delivery, "_POLL", (3600.0, 3600.0))
+
+
+@contextmanager
+def delivering(
+    infos: InfoStore, *hooks: Hook, settings: DeliverySettings = QUICK, **options: Any
+) -> Iterator[Delivery]:
+    one = Delivery(infos, hooks, settings, **options)
+    one.start()
+    try:
+        yield one
+    finally:
+        one.stop(PATIENCE)
+
+
+def info_of(upload: str, sequence: int = 0) -> FileInfo:
+    now = time.time()
+    return FileInfo(
+        id=upload,
+        size=5,
+        offset=0,
+        metadata=Metadata(),
+        state=State.RECEIVING,
+        created_at=now,
+        sequence=sequence,
+    )
+
+
+def request_for(upload: str, type: HookType, sequence: int = 0) -> HookRequest:
+    return HookRequest(type, info_of(upload), RequestInfo(), sequence=sequence)
+
+
+def event_for(upload: str, type: HookType, sequence: int, transport: str = "receiver") -> Event:
+    return event_of(request_for(upload, type, sequence), transport, time.time())
+
+
+def write(
+    infos: InfoStore, upload: str, *types: HookType, transports: tuple[str, ...] = ("receiver",)
+) -> list[Event]:
+    """Create an upload with one event after another."""
+    events = []
+    for number, type in enumerate(types):
+        request = request_for(upload, type, number)
+        events += [event_of(request, transport, time.time()) for transport in transports]
+    infos.create(info_of(upload), events)
+    return events
+
+
+def pending(infos: InfoStore) -> int:
+    return len(infos.outbox(dead=False))
+
+
+# --- what arrives, and in which order -------------------------------------------------------
+
+
+@pytest.mark.usefixtures("rare_polls")
+def test_what_is_woken_is_delivered_at_once_and_in_order(infos: InfoStore) -> None:
+    receiver = Receiver()
+    with delivering(infos, receiver) as messenger:
+        events = write(infos, "a", CREATED, FINISHED, TERMINATED)
+        messenger.wake("a")
+        wait_until(lambda: len(receiver.sent) == 3, "three hooks")
+    assert receiver.types_of("a") == [CREATED, FINISHED, TERMINATED]
+    assert [request.id for request in receiver.sent] == [event.id for event in events]
+    assert [request.sequence for request in receiver.sent] == [0, 1, 2]
+    assert receiver.sent[0].info.size == 5
+    assert pending(infos) == 0
+
+
+def test_what_nobody_told_of_is_found(infos: InfoStore) -> None:
+    receiver = Receiver()
+    with delivering(infos, receiver):
+        wait_until(lambda: infos.outbox(dead=False) == [], "a first look")
+        write(infos, "a", CREATED)
+        wait_until(lambda: receiver.types_of("a") == [CREATED], "the hook")
+
+
+def test_what_was_left_over_is_delivered_after_the_start(infos: InfoStore) -> None:
+    receiver = Receiver()
+    for number in range(50):
+        write(infos, f"upload-{number}", CREATED, FINISHED)
+    with delivering(infos, receiver):
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert len(receiver.sent) == 100
+    for number in range(50):
+        assert receiver.types_of(f"upload-{number}") == [CREATED, FINISHED]
+
+
+def test_each_transport_gets_its_own(infos: InfoStore) -> None:
+    one, other = Receiver("one"), Receiver("other")
+    with delivering(infos, one, other) as messenger:
+        write(infos, "a", CREATED, FINISHED, transports=("one", "other"))
+        messenger.wake("a")
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert one.types_of("a") == other.types_of("a") == [CREATED, FINISHED]
+
+
+# --- failures -------------------------------------------------------------------------------
+
+
+def test_a_failure_is_repeated_and_holds_up_what_comes_after_it(infos: InfoStore) -> None:
+    receiver, failures = Receiver(), 4
+
+    def fail(request: HookRequest) -> None:
+        if request.type is CREATED and len(receiver.begun) <= failures:
+            raise HookFailed("nobody listens")
+
+    receiver.behave = fail
+    with delivering(infos, receiver) as messenger:
+        write(infos, "a", CREATED, FINISHED)
+        write(infos, "b", FINISHED)
+        messenger.wake("a")
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [CREATED, FINISHED]
+    tries = [request for request in receiver.begun if request.type is CREATED]
+    assert len({request.id for request in tries}) == 1
+    assert receiver.types_of("b") == [FINISHED]
+
+
+def test_a_failure_is_remembered(infos: InfoStore, caplog: pytest.LogCaptureFixture) -> None:
+    receiver = Receiver()
+
+    def fail(request: HookRequest) -> None:
+        cause = ConnectionError("no route to http://me:secret@host/hook?token=secret (refused)")
+        raise HookFailed from cause
+
+    receiver.behave = fail
+    settings = DeliverySettings(delivery_backoff=3600, delivery_max_backoff=3600)
+    before = time.time()
+    with delivering(infos, receiver, settings=settings) as messenger:
+        write(infos, "a", FINISHED)
+        messenger.wake("a")
+        wait_until(lambda: infos.outbox(dead=False)[0].attempts, "the failure")
+    (event,) = infos.outbox(dead=False)
+    assert event.attempts == 1
+    assert event.error == "ConnectionError: no route to http://***@host/hook?*** (refused)"
+    assert before + 3600 * 0.7 < event.due_at < time.time() + 3600 * 1.3
+    assert "secret" not in caplog.text
+    assert "post-finish of a by receiver failed (attempt 1): ConnectionError" in caplog.text
+
+
+def test_pauses_double_up_to_the_longest() -> None:
+    settings = DeliverySettings()
+    for attempts, pause in [(1, 1), (2, 2), (5, 16), (10, 512), (11, 600), (5000, 600)]:
+        assert pause * 0.75 <= settings.pause(attempts) <= pause * 1.25
+    a_day = sum(DeliverySettings().pause(attempts) for attempts in range(1, 200))
+    assert a_day > 86400
+
+
+def test_a_dead_letter_holds_up_nothing(infos: InfoStore, caplog: pytest.LogCaptureFixture) -> None:
+    receiver = Receiver()
+
+    def fail(request: HookRequest) -> None:
+        if request.type is CREATED:
+            raise ValueError("broken\nfor good")
+
+    receiver.behave = fail
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_attempts=3)) as messenger:
+        event, _ = write(infos, "a", CREATED, FINISHED)
+        messenger.wake("a")
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [FINISHED]
+    (letter,) = infos.outbox(dead=True)
+    assert (letter.id, letter.attempts) == (event.id, 3)
+    assert letter.error == "ValueError: broken for good"
+    (line,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+    assert "post-create of a by receiver" in line
+    assert event.id in line
+    assert "broken for good" in line
+
+
+def test_an_event_that_cannot_be_read_is_a_dead_letter(infos: InfoStore) -> None:
+    receiver = Receiver()
+    broken = replace(event_for("a", CREATED, 0), payload={"of": "another version"})
+    infos.create(info_of("a"), [broken, event_for("a", FINISHED, 1)])
+    with delivering(infos, receiver):
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert [letter.id for letter in infos.outbox(dead=True)] == [broken.id]
+    assert receiver.types_of("a") == [FINISHED]
+
+
+def test_events_of_a_transport_that_is_gone_are_dead_letters(infos: InfoStore) -> None:
+    old = replace(event_for("a", CREATED, 0, "gone"), created_at=time.time() - 3600)
+    new = event_for("b", CREATED, 0, "perhaps-only-not-yet-here")
+    infos.create(info_of("a"), [old])
+    infos.create(info_of("b"), [new])
+    with delivering(infos, Receiver()):
+        wait_until(lambda: infos.outbox(dead=True), "a dead letter")
+    (letter,) = infos.outbox(dead=True)
+    assert letter.id == old.id
+    assert letter.error == "There is no transport gone in the configuration"
+    assert [event.id for event in infos.outbox(dead=False)] == [new.id]
+
+
+def test_a_function_is_called_once_whatever_it_returns(infos: InfoStore) -> None:
+    called: list[str] = []
+
+    def count(request: HookRequest) -> Any:
+        called.append(request.info.id)
+        return len(called)
+
+    functions = CallableHook()
+    functions.add(FINISHED, count)
+    with delivering(infos, functions):
+        infos.create(info_of("a"), [event_for("a", FINISHED, 0, functions.name)])
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert called == ["a"]
+
+
+# --- slow transports, several workers ---------------------------------------------------------
+
+
+def test_a_slow_transport_holds_up_no_other(infos: InfoStore) -> None:
+    slow, quick, gate = Receiver("slow"), Receiver("quick"), threading.Event()
+    slow.behave = wait_for(gate)
+    settings = replace(QUICK, delivery_pool=3)
+    with delivering(infos, slow, quick, settings=settings) as messenger:
+        for number in range(40):
+            write(infos, f"upload-{number}", CREATED, transports=("slow", "quick"))
+            messenger.wake(f"upload-{number}")
+        wait_until(lambda: len(quick.sent) == 40, "the quick ones")
+        assert (len(slow.begun), len(slow.sent)) == (3, 0)
+        gate.set()
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert (len(slow.sent), slow.most_at_once) == (40, 3)
+
+
+def test_a_claim_is_kept_as_long_as_the_delivery_takes(infos: InfoStore) -> None:
+    receiver, gate = Receiver(), threading.Event()
+
+    def behave(request: HookRequest) -> None:
+        if request.info.id == "slow":
+            gate.wait(PATIENCE)
+
+    receiver.behave = behave
+    settings = replace(QUICK, delivery_lease=1.0)
+    with delivering(infos, receiver, settings=settings) as messenger:
+        write(infos, "slow", CREATED)
+        messenger.wake("slow")
+        wait_until(lambda: receiver.begun, "the slow one")
+        with delivering(infos, receiver, settings=settings):
+            later = replace(event_for("later", CREATED, 0), due_at=time.time() + 2.5)
+            infos.create(info_of("later"), [later])
+            wait_until(lambda: receiver.types_of("later"), "an event after two leases")
+        assert [request.info.id for request in receiver.begun] == ["slow", "later"]
+        gate.set()
+    assert receiver.types_of("slow") == [CREATED]
+
+
+def test_events_of_a_worker_that_died_are_taken_over(infos: InfoStore) -> None:
+    receiver = Receiver()
+    write(infos, "a", CREATED, FINISHED)
+    now = time.time()
+    assert len(infos.claim("a worker that dies", now, now + 1)) == 1
+    with delivering(infos, receiver):
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [CREATED, FINISHED]
+    assert time.time() >= now + 1
+
+
+@pytest.mark.usefixtures("rare_polls")
+def test_who_stops_leaves_the_rest_to_others_at_once(infos: InfoStore) -> None:
+    stuck, receiver, gate = Receiver(), Receiver(), threading.Event()
+    stuck.behave = wait_for(gate)
+    one = Delivery(infos, [stuck], QUICK)
+    one.start()
+    write(infos, "a", CREATED, FINISHED)
+    one.wake("a")
+    wait_until(lambda: stuck.begun, "the first hook")
+    one.stop(0.2)
+    one.stop(0.2)
+    with delivering(infos, receiver):
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [CREATED, FINISHED]
+    gate.set()
+    wait_until(lambda: stuck.sent, "the end of the stuck hook")
+    assert stuck.types_of("a") == [CREATED]
+
+
+def test_stopping_waits_for_what_is_being_sent_and_begins_nothing(infos: InfoStore) -> None:
+    receiver, gate = Receiver(), threading.Event()
+    receiver.behave = wait_for(gate)
+    one = Delivery(infos, [receiver], QUICK)
+    one.start()
+    write(infos, "a", CREATED, FINISHED)
+    one.wake("a")
+    wait_until(lambda: receiver.begun, "the first hook")
+    stopping = threading.Thread(target=one.stop, args=(PATIENCE,))
+    stopping.start()
+    wait_until(lambda: one._dispatcher.peek() is None, "the stop")
+    gate.set()
+    stopping.join(PATIENCE)
+    assert receiver.types_of("a") == [CREATED]
+    assert [event.type for event in infos.events("a")] == [FINISHED]
+    one.start()
+    wait_until(lambda: pending(infos) == 0, "the end of all events")
+    one.stop(PATIENCE)
+    assert receiver.types_of("a") == [CREATED, FINISHED]
+
+
+# --- an info store in trouble -----------------------------------------------------------------
+
+
+class Shaky(MemoryInfoStore):
+    """An info store that cannot be reached now and then."""
+
+    is_away = False
+
+    def _look(self) -> None:
+        if self.is_away:
+            raise Unavailable("the store is away")
+
+    def claim(self, *args: Any, **kwargs: Any) -> Any:
+        self._look()
+        return super().claim(*args, **kwargs)
+
+    def settle(self, event: Event) -> None:
+        self._look()
+        super().settle(event)
+
+
+def test_a_store_that_comes_back_goes_on_where_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    infos, receiver = Shaky(), Receiver()
+
+    def leave(request: HookRequest) -> None:
+        infos.is_away = True  # between the delivery and its end
+
+    receiver.behave = leave
+    with delivering(infos, receiver) as messenger:
+        write(infos, "a", CREATED, FINISHED)
+        messenger.wake("a")
+        wait_until(lambda: "is written off later" in caplog.text, "a first try")
+        wait_until(lambda: "events cannot be read" in caplog.text, "a complaint")
+        receiver.behave = lambda request: None
+        infos.is_away = False
+        wait_until(lambda: "can be read again" in caplog.text, "the end of the trouble")
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [CREATED, FINISHED]
+    assert caplog.text.count("events cannot be read") == 1
+    assert "Traceback" not in caplog.text
+
+
+# --- what is sent once ----------------------------------------------------------------------------
+
+
+def test_progress_is_sent_once_whatever_comes_of_it(infos: InfoStore) -> None:
+    receiver = Receiver()
+
+    def fail(request: HookRequest) -> None:
+        if len(receiver.begun) == 1:
+            raise HookFailed("nobody listens")
+
+    receiver.behave = fail
+    infos.create(info_of("a"))
+    with delivering(infos, receiver) as messenger:
+        messenger.send(receiver, request_for("a", PROGRESS, 1))
+        wait_until(lambda: len(receiver.begun) == 1, "the first")
+        messenger.send(receiver, request_for("a", PROGRESS, 2))
+        wait_until(lambda: receiver.sent, "the second")
+    assert [request.sequence for request in receiver.begun] == [1, 2]
+    assert [request.sequence for request in receiver.sent] == [2]
+
+
+def test_progress_is_dropped_while_an_event_is_pending(infos: InfoStore) -> None:
+    receiver = Receiver()
+    later = replace(event_for("a", CREATED, 0), due_at=time.time() + 3600)
+    infos.create(info_of("a"), [later])
+    infos.create(info_of("b"))
+    settings = replace(QUICK, delivery_pool=1)
+    with delivering(infos, receiver, settings=settings) as messenger:
+        messenger.send(receiver, request_for("a", PROGRESS))
+        messenger.send(receiver, request_for("b", PROGRESS))
+        wait_until(lambda: receiver.types_of("b"), "progress of another upload")
+    assert receiver.types_of("a") == []
+
+
+def test_only_the_newest_progress_waits(infos: InfoStore) -> None:
+    receiver, gate = Receiver(), threading.Event()
+    receiver.behave = wait_for(gate)
+    infos.create(info_of("a"))
+    with delivering(infos, receiver) as messenger:
+        messenger.send(receiver, request_for("a", PROGRESS, 1))
+        wait_until(lambda: receiver.begun, "the first")
+        for sequence in range(2, 10):
+            messenger.send(receiver, request_for("a", PROGRESS, sequence))
+        gate.set()
+        wait_until(lambda: len(receiver.sent) == 2, "the newest")
+    assert [request.sequence for request in receiver.sent] == [1, 9]
+    assert receiver.most_at_once == 1
+
+
+def test_progress_never_comes_beside_or_after_a_later_event(infos: InfoStore) -> None:
+    receiver, gate = Receiver(), threading.Event()
+
+    def behave(request: HookRequest) -> None:
+        if request.type is PROGRESS:
+            gate.wait(PATIENCE)
+
+    receiver.behave = behave
+    infos.create(info_of("a"))
+    with delivering(infos, receiver) as messenger:
+        messenger.send(receiver, request_for("a", PROGRESS, 1))
+        wait_until(lambda: receiver.begun, "progress")
+        messenger.send(receiver, request_for("a", PROGRESS, 2))
+        infos.save(info_of("a"), [event_for("a", FINISHED, 3)])
+        messenger.wake("a")
+        now = time.time()
+        # It is claimed by now, and waits for the progress that is under way.
+        wait_until(lambda: not infos.claim("another", now, now), "the claim")
+        assert len(receiver.begun) == 1
+        gate.set()
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [PROGRESS, FINISHED]
+    assert receiver.most_at_once == 1
+
+
+def test_progress_takes_no_slot_of_events(infos: InfoStore) -> None:
+    receiver, gate = Receiver(), threading.Event()
+
+    def behave(request: HookRequest) -> None:
+        if request.type is PROGRESS:
+            gate.wait(PATIENCE)
+
+    receiver.behave = behave
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_pool=2)) as messenger:
+        for number in range(5):
+            infos.create(info_of(f"slow-{number}"))
+            messenger.send(receiver, request_for(f"slow-{number}", PROGRESS))
+        write(infos, "a", FINISHED)
+        messenger.wake("a")
+        wait_until(lambda: receiver.types_of("a"), "the event")
+        gate.set()
+        wait_until(lambda: len(receiver.sent) == 6, "all progress")
+
+
+def test_an_answer_to_progress_can_stop_its_upload(
+    infos: InfoStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    receiver = Receiver()
+    stop = HookResponse(stop=True, status=413, body="enough")
+    receiver.behave = lambda request: stop
+    heard: list[tuple[HookRequest, HookResponse]] = []
+    infos.create(info_of("a"))
+    with delivering(infos, receiver, on_answer=lambda *both: heard.append(both)) as messenger:
+        messenger.send(receiver, request_for("a", PROGRESS))
+        wait_until(lambda: heard, "the answer")
+        write(infos, "b", FINISHED)
+        messenger.wake("b")
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    ((request, answer),) = heard
+    assert (request.info.id, answer) == ("a", stop)
+    assert "post-finish of b by receiver: the answer comes too late" in caplog.text
+
+
+def test_fire_and_forget_keeps_the_order_and_nothing_else(infos: InfoStore) -> None:
+    receiver, gate = Receiver(), threading.Event()
+
+    def behave(request: HookRequest) -> None:
+        gate.wait(PATIENCE)
+        if request.type is FINISHED:
+            raise HookFailed("nobody listens")
+
+    receiver.behave = behave
+    settings = replace(QUICK, delivery=DeliveryMode.FIRE_AND_FORGET)
+    with delivering(infos, receiver, settings=settings) as messenger:
+        assert not messenger.keeps_events
+        for type in (CREATED, FINISHED, TERMINATED):
+            messenger.send(receiver, request_for("a", type))
+        gate.set()
+        wait_until(lambda: len(receiver.begun) == 3, "all hooks")
+    assert [request.type for request in receiver.begun] == [CREATED, FINISHED, TERMINATED]
+    assert receiver.types_of("a") == [CREATED, TERMINATED]
+
+
+def test_what_is_too_much_is_dropped(infos: InfoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "QUEUE_SIZE", 5)
+    receiver, gate = Receiver(), threading.Event()
+    receiver.behave = wait_for(gate)
+    settings = replace(QUICK, delivery=DeliveryMode.FIRE_AND_FORGET, delivery_pool=2)
+    with delivering(infos, receiver, settings=settings) as messenger:
+        for number in range(20):
+            messenger.send(receiver, request_for(f"upload-{number}", FINISHED))
+            wait_until(lambda n=number: len(receiver.begun) == min(n + 1, 2), "its turn")
+        gate.set()
+        wait_until(lambda: len(receiver.sent) == 7, "what there was room for")
+    assert len(receiver.begun) == 7
+    assert receiver.most_at_once == 2
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_nothing_happens_without_a_start(infos: InfoStore) -> None:
+    receiver = Receiver()
+    one = Delivery(infos, [receiver], QUICK)
+    write(infos, "a", CREATED)
+    one.wake("a")
+    one.send(receiver, request_for("a", PROGRESS))
+    one.stop(0)
+    assert threading.active_count() == len(threading.enumerate())
+    assert receiver.begun == []
+
+
+UNDER_GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import sys, threading, time
+sys.path[:0] = sys.argv[1:]
+from test_delivery import *
+
+barrier = threading.Barrier(16)
+receiver = Receiver()
+receiver.behave = wait_for(barrier)
+infos = MemoryInfoStore()
+with delivering(infos, receiver) as messenger:
+    for number in range(32):
+        write(infos, f"upload-{number}", CREATED)
+        messenger.wake(f"upload-{number}")
+    wait_until(lambda: pending(infos) == 0, "the end of all events")
+assert len(receiver.sent) == 32
+print("fine")
+"""
+
+
+FORKED = """
+import os, sys
+sys.path[:0] = sys.argv[2:]
+from test_delivery import *
+
+infos = SqlInfoStore(info_db_dsn=f"sqlite:///{sys.argv[1]}/info.sqlite3")
+infos.prepare()
+receiver = Receiver()
+receiver.behave = lambda request: print("delivered by", os.getpid(), flush=True)
+one = Delivery(infos, [receiver], QUICK)
+one.start()
+write(infos, "a", CREATED)
+one.wake("a")
+wait_until(lambda: receiver.sent, "the hook")
+# Not while a thread is at work: it may be in SQLite, whose locks the child would inherit.
+one.stop(PATIENCE)
+infos.close()
+child = os.fork()
+if child == 0:
+    write(infos, "b", CREATED)
+    one.wake("b")
+    assert len(receiver.begun) == 1
+    one.start()
+    wait_until(lambda: receiver.types_of("b"), "the hook of the child")
+    one.stop(PATIENCE)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("fine")
+"""
+
+
+def run_script(script: str, *args: Path) -> str:
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", script, *args, here, here.parent.parent]
+    result = subprocess.run(
+        [str(one) for one in command], capture_output=True, text=True, timeout=PATIENCE * 2
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_deliveries_run_side_by_side_under_gevent() -> None:
+    assert run_script(UNDER_GEVENT) == "fine\n"
+
+
+def test_a_child_delivers_when_it_was_started_itself(tmp_path: Path) -> None:
+    *delivered, end = run_script(FORKED, tmp_path).splitlines()
+    assert end == "fine"
+    assert 1 <= len(delivered) <= 2

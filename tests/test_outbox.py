@@ -1,0 +1,128 @@
+"""``tuswsgi hooks``: an operator sees what was not delivered, and tries it again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tuswsgi import registry
+from tuswsgi.cli import main
+from tuswsgi.config import Config
+from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
+from tuswsgi.hooks.events import event_of
+from tuswsgi.info import FileInfo, Metadata, State
+from tuswsgi.infostores.base import InfoStore
+
+STORES = ["db-info-storage", "file-info-storage"]
+
+
+@pytest.fixture(params=STORES)
+def flags(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    return ["--data-dir", str(tmp_path), "--info-storage", request.param]
+
+
+@pytest.fixture
+def infos(flags: list[str]) -> Iterator[InfoStore]:
+    """The info store as a server holds it open."""
+    store = registry.info_store(Config.load(flags={"data_dir": flags[1], "info_storage": flags[3]}))
+    store.prepare()
+    yield store
+    store.close()
+
+
+def hooks(*args: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["hooks", *args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def write(infos: InfoStore, upload: str, age: float = 0.0) -> str:
+    """Create an upload whose creation is to be told, and return the event's id."""
+    now = time.time() - age
+    info = FileInfo(
+        id=upload,
+        size=5,
+        offset=0,
+        metadata=Metadata(),
+        state=State.RECEIVING,
+        created_at=now,
+    )
+    event = event_of(HookRequest(HookType.POST_CREATE, info, RequestInfo()), "http", now)
+    infos.create(info, [event])
+    return event.id
+
+
+def fail(infos: InfoStore, upload: str, **changes: object) -> None:
+    (event,) = infos.claim("somebody", time.time(), time.time() + 60, upload=upload)
+    infos.put_back(replace(event, **changes))  # type: ignore[arg-type]
+
+
+def test_pending_and_dead_are_listed(infos: InfoStore, flags: list[str]) -> None:
+    waiting = write(infos, "upload-1", age=7 * 3600)
+    later = write(infos, "upload-2", age=600)
+    lost = write(infos, "upload-3")
+    fail(infos, "upload-2", attempts=3, error="nobody listens", due_at=time.time() + 7000)
+    fail(infos, "upload-3", attempts=200, error="gone", dead=True)
+    head, first, second = hooks("pending", *flags).output.splitlines()
+    assert " ".join(head.split()) == "ID EVENT UPLOAD TRANSPORT AGE ATTEMPTS NEXT TRY ERROR"
+    assert first.split() == [waiting, "post-create", "upload-1", "http", "7h", "0", "now"]
+    row = [later, "post-create", "upload-2", "http", "10m", "3", "in", "117m"]
+    assert second.split() == [*row, "nobody", "listens"]
+    head, only = hooks("dead", *flags).output.splitlines()
+    assert only.split()[:4] == [lost, "post-create", "upload-3", "http"]
+    assert only.split()[5:] == ["200", "never", "gone"]
+
+
+def test_programs_get_json(infos: InfoStore, flags: list[str]) -> None:
+    lost = write(infos, "upload-1")
+    fail(infos, "upload-1", attempts=200, error="gone", dead=True)
+    assert json.loads(hooks("pending", "--json", *flags).output) == []
+    (letter,) = json.loads(hooks("dead", "--json", *flags).output)
+    assert letter.pop("created_at") == pytest.approx(time.time(), abs=300)
+    assert letter == {
+        "id": lost,
+        "event": "post-create",
+        "upload": "upload-1",
+        "sequence": 0,
+        "transport": "http",
+        "attempts": 200,
+        "due_at": None,
+        "error": "gone",
+    }
+
+
+@pytest.mark.parametrize("by", ["event", "upload", "all"])
+def test_dead_letters_are_tried_again(infos: InfoStore, flags: list[str], by: str) -> None:
+    ids = [write(infos, f"upload-{number}") for number in range(3)]
+    for number in range(3):
+        fail(infos, f"upload-{number}", attempts=200, due_at=time.time() + 600, dead=True)
+    args = {"event": [ids[1]], "upload": ["upload-1"], "all": []}[by]
+    count = 3 if by == "all" else 1
+    assert hooks("replay", *args, *flags).output == f"{count} will be tried again.\n"
+    assert len(infos.outbox(dead=True)) == 3 - count
+    again = infos.claim("somebody", time.time(), time.time() + 60)
+    assert len(again) == count
+    assert ids[1] in {event.id for event in again}
+    assert {event.attempts for event in again} == {0}
+
+
+def test_an_id_that_nobody_gave_up(infos: InfoStore, flags: list[str]) -> None:
+    waiting = write(infos, "upload-1")
+    result = hooks("replay", waiting, *flags, code=1)
+    assert f"No post-hook with the ID {waiting} was given up." in result.output
+    assert hooks("replay", *flags).output == "0 will be tried again.\n"
+
+
+def test_a_store_in_memory_cannot_be_looked_into() -> None:
+    result = hooks("pending", "--info-storage", "memory-info-storage", code=1)
+    assert "in the server's memory" in result.output
+
+
+def test_a_wrong_configuration_is_said() -> None:
+    assert "[hooks] delivery = soon" in hooks("dead", "--hooks-delivery", "soon", code=2).output

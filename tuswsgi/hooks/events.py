@@ -1,0 +1,51 @@
+"""Hook requests as events and back: what of a hook survives the death of a process.
+
+An event carries the upload and the request as they were, not what a format makes of them,
+so that it can be sent by whatever the server is configured with when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tuswsgi.hooks.base import Event, HookRequest, RequestInfo
+from tuswsgi.infostores import record
+
+
+def event_of(hook: HookRequest, transport: str, now: float) -> Event:
+    """Return the event that makes `transport` send `hook`."""
+    request = hook.request
+    payload = {
+        "upload": record.dump(hook.info),
+        "location": hook.location,
+        "request": {
+            "method": request.method,
+            "uri": request.uri,
+            "remote_addr": request.remote_addr,
+            "remote_port": request.remote_port,
+            "headers": dict(request.headers),
+            "owner": request.owner,
+        },
+    }
+    return Event(hook.id, hook.type, hook.info.id, hook.sequence, now, transport, payload)
+
+
+def request_of(event: Event) -> HookRequest:
+    """Return the hook that ``event_of`` was given.
+
+    :raises CorruptRecord: if the payload is something else.
+    """
+    try:
+        info = record.load(event.payload["upload"])
+        request: Mapping[str, Any] = event.payload["request"]
+        return HookRequest(
+            event.type,
+            info,
+            RequestInfo(**request),
+            event.payload["location"],
+            event.id,
+            event.sequence,
+        )
+    except (KeyError, TypeError) as error:
+        raise record.CorruptRecord(f"Not the payload of an event: {error!r}") from error

@@ -1,0 +1,280 @@
+"""Brings hooks to gRPC services: those that are handlers of tusd are handlers here.
+
+This file owns how hooks and answers become messages, and the channel. The messages are
+declared in ``proto/hook.proto``; what is in them is the business of payload formats.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tuswsgi.errors import ConfigurationError, HookFailed
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
+from tuswsgi.hooks.payloads import (
+    BadAnswer,
+    FormatName,
+    PayloadFormat,
+    payload_format,
+    read_answer,
+)
+from tuswsgi.options import Duration, KiB, Size, option
+from tuswsgi.process import PerProcess, is_cooperative
+
+if TYPE_CHECKING:
+    import grpc
+    from google.protobuf.message import Message
+
+log = logging.getLogger(__name__)
+
+_METHOD = "/proto.HookHandler/InvokeHook"
+
+#: What may be better the next time; everything else the handler means, or is wrong with it.
+_PASSING = {
+    "ABORTED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "UNKNOWN",
+}
+
+
+@dataclass
+class GrpcHook(Hook):
+    """Hooks as calls of a gRPC service.
+
+    The message is always that of today's tusd, whatever the format of other hooks.
+    ``hook-name``, ``hook-id``, ``idempotency-key`` and ``hook-sequence`` are in the call's
+    metadata, with the headers of the client's request that are forwarded. Every status but
+    OK is a failure: a handler refuses by its answer.
+
+    :param format: not used; every transport is given one.
+    """
+
+    name: ClassVar[str] = "grpc"
+    section: ClassVar[str] = "hooks.grpc"
+
+    format: PayloadFormat
+    endpoint: str | None = option(
+        None,
+        "The service that hooks are sent to, e.g. `localhost:8081`. Needs `tuswsgi[grpc]`.",
+        aliases=("hooks-grpc",),
+    )
+    forward_headers: tuple[str, ...] = option(
+        (), "Headers of the client's request that are sent along as metadata."
+    )
+    timeout: float = option(15.0, "How long an attempt may take.", kind=Duration)
+    retries: int = option(
+        3,
+        "How often a blocking hook is repeated that could not be delivered. Others are "
+        "repeated as `[hooks]` says.",
+        aliases=("hooks-grpc-retry",),
+    )
+    backoff: float = option(1.0, "The time between two attempts.", kind=Duration)
+    max_answer: int = option(64 * KiB, "The largest answer; a longer one is a failure.", kind=Size)
+    secure: bool = option(False, "Use TLS.")
+    server_tls_certificate: Path | None = option(
+        None, "The certificate authority (PEM) to trust instead of the well-known ones."
+    )
+    client_tls_certificate: Path | None = option(
+        None, "The certificate (PEM) that the server shows to the service (mutual TLS)."
+    )
+    client_tls_key: Path | None = option(None, "The private key (PEM) of that certificate.")
+
+    def __post_init__(self) -> None:
+        self._channel: PerProcess[grpc.Channel] = PerProcess(self._open)
+
+    def prepare(self) -> None:
+        try:
+            import grpc  # noqa: F401
+            from google.protobuf import message_factory  # noqa: F401
+        except ImportError as error:
+            raise ConfigurationError(
+                f"gRPC hooks need a library that is missing ({error.name}): "
+                "pip install 'tuswsgi[grpc]'"
+            ) from error
+        if (self.client_tls_certificate is None) != (self.client_tls_key is None):
+            raise ConfigurationError(
+                "hooks.grpc: client_tls_certificate and client_tls_key need each other."
+            )
+        if not self.secure and (self.server_tls_certificate or self.client_tls_certificate):
+            raise ConfigurationError("hooks.grpc: certificates are used only if secure is true.")
+        self._certificates()
+
+    def send(self, request: HookRequest) -> HookResponse | None:
+        import grpc
+
+        message = _message(payload_format(FormatName.TUSD_V2).dump(request))
+        retries = self.retries if request.type.blocking else 0
+        while True:
+            try:
+                answer = self._call()(
+                    message, timeout=self.timeout, metadata=self._metadata(request)
+                )
+                return self._understand(request, answer)
+            except grpc.RpcError as error:
+                # An RpcError of a call is the call, which knows its status.
+                code, details = error.code().name, error.details()
+            trouble = f"{self.endpoint} answered {code}: {details}"
+            if code not in _PASSING or retries <= 0:
+                raise HookFailed(trouble)
+            retries -= 1
+            log.info("%s of %s is repeated: %s", request.type, request.info.id, trouble)
+            time.sleep(self.backoff)
+
+    def close(self) -> None:
+        channel = self._channel.pop()
+        if channel is not None:
+            channel.close()
+
+    def _call(self) -> Callable[..., Message]:
+        call: Callable[..., Message] = self._channel.get().unary_unary(
+            _METHOD,
+            request_serializer=_message_class("HookRequest").SerializeToString,
+            response_deserializer=_message_class("HookResponse").FromString,
+        )
+        return call
+
+    def _metadata(self, request: HookRequest) -> list[tuple[str, str]]:
+        own = {
+            "hook-name": request.type.value,
+            "hook-id": request.id,
+            "idempotency-key": request.id,
+            "hook-sequence": str(request.sequence),
+        }
+        names = {name.lower() for name in self.forward_headers}
+        forwarded = {
+            name: value
+            for name, value in request.request.headers.items()
+            # Metadata takes visible ASCII, and has names that are gRPC's own.
+            if name in names and value.isascii() and value.isprintable() and _is_free(name)
+        }
+        return list((forwarded | own).items())
+
+    def _understand(self, request: HookRequest, answer: Message) -> HookResponse | None:
+        try:
+            return read_answer(request.type, _answer(request.type, answer))
+        except BadAnswer as error:
+            if request.type.blocking:
+                raise HookFailed(f"{self.endpoint} answered nonsense: {error}") from None
+            # It was told. To tell it again would not make its answer any better.
+            log.warning("%s of %s: nonsense: %s", request.type, request.info.id, error)
+            return None
+
+    def _open(self) -> grpc.Channel:
+        import grpc
+
+        _be_cooperative()
+        # gRPC reconnects by itself, after up to two minutes unless it is told otherwise.
+        options = [
+            ("grpc.max_receive_message_length", self.max_answer),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", max(100, int(self.backoff * 1000))),
+        ]
+        if not self.secure:
+            return grpc.insecure_channel(self.endpoint, options)
+        authority, key, certificate = self._certificates()
+        credentials = grpc.ssl_channel_credentials(authority, key, certificate)
+        return grpc.secure_channel(self.endpoint, credentials, options)
+
+    def _certificates(self) -> list[bytes | None]:
+        paths = (self.server_tls_certificate, self.client_tls_key, self.client_tls_certificate)
+        try:
+            return [None if path is None else path.read_bytes() for path in paths]
+        except OSError as error:
+            raise ConfigurationError(f"hooks.grpc: cannot read a certificate: {error}") from error
+
+
+def _message(data: Mapping[str, Any]) -> Message:
+    """Return tusd's payload as a message."""
+    upload, request = data["Event"]["Upload"], data["Event"]["HTTPRequest"]
+    info = {
+        "id": upload["ID"],
+        "size": upload["Size"] or 0,
+        "sizeIsDeferred": upload["SizeIsDeferred"],
+        "offset": upload["Offset"],
+        "metaData": upload["MetaData"] or {},
+        "isPartial": upload["IsPartial"],
+        "isFinal": upload["IsFinal"],
+        "partialUploads": upload["PartialUploads"] or [],
+        "storage": upload["Storage"] or {},
+    }
+    cause = {
+        "method": request["Method"],
+        "uri": request["URI"],
+        "remoteAddr": request["RemoteAddr"],
+        "header": {name: values[0] for name, values in (request["Header"] or {}).items()},
+    }
+    event = {"upload": info, "httpRequest": cause}
+    return _message_class("HookRequest")(type=data["Type"], event=event)
+
+
+def _answer(type: HookType, message: Any) -> dict[str, Any]:
+    """Return an answer in tusd's JSON form, without what says nothing."""
+    response, change = message.httpResponse, message.changeFileInfo
+    # The message has no word for the refusal of a termination.
+    reject = "RejectTermination" if type is HookType.PRE_TERMINATE else "RejectUpload"
+    return _filled(
+        {
+            "HTTPResponse": _filled(
+                {
+                    "StatusCode": response.statusCode,
+                    "Body": response.body,
+                    "Header": dict(response.header),
+                }
+            ),
+            reject: message.rejectUpload,
+            "StopUpload": message.stopUpload,
+            "ChangeFileInfo": _filled(
+                {
+                    "ID": change.id,
+                    "MetaData": dict(change.metaData),
+                    "Storage": dict(change.storage),
+                }
+            ),
+        }
+    )
+
+
+def _filled(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value}
+
+
+@cache
+def _message_class(name: str) -> type[Message]:
+    """Return the class of a message.
+
+    In a pool of its own: the application may have tusd's own messages of the same names.
+    """
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    compiled = resources.files("tuswsgi.hooks").joinpath("proto/hook.binpb").read_bytes()
+    pool = descriptor_pool.DescriptorPool()
+    for file in descriptor_pb2.FileDescriptorSet.FromString(compiled).file:
+        pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"proto.{name}"))
+
+
+def _is_free(name: str) -> bool:
+    reserved = ("content-type", "te", "user-agent", "host", "connection", "transfer-encoding")
+    return name not in reserved and not name.startswith("grpc-") and not name.endswith("-bin")
+
+
+def _be_cooperative() -> None:
+    """Have gRPC wait as gevent does, if gevent has patched this process.
+
+    Before the first channel of the process is early enough. Otherwise every call stops all
+    greenlets until it is answered.
+    """
+    if is_cooperative():
+        from grpc.experimental import gevent
+
+        gevent.init_gevent()

@@ -1,0 +1,241 @@
+"""Brings hooks to web applications, as rustus and tusd do: a POST of JSON to each URL.
+
+This file owns the request's headers, the signature, and what the status of an answer
+means. Connections are the business of ``connections.http``, the body that of payload
+formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.message import Message
+from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import urlsplit
+
+from marshmallow import ValidationError
+
+from tuswsgi.errors import HookFailed, HookRefusal
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
+from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
+from tuswsgi.options import Duration, KiB, Size, option
+from tuswsgi.process import PerProcess
+
+if TYPE_CHECKING:
+    from tuswsgi.connections.http import HttpAnswer, HttpClient
+
+log = logging.getLogger(__name__)
+
+#: Headers of the client's request that say how its own message is sent, or to whom.
+_OF_THE_MESSAGE = {
+    "accept-encoding",
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "keep-alive",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}
+
+
+def _check_urls(urls: Sequence[str]) -> None:
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            port_is_right = parts.port is None or parts.port > 0
+        except ValueError:
+            port_is_right = False
+        if not port_is_right or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValidationError("Not an absolute URL such as https://example.org/hooks.")
+
+
+@dataclass
+class HttpHook(Hook):
+    """Hooks as HTTP requests.
+
+    The request has the headers ``Hook-Name``, ``Hook-Id`` and ``Idempotency-Key`` (the same
+    for every repetition) and ``Hook-Sequence``, besides those that are forwarded. With a
+    secret it is signed: ``Webhook-Signature: t=<unix time>,v1=<signature>``, where the
+    signature is the HMAC-SHA256, in hex, of the time, a dot and the body. A receiver
+    computes it again, compares in constant time and refuses times that are long past.
+
+    A 2xx accepts, and its body may be an answer in tusd's form. The 4xx of a blocking hook
+    goes to the client with its body and type. All else is a failure; redirects are not
+    followed. URLs are called in turn. The first that refuses ends the row, of a post-hook
+    all are called: what failed is repeated by the caller, for all of them.
+
+    :param format: what the body looks like.
+    """
+
+    name: ClassVar[str] = "http"
+    section: ClassVar[str] = "hooks.http"
+
+    format: PayloadFormat
+    urls: tuple[str, ...] = option(
+        (),
+        "The URLs that hooks are sent to, all of them in turn; the first refusal counts.",
+        rustus="HOOKS_HTTP_URLS",
+        aliases=("hooks-http",),
+        validate=_check_urls,
+    )
+    proxy_headers: tuple[str, ...] = option(
+        (),
+        "Headers of the client's request that are sent along, e.g. `Authorization,Cookie`.",
+        rustus="HOOKS_HTTP_PROXY_HEADERS",
+        aliases=("hooks-http-forward-headers",),
+    )
+    timeout: float = option(
+        2.0,
+        "How long an attempt may take, from the connection to the end of the answer.",
+        kind=Duration,
+        rustus="HTTP_HOOK_TIMEOUT",
+        aliases=("http-hook-timeout",),
+    )
+    retries: int = option(
+        3,
+        "How often a blocking hook is repeated that met a network error or a 5xx. Others are "
+        "repeated as `[hooks]` says.",
+        aliases=("hooks-http-retry",),
+    )
+    backoff: float = option(1.0, "The time between two attempts.", kind=Duration)
+    secret: str | None = option(
+        None,
+        "Signs requests: `Webhook-Signature: t=<unix time>,v1=<hex HMAC-SHA256 of the time, a "
+        "dot and the body>`.",
+        secret=True,
+    )
+    max_answer: int = option(
+        64 * KiB,
+        "The largest answer. A longer one to a blocking hook is a failure, and the text of a "
+        "refusal is cut.",
+        kind=Size,
+        aliases=("hooks-http-size-limit",),
+    )
+
+    def __post_init__(self) -> None:
+        self._client: PerProcess[HttpClient] = PerProcess(self._open)
+
+    def send(self, request: HookRequest) -> HookResponse | None:
+        answer: HookResponse | None = None
+        failed: HookFailed | None = None
+        for url in self.urls:
+            try:
+                more = self._ask(url, request)
+            except HookFailed as error:
+                if request.type.blocking:
+                    raise
+                # One that is down must not keep the others from ever hearing of it.
+                failed = failed or error
+                continue
+            if more is not None:
+                answer = more if answer is None else answer.followed_by(more)
+                if answer.reject:
+                    break
+                request = request.after(more)
+        if failed is not None:
+            raise failed
+        return answer
+
+    def close(self) -> None:
+        client = self._client.pop()
+        if client is not None:
+            client.close()
+
+    def _ask(self, url: str, request: HookRequest) -> HookResponse | None:
+        """Send a hook to one URL, a blocking one until it is answered or time is up."""
+        body = self.format.encode(request).encode()
+        retries = self.retries if request.type.blocking else 0
+        while True:
+            try:
+                answer = self._client.get().post(url, body, self._headers(request, body))
+            except ValueError as error:
+                raise HookFailed(f"{_shown(url)} cannot be asked: {error}") from None
+            except OSError as error:
+                trouble = f"{_shown(url)} did not answer: {error}"
+            else:
+                if answer.status < 500:
+                    return self._understand(url, request, answer)
+                trouble = f"{_shown(url)} answered {answer.status}"
+            if retries <= 0:
+                raise HookFailed(trouble)
+            retries -= 1
+            log.info("%s of %s is repeated: %s", request.type, request.info.id, trouble)
+            time.sleep(self.backoff)
+
+    def _headers(self, request: HookRequest, body: bytes) -> dict[str, str]:
+        own = {
+            "Content-Type": "application/json",
+            "Hook-Name": request.type.value,
+            "Hook-Id": request.id,
+            "Hook-Sequence": str(request.sequence),
+            "Idempotency-Key": request.id,
+        }
+        if self.secret:
+            now = str(int(time.time()))
+            signed = hmac.digest(self.secret.encode(), now.encode() + b"." + body, hashlib.sha256)
+            own["Webhook-Signature"] = f"t={now},v1={signed.hex()}"
+        ours = _OF_THE_MESSAGE | {name.lower() for name in own}
+        forwarded = {
+            name: request.request.headers[name.lower()]
+            for name in self.proxy_headers
+            if name.lower() in request.request.headers and name.lower() not in ours
+        }
+        return forwarded | own
+
+    def _understand(
+        self, url: str, request: HookRequest, answer: HttpAnswer
+    ) -> HookResponse | None:
+        type, told = request.type, f"{_shown(url)} answered"
+        if answer.status >= 400 and type.blocking:
+            log.info("%s of %s: %s %s", type, request.info.id, told, answer.status)
+            raise HookRefusal(answer.status, *_for_client(answer))
+        if not 200 <= answer.status < 300:
+            raise HookFailed(f"{told} {answer.status}")
+        try:
+            if not answer.complete:
+                raise BadAnswer(f"more than {self.max_answer} bytes")
+            return decode_answer(type, answer.body)
+        except BadAnswer as error:
+            if type.blocking:
+                raise HookFailed(f"{told} nonsense: {error}") from None
+            # It was told. To tell it again would not make its answer any better.
+            log.warning("%s of %s: %s nonsense: %s", type, request.info.id, told, error)
+            return None
+
+    def _open(self) -> HttpClient:
+        # That takes a tenth of a second, and most servers send no hooks by HTTP.
+        from tuswsgi.connections.http import HttpClient
+
+        return HttpClient(self.timeout, self.max_answer)
+
+
+def _for_client(answer: HttpAnswer) -> tuple[str, dict[str, str]]:
+    """Return the text of a refusal, and its type: it is sent in UTF-8 whatever it was in."""
+    given, text = answer.content_type, answer.body
+    if given is None or not (given.isascii() and given.isprintable()):
+        return text.decode(errors="replace"), {}
+    parsed = Message()
+    parsed["Content-Type"] = given
+    charset = parsed.get_content_charset("utf-8")
+    try:
+        body = text.decode(charset, "replace")
+    except LookupError:
+        body = text.decode(errors="replace")
+    if charset != "utf-8":
+        parsed.set_param("charset", "utf-8")
+    return body, {"Content-Type": parsed["Content-Type"]}
+
+
+def _shown(url: str) -> str:
+    """Return a URL without its credentials, which a query may be, too."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

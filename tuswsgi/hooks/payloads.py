@@ -1,0 +1,400 @@
+"""What hooks look like in JSON: the formats of rustus and of tusd, and their answers.
+
+This file owns the names on the wire and nothing of how they travel. Every transport uses
+it, so a hook looks the same whichever way it comes. Of an answer it checks the types; what
+of it can be obeyed is ``hooks.answers``' business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, pre_load
+
+from tuswsgi.errors import InvalidMetadata
+from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse, HookType
+from tuswsgi.info import Metadata
+
+#: Built once: ``json.dumps`` with arguments builds an encoder for each call. Text goes
+#: out as it is, as from rustus and tusd: hooks are searched by scripts, too.
+_encoder = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+#: What tusd calls its stores; others have the names that rustus gives them.
+_TUSD_STORES = {"file_storage": "filestore"}
+
+
+class FormatName(str, Enum):
+    """The formats: the first three are rustus', the last is what tusd sends today."""
+
+    DEFAULT = "default"
+    V2 = "v2"
+    TUSD = "tusd"
+    TUSD_V2 = "tusd-v2"
+
+
+class BadAnswer(ValueError):
+    """A hook answered a known key with something of the wrong type."""
+
+
+# --- what is sent -------------------------------------------------------------------
+
+
+class _Part(fields.Nested):
+    """An object of the payload that is made of the whole hook."""
+
+    def get_value(self, obj: Any, attr: str, accessor: Any = None, default: Any = None) -> Any:
+        return obj
+
+
+class _Pairs(fields.Field[dict[str, str]]):
+    """Metadata as text; bytes that are no UTF-8 are replaced, as in Go's JSON."""
+
+    def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> dict[str, str]:
+        return {key: data.decode("utf-8", "replace") for key, data in value.items()}
+
+
+class _Parts(fields.Field[list[str]]):
+    """The ids of a final upload's parts; null for every other upload."""
+
+    def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> list[str] | None:
+        return list(value) or None
+
+
+class _RustusUpload(Schema):
+    """rustus' ``FileInfo`` (src/file_info.rs)."""
+
+    id = fields.String(attribute="info.id")
+    offset = fields.Integer(attribute="info.offset")
+    length = fields.Integer(attribute="info.size")
+    path = fields.Function(lambda hook: _location(hook))
+    created_at = fields.Integer(attribute="info.created_at")
+    deferred_size = fields.Function(lambda hook: hook.info.size is None)
+    is_partial = fields.Boolean(attribute="info.is_partial")
+    is_final = fields.Boolean(attribute="info.is_final")
+    parts = _Parts(attribute="info.partial_uploads")
+    storage = fields.String(attribute="info.storage.type")
+    metadata = _Pairs(attribute="info.metadata")
+
+
+class _DefaultRequest(Schema):
+    URI = fields.String(attribute="request.uri")
+    method = fields.String(attribute="request.method")
+    remote_addr = fields.String(attribute="request.remote_addr")
+    headers = fields.Function(lambda hook: dict(hook.request.headers))
+
+
+class _V2Request(Schema):
+    uri = fields.String(attribute="request.uri")
+    method = fields.String(attribute="request.method")
+    remote_addr = fields.String(attribute="request.remote_addr")
+    headers = fields.Function(lambda hook: dict(hook.request.headers))
+
+
+class _Default(Schema):
+    upload = _Part(_RustusUpload)
+    request = _Part(_DefaultRequest)
+
+
+class _V2(Schema):
+    upload = _Part(_RustusUpload)
+    request = _Part(_V2Request)
+
+
+class _TusdStorage(Schema):
+    Type = fields.String(attribute="info.storage.type")
+    Path = fields.Function(lambda hook: _location(hook))
+
+
+class _TusdUpload(Schema):
+    """rustus' ``TusdFileInfo`` (src/notifiers/message_format.rs)."""
+
+    ID = fields.String(attribute="info.id")
+    Offset = fields.Integer(attribute="info.offset")
+    Size = fields.Integer(attribute="info.size")
+    IsFinal = fields.Boolean(attribute="info.is_final")
+    IsPartial = fields.Boolean(attribute="info.is_partial")
+    PartialUploads = _Parts(attribute="info.partial_uploads")
+    SizeIsDeferred = fields.Function(lambda hook: hook.info.size is None)
+    MetaData = _Pairs(attribute="info.metadata")
+    Storage = _Part(_TusdStorage)
+
+
+class _TusdRequest(Schema):
+    URI = fields.String(attribute="request.uri")
+    Method = fields.String(attribute="request.method")
+    RemoteAddr = fields.String(attribute="request.remote_addr")
+    Header = fields.Function(
+        lambda hook: {name: [value] for name, value in hook.request.headers.items()}
+    )
+
+
+class _Tusd(Schema):
+    Upload = _Part(_TusdUpload)
+    HTTPRequest = _Part(_TusdRequest)
+
+
+class _TusdV2Upload(Schema):
+    """tusd's ``FileInfo`` as Go encodes it (pkg/handler/datastore.go).
+
+    Its numbers and strings cannot be null: a deferred size is 0, and before its creation
+    an upload has an empty id.
+    """
+
+    ID = fields.Function(lambda hook: "" if _is_unborn(hook) else hook.info.id)
+    Size = fields.Function(lambda hook: hook.info.size or 0)
+    SizeIsDeferred = fields.Function(lambda hook: hook.info.size is None)
+    Offset = fields.Integer(attribute="info.offset")
+    MetaData = _Pairs(attribute="info.metadata")
+    IsPartial = fields.Boolean(attribute="info.is_partial")
+    IsFinal = fields.Boolean(attribute="info.is_final")
+    PartialUploads = _Parts(attribute="info.partial_uploads")
+    Storage = fields.Function(lambda hook: _tusd_storage(hook))
+
+
+class _TusdV2Request(Schema):
+    Method = fields.String(attribute="request.method")
+    URI = fields.String(attribute="request.uri")
+    RemoteAddr = fields.Function(lambda hook: _host_and_port(hook))
+    Header = fields.Function(
+        lambda hook: {_canonical(name): [value] for name, value in hook.request.headers.items()}
+    )
+
+
+class _TusdV2Event(Schema):
+    Upload = _Part(_TusdV2Upload)
+    HTTPRequest = _Part(_TusdV2Request)
+
+
+class _TusdV2(Schema):
+    Type = fields.String(attribute="type.value")
+    Event = _Part(_TusdV2Event)
+
+
+def _is_unborn(hook: HookRequest) -> bool:
+    return hook.type is HookType.PRE_CREATE
+
+
+def _tusd_storage(hook: HookRequest) -> dict[str, str] | None:
+    """Return tusd's ``Storage``, without ``InfoPath``: our records are no files beside."""
+    storage = hook.info.storage
+    if _is_unborn(hook) or not storage.type:
+        return None
+    shown = {"Type": _TUSD_STORES.get(storage.type, storage.type)}
+    path = _location(hook)
+    # Every value is a string: the message of gRPC knows no others.
+    return shown if path is None else {**shown, "Path": path}
+
+
+def _location(hook: HookRequest) -> str | None:
+    """Return the path; a name that is no UTF-8 cannot be told exactly."""
+    path = hook.location
+    return None if path is None else path.encode("utf-8", "replace").decode()
+
+
+def _host_and_port(hook: HookRequest) -> str:
+    """Return the client's address as Go writes it: ``192.0.2.1:443``, ``[::1]:443``."""
+    address, port = hook.request.remote_addr, hook.request.remote_port
+    if address is None or port is None:
+        return address or ""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _canonical(name: str) -> str:
+    """Return a header's name as Go's ``CanonicalHeaderKey`` does: ``Content-Md5``."""
+    return "-".join(word.capitalize() for word in name.split("-"))
+
+
+class PayloadFormat:
+    """One format.
+
+    :ivar follows_tusd: whether hooks behave as today's tusd has them, not as rustus.
+    """
+
+    def __init__(self, name: FormatName, schema: Schema) -> None:
+        self.name = name
+        self.follows_tusd = name is FormatName.TUSD_V2
+        self._schema = schema
+
+    def dump(self, request: HookRequest) -> dict[str, Any]:
+        """Return a hook as values that JSON knows."""
+        payload: dict[str, Any] = self._schema.dump(request)
+        return payload
+
+    def encode(self, request: HookRequest) -> str:
+        """Return a hook as JSON text of one line."""
+        return _encoder.encode(self.dump(request))
+
+
+_FORMATS = {
+    name: PayloadFormat(name, schema)
+    for name, schema in (
+        (FormatName.DEFAULT, _Default()),
+        (FormatName.V2, _V2()),
+        (FormatName.TUSD, _Tusd()),
+        (FormatName.TUSD_V2, _TusdV2()),
+    )
+}
+
+
+def payload_format(name: FormatName) -> PayloadFormat:
+    """Return a format by its name."""
+    return _FORMATS[name]
+
+
+# --- what is answered ---------------------------------------------------------------
+
+
+class _Flag(fields.Boolean):
+    """``true`` or ``false`` and nothing that looks like it."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class _Text(fields.String):
+    """Text that can be sent; Go's empty string means "unset", as null does."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        text = super()._deserialize(value, attr, data, **kwargs)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise self.make_error("invalid_utf8") from None
+        return text or None
+
+
+class _Status(fields.Field[int]):
+    """A number; Go's 0 means "unset", as null does."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
+        # 400.0 and true are numbers for Python, too.
+        if type(value) is not int:
+            raise ValidationError("Not an integer.")
+        return value or None
+
+
+class _Headers(fields.Field[dict[str, str]]):
+    """Header fields: a value is a string, or a list of strings that commas will join."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> dict[str, str]:
+        if not isinstance(value, dict):
+            raise ValidationError("Not an object.")
+        headers = {}
+        for name, texts in value.items():
+            texts = [texts] if isinstance(texts, str) else texts
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValidationError(f"{name}: not a string or a list of strings.")
+            headers[name] = ", ".join(texts).strip(" \t")
+        return headers
+
+
+class _Pairings(fields.Field[Metadata]):
+    """Metadata that ``Upload-Metadata`` can carry."""
+
+    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Metadata:
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise ValidationError("Not an object of strings.")
+        try:
+            metadata = Metadata.of(value)
+        except (InvalidMetadata, UnicodeEncodeError) as error:
+            raise ValidationError(str(error)) from None
+        if list(metadata) != list(value):
+            raise ValidationError("A key is empty, or has a space or a comma.")
+        return metadata
+
+
+class _Answer(Schema):
+    """A part of an answer: unknown keys are ignored, and the case of letters is.
+
+    The case is as in Go, which takes ``rejectUpload`` for ``RejectUpload``: a refusal that
+    tusd hears must not be an acceptance here.
+    """
+
+    class Meta:
+        unknown = EXCLUDE
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = {name.lower(): name for name in self.fields}
+
+    @pre_load
+    def _name(self, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        named = {self.names.get(key.lower(), key): value for key, value in data.items()}
+        # null is for Go what a missing key is.
+        return {key: value for key, value in named.items() if value is not None}
+
+
+class _HttpResponse(_Answer):
+    StatusCode = _Status(load_default=None)
+    Body = _Text(load_default=None)
+    Header = _Headers(load_default=dict)
+
+
+class _ChangedStorage(_Answer):
+    Path = _Text(load_default=None)
+
+
+class _Changes(_Answer):
+    ID = _Text(load_default=None)
+    MetaData = _Pairings(load_default=None)
+    Storage = fields.Nested(_ChangedStorage, load_default=dict)
+
+    @post_load
+    def _make(self, data: dict[str, Any], **kwargs: Any) -> ChangeFileInfo | None:
+        change = ChangeFileInfo(data["ID"], data["MetaData"], data["Storage"].get("Path"))
+        return None if change == ChangeFileInfo() else change
+
+
+class _HookResponse(_Answer):
+    """tusd's ``HookResponse`` (pkg/hooks/hooks.go)."""
+
+    HTTPResponse = fields.Nested(_HttpResponse, load_default=dict)
+    RejectUpload = _Flag(load_default=False)
+    RejectTermination = _Flag(load_default=False)
+    ChangeFileInfo = fields.Nested(_Changes, load_default=None)
+    StopUpload = _Flag(load_default=False)
+
+
+_answers = _HookResponse()
+
+
+def decode_answer(type: HookType, answer: str | bytes) -> HookResponse | None:
+    """Return what the answer to a hook says, ``None`` if that is nothing.
+
+    :param answer: what the application sent back: it counts if it is a JSON object with
+        one of tusd's keys.
+    :raises BadAnswer: if a known key has a value of the wrong type.
+    """
+    try:
+        text = answer if isinstance(answer, str) else answer.decode()
+        data = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        return None
+    return read_answer(type, data) if isinstance(data, dict) else None
+
+
+def read_answer(type: HookType, data: Mapping[str, Any]) -> HookResponse | None:
+    """As ``decode_answer``, of an answer that is an object already."""
+    if not any(key.lower() in _answers.names for key in data):
+        return None
+    try:
+        loaded: dict[str, Any] = _answers.load(data)
+    except ValidationError as error:
+        raise BadAnswer(f"The answer is not understood: {error}") from None
+    response = loaded["HTTPResponse"]
+    refusal = "RejectTermination" if type is HookType.PRE_TERMINATE else "RejectUpload"
+    return HookResponse(
+        reject=type.blocking and loaded[refusal],
+        status=response.get("StatusCode"),
+        body=response.get("Body"),
+        headers=response.get("Header", {}),
+        change=loaded["ChangeFileInfo"],
+        stop=loaded["StopUpload"],
+    )

@@ -1,0 +1,59 @@
+"""The settings of hooks that all transports have in common: which there are, and how they look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tuswsgi.hooks.base import HookType
+from tuswsgi.hooks.payloads import FormatName, payload_format
+from tuswsgi.options import MAIN, Duration, option
+
+
+@dataclass(frozen=True)
+class EnabledHooks:
+    """Which hooks are sent."""
+
+    section: ClassVar[str] = MAIN
+
+    #: The default is rustus'.
+    hooks: tuple[HookType, ...] = option(
+        (
+            HookType.PRE_CREATE,
+            HookType.POST_CREATE,
+            HookType.POST_RECEIVE,
+            HookType.PRE_TERMINATE,
+            HookType.POST_TERMINATE,
+            HookType.POST_FINISH,
+        ),
+        "The hooks that are sent by the transports that are configured: "
+        + ", ".join(f"`{type}`" for type in HookType)
+        + ".",
+        rustus="HOOKS",
+        aliases=("hooks-enabled-events",),
+    )
+
+
+@dataclass(frozen=True)
+class HookSettings:
+    """How hooks look, and how often progress is told."""
+
+    section: ClassVar[str] = "hooks"
+
+    format: FormatName = option(
+        FormatName.DEFAULT,
+        "What hooks look like. The first three are rustus' and differ in the payload alone; "
+        "`tusd-v2` is what tusd sends today, and hooks come when tusd would send them.",
+        rustus="HOOKS_FORMAT",
+    )
+    progress_interval: float = option(
+        1.0,
+        "The least time between two `post-receive` of an upload while bytes arrive.",
+        kind=Duration,
+        aliases=("progress-hooks-interval",),
+    )
+
+    @property
+    def follows_tusd(self) -> bool:
+        """Whether hooks come when today's tusd sends them."""
+        return payload_format(self.format).follows_tusd

@@ -1,0 +1,280 @@
+"""How a new upload gets a place for its bytes and a record.
+
+Usually nobody can know of the upload before its POST is answered: bytes first, then one
+record that tells how it ended. Where a hook chose the id or the path, a POST that comes
+again chooses the same, and must find what the first one left; there the record comes
+before the bytes, and everything happens under the upload's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from tuswsgi.errors import HookFailed, StorageFull, UploadExists, UploadGone, UploadNotFound
+from tuswsgi.hooks.base import Event, HookType, RequestInfo
+from tuswsgi.info import FileInfo, Metadata, State, Storage
+from tuswsgi.infostores.base import InfoStore
+from tuswsgi.protocol.finishing import Finisher
+from tuswsgi.protocol.reception import Reception
+from tuswsgi.signals import tell, upload_created
+
+log = logging.getLogger(__name__)
+
+#: How often the post-create of a POST that still runs is held back again, in seconds.
+_HOLD_AGAIN = 10.0
+
+_UNFINISHED = (State.RECEIVING, State.WAITING)
+
+
+@dataclass(frozen=True)
+class Creation:
+    """What a POST asks for.
+
+    :param size: ``None`` if the length is deferred or that of a final upload.
+    :param concat: ``Upload-Concat`` as it was sent.
+    :param parts: the ids of a final upload's parts, empty for any other upload.
+    """
+
+    size: int | None
+    metadata: Metadata
+    concat: str | None = None
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Creator:
+    """Writes new uploads."""
+
+    finisher: Finisher
+
+    def create(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
+        """Write an upload with an id that nobody else has.
+
+        Bytes come first: a crash in between leaves bytes that nobody knows of, to be
+        cleaned up, and never a record of bytes that are not there.
+        """
+        self._check_space(info)
+        data, hooks = self.finisher.data, self.finisher.hooks
+        empty = info = info.but(storage=data.create(info))
+        events: Sequence[Event] = ()
+        try:
+            if not info.is_final:
+                info, events = reception.receive_first(info, request)
+            # tusd tells of a creation before its bytes have come, rustus after that.
+            created = empty if hooks.follows_tusd else info
+            if self._is_told(info):
+                events = [*hooks.record(HookType.POST_CREATE, created, request), *events]
+            self.finisher.infos.create(info, events)
+        except Exception:
+            data.delete(info)
+            raise
+        if self._is_told(info):
+            hooks.tell(HookType.POST_CREATE, created, request)
+        tell(upload_created, self.finisher.sender, info)
+        self.finisher.tell_finished(info, request)
+        return info
+
+    def create_chosen(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
+        """Write an upload whose id or path a hook chose, or go on with the one that is there.
+
+        That is so where an unfinished upload is the same in length, metadata and owner:
+        the answer to its POST was lost. It is given no bytes of this request.
+
+        :raises UploadExists: if the id or the path is another upload's.
+        """
+        self._check_space(info)
+        locker, let_go = self.finisher.locker, reception.reader.interrupt
+        with locker.lock(info.id, let_go):
+            twin = self._record_of(info.id)
+            if twin is None:
+                info = info.but(storage=self._place(info))
+                held = self._hold(info, reception, request)
+                with locker.lock(_lock_of(info.storage)):
+                    info, twin = self._take(info)
+                    if twin is None:
+                        self._write(info, held.events)
+            if twin is None:
+                return self._receive(info, reception, request, held)
+            if twin.id == info.id:
+                return self._go_on(info, twin.id, request)
+        with locker.lock(twin.id, let_go):
+            return self._go_on(info, twin.id, request)
+
+    def _check_space(self, info: FileInfo) -> None:
+        free = self.finisher.data.free_space()
+        if free is not None and free - (info.size or 0) < self.finisher.settings.min_free_disk:
+            raise StorageFull
+
+    def _is_told(self, info: FileInfo) -> bool:
+        """Whether there is a post-create for an upload, at the end of its POST.
+
+        "After creating final upload with concatenation extension, you won't receive
+        post-create hook", and neither "if you uploaded a whole file within one request"
+        (rustus). tusd tells of the latter.
+        """
+        return not info.is_final and (self.finisher.hooks.follows_tusd or not info.is_finished)
+
+    # --- an upload that was chosen ------------------------------------------------------
+
+    def _place(self, info: FileInfo) -> Storage:
+        try:
+            return self.finisher.data.place(info)
+        except UploadNotFound:
+            log.error("pre-create chose the path %r, where no upload may be", info.storage.path)
+            raise HookFailed from None
+
+    def _record_of(self, id: str) -> FileInfo | None:
+        try:
+            return self.finisher.infos.load(id)
+        except UploadNotFound:
+            return None
+
+    def _take(self, info: FileInfo) -> tuple[FileInfo, FileInfo | None]:
+        """Make the place of `info` and return it, with the upload that has the place already.
+
+        An empty place without a record is what a crash leaves between the two. Nobody else
+        can be between them now: the place is locked.
+        """
+        data = self.finisher.data
+        try:
+            return info.but(storage=data.create(info)), None
+        except UploadExists:
+            try:
+                is_empty = data.offset(info) == 0
+            except (OSError, UploadGone):
+                raise UploadExists from None
+            owner = self._owner_of(info.storage, None if is_empty else _UNFINISHED)
+            if owner is None and not is_empty:
+                raise
+            return info, owner
+
+    def _owner_of(self, place: Storage, states: Collection[State] | None) -> FileInfo | None:
+        """Look through all uploads in these states: it is slow, but collisions are rare."""
+        after = ""
+        while page := self.finisher.infos.list(states, after=after):
+            for info in page:
+                if info.storage.path == place.path and not info.is_gone:
+                    return info
+            after = page[-1].id
+        return None
+
+    def _write(self, info: FileInfo, events: Sequence[Event]) -> None:
+        try:
+            self.finisher.infos.create(info, events)
+        except Exception:
+            self.finisher.data.delete(info)
+            raise
+
+    def _hold(self, info: FileInfo, reception: Reception, request: RequestInfo) -> _Held:
+        """Return the post-create of an upload, held back if this request may complete it."""
+        hooks, infos = self.finisher.hooks, self.finisher.infos
+        if info.is_final:
+            return _Held(infos, (), 0.0)
+        events = hooks.record(HookType.POST_CREATE, info, request)
+        if hooks.follows_tusd or (reception.is_empty and info.size != 0):
+            return _Held(infos, events, 0.0)
+        # The longest silence of a body, and of those who are told of its progress.
+        silence = self.finisher.settings.network_timeout + hooks.progress_interval
+        return _Held(infos, events, silence + 2 * _HOLD_AGAIN)
+
+    def _receive(
+        self, info: FileInfo, reception: Reception, request: RequestInfo, held: _Held
+    ) -> FileInfo:
+        hooks = self.finisher.hooks
+        tell(upload_created, self.finisher.sender, info)
+        if info.is_final:
+            return info
+        if not held.holds:
+            hooks.tell(HookType.POST_CREATE, info, request)
+        try:
+            info = reception.receive(info, 0, request, held.prolong)
+        finally:
+            if held.holds and self._is_told(info):
+                held.free()
+                hooks.tell(HookType.POST_CREATE, info, request)
+            elif held.holds:
+                held.drop()
+                hooks.wake(info.id)
+        if reception.is_fault and reception.error is not None and not info.is_finished:
+            raise reception.error
+        return info
+
+    def _go_on(self, info: FileInfo, id: str, request: RequestInfo) -> FileInfo:
+        """Return an upload again whose POST was not answered. The caller holds its lock.
+
+        :raises UploadExists: if it is not the one that `info` is to be.
+        """
+        infos = self.finisher.infos
+        twin = infos.load(id)
+        if not _is_again(info, twin):
+            raise UploadExists
+        now = time.time()
+        for event in infos.events(id):
+            if event.type is HookType.POST_CREATE and event.due_at > now:
+                infos.put_back(replace(event, due_at=0.0))
+        self.finisher.hooks.wake(id)
+        if twin.state is State.WAITING:
+            return twin
+        return self.finisher.finish_if_complete(twin, request)
+
+
+class _Held:
+    """The post-create of a POST that still runs.
+
+    rustus tells of a creation only if the request did not complete the upload. When the
+    process dies meanwhile, nobody holds it back any longer and it is delivered.
+
+    :param seconds: for how long it is held back without being held again.
+    """
+
+    def __init__(self, infos: InfoStore, events: Sequence[Event], seconds: float) -> None:
+        self.holds = seconds > 0
+        self._infos = infos
+        self._seconds = seconds
+        self._held_at = time.monotonic()
+        due_at = time.time() + seconds if self.holds else 0.0
+        self.events = [replace(event, due_at=due_at) for event in events]
+
+    def prolong(self, info: FileInfo) -> None:
+        """Hold it for longer, while bytes arrive."""
+        now = time.monotonic()
+        if self.holds and now - self._held_at >= _HOLD_AGAIN:
+            self._held_at = now
+            self._put_back(time.time() + self._seconds)
+
+    def free(self) -> None:
+        """Let it be delivered."""
+        self._put_back(0.0)
+
+    def drop(self) -> None:
+        """Let it never be delivered."""
+        try:
+            for event in self.events:
+                self._infos.settle(event)
+        except Exception:
+            log.exception("A post-create is delivered though nobody waits for it")
+
+    def _put_back(self, due_at: float) -> None:
+        try:
+            for event in self.events:
+                self._infos.put_back(replace(event, due_at=due_at))
+        except Exception:
+            log.exception("A post-create is delivered at another time than it should be")
+
+
+def _is_again(info: FileInfo, twin: FileInfo) -> bool:
+    """Whether a POST asks for the same upload as the one that is there, which is unfinished."""
+    return (
+        not (twin.is_gone or twin.is_finished or twin.has_expired(time.time()))
+        and (info.size, info.metadata, info.owner) == (twin.size, twin.metadata, twin.owner)
+        and (info.is_partial, info.partial_uploads) == (twin.is_partial, twin.partial_uploads)
+    )
+
+
+def _lock_of(place: Storage) -> str:
+    """Name the lock of a place, which is none of an upload's names."""
+    return "tuswsgi-place-" + hashlib.sha256((place.path or "").encode()).hexdigest()[:32]
