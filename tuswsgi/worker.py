@@ -47,7 +47,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._idle: set[_Idle] = set()
+        #: Since when greenlets wait for a request, on the monotonic clock.
+        self._idle: dict[Any, float] = {}
         self._stopping = Event()
         #: The module ``http1``, ``None`` where everything is left to gunicorn.
         self._plain: ModuleType | None = None
@@ -79,12 +80,13 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         # that another worker would serve, only to tell their uploads to come back.
         servers = [self._serve(listener) for listener in self.sockets]
         while self.alive:
-            self.notify()
+            self._tick()
             self._stopping.wait(1.0)
         for server in servers:
             server.close()
         self._join(servers, _LAST_CALL)
-        self._close_idle()
+        # Otherwise the worker would wait for clients that have nothing to say.
+        self._close_idle(0)
         self._join(servers, self.cfg.graceful_timeout)
         for server in servers:
             server.stop(timeout=1)
@@ -99,7 +101,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def timeout_ctx(self) -> _Idle:
         # gunicorn waits for the next request of a connection inside of this, too.
-        return _Idle(self.cfg.keepalive, self._idle)
+        return _Idle(self._idle)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         if self._tus is not None and getattr(req, "_expected_100_continue", False):
@@ -114,13 +116,14 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             name = listener.getsockname()
             parser = plain.PlainParser(self.cfg, client, addr)
             environs = plain.PlainEnviron(self.cfg, client, addr, name)
+            idle = self.timeout_ctx()
             while True:
                 request = None
                 if parser.unreader.buf.tell():
                     # The next request is here already: without this one client could send
                     # so many at once that nobody else is served.
                     let_others_run()
-                with self.timeout_ctx():
+                with idle:
                     request = next(parser)
                 if request is None:
                     break
@@ -209,14 +212,26 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         deadline = time.monotonic() + timeout
         for server in servers:
             while len(server.pool) and (left := deadline - time.monotonic()) > 0:
-                self.notify()
+                self._tick()
                 server.pool.join(min(left, 1.0))
 
-    def _close_idle(self) -> None:
-        # Otherwise the worker would wait for clients that have nothing to say, up to the
-        # graceful timeout.
-        for idle in tuple(self._idle):
-            idle.end()
+    def _tick(self) -> None:
+        """Do what is to be done each second."""
+        self.notify()
+        self._close_idle(self.cfg.keepalive)
+
+    def _close_idle(self, seconds: float) -> None:
+        """Close the connections that have been without a request for so long."""
+        # One look at all of them now and then is far cheaper than a timer per request.
+        latest = time.monotonic() - seconds
+        for greenlet, since in tuple(self._idle.items()):
+            if since <= latest:
+                gevent.get_hub().loop.run_callback(self._end_wait, greenlet, since)
+
+    def _end_wait(self, greenlet: Any, since: float) -> None:
+        # In the hub: a greenlet that is idle waits for its socket then and does nothing else.
+        if self._idle.get(greenlet) == since:
+            greenlet.throw(_Silence)
 
 
 def _plain_http(cfg: Any) -> ModuleType | None:
@@ -247,27 +262,27 @@ def _is_ordinary(cfg: Any) -> bool:
     )
 
 
-class _Idle(gevent.Timeout):  # type: ignore[misc]
-    """The time that a connection may be without a request; it can be cut short."""
+class _Silence(BaseException):
+    """Thrown where a greenlet waits for a request. Never leaves ``_Idle``."""
 
-    def __init__(self, seconds: float, idle: set[_Idle]) -> None:
-        super().__init__(seconds, False)
+
+class _Idle:
+    """A block in which the current greenlet waits for a request; it may be entered again.
+
+    The worker ends the block when that takes too long.
+
+    :param idle: where the worker looks for those who wait.
+    """
+
+    __slots__ = ("_greenlet", "_idle")
+
+    def __init__(self, idle: dict[Any, float]) -> None:
         self._idle = idle
         self._greenlet = gevent.getcurrent()
 
-    def __enter__(self) -> _Idle:
-        self._idle.add(self)
-        super().__enter__()
-        return self
+    def __enter__(self) -> None:
+        self._idle[self._greenlet] = time.monotonic()
 
-    def __exit__(self, *exception: Any) -> Any:
-        self._idle.discard(self)
-        return super().__exit__(*exception)
-
-    def end(self) -> None:
-        """Let it run out now. The greenlet waits in its block as long as this is idle."""
-        gevent.get_hub().loop.run_callback(self._expire)
-
-    def _expire(self) -> None:
-        if self in self._idle:
-            self._greenlet.throw(self)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        del self._idle[self._greenlet]
+        return kind is _Silence

@@ -236,8 +236,11 @@ def _inode_of_peer(connection: Connection) -> str | None:
     return None
 
 
-def app_server(module: str, data_dir: Path) -> Server:
-    """Return a server of one worker, with our settings, for an application beside these tests."""
+def app_server(module: str, data_dir: Path, *flags: str) -> Server:
+    """Return a server of one worker, with our settings, for an application beside these tests.
+
+    :param flags: gunicorn's, which win.
+    """
     root = Path(__file__).parent.parent.parent
     environ = {
         "TUSWSGI_DATA_DIR": str(data_dir),
@@ -248,7 +251,7 @@ def app_server(module: str, data_dir: Path) -> Server:
     }
     command = [
         *(sys.executable, "-m", "gunicorn", "-c", str(root / "conf" / "gunicorn.conf.py")),
-        *("--chdir", str(root / "tests"), f"e2e.{module}:application"),
+        *("--chdir", str(root / "tests"), *flags, f"e2e.{module}:application"),
     ]
     return Server(command, data_dir, environ)
 

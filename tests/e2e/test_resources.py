@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from e2e.client import BYTES, MB, TUS, Connection, chunk, content, patch_headers, sha1
-from e2e.conftest import SERVE, Serve, Server, running
+from e2e.conftest import SERVE, Serve, Server, app_server, running
 
 #: What the workers together may grow by, whatever the size of a body.
 ALLOWANCE = 40 * MB
@@ -199,3 +199,22 @@ def test_final_upload_on_a_full_disk(cramped: Server, small_disk: Path) -> None:
     final = client.create_final(parts)
     assert client.offset(final) == 4_000_000
     assert client.get(final).body == data * 2
+
+
+def test_connections_without_a_request_are_closed(tmp_path: Path) -> None:
+    """Bodies have a timeout of their own."""
+    data = content(MB)
+    with (
+        running(app_server("counting_app", tmp_path / "data", "--keep-alive", "1")) as server,
+        server.client.connect() as fresh,
+        server.client.connect() as slow,
+        server.client.connect() as used,
+        server.client.start_patch(server.client.create(MB), 0, MB) as busy,
+    ):
+        slow.send(b"OPTIONS /files/ HTTP/1.1\r\nHo")
+        assert used.request("OPTIONS", "/files/", {}).status == 204
+        busy.send(data[:1000])
+        for connection in (fresh, slow, used):
+            assert connection.is_closed()
+        busy.send(data[1000:])
+        assert busy.read().offset == MB
