@@ -109,7 +109,7 @@ def test_precedence(tmp_path: Path) -> None:
         assert values["port"] == ("3", "--port")
         assert values["host"] == ("env", "TUSWSGI_HOST")
         assert values["url"] == ("/ini", str(file))
-        assert values["locker"] == ("file-locker", "default")
+        assert values["storage"] == ("file-storage", "default")
 
 
 def test_check_of_a_correct_configuration() -> None:

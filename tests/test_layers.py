@@ -59,7 +59,7 @@ SHARED = {
     ("tuswsgi.infostores", "tuswsgi.infostores.record"),
     ("tuswsgi.infostores", "tuswsgi.infostores.markers"),
     ("tuswsgi.infostores", "tuswsgi.infostores.outbox"),
-    ("tuswsgi.infostores", "tuswsgi.infostores.tables"),
+    ("tuswsgi.lockers", "tuswsgi.lockers.lease"),
     ("tuswsgi.hooks", "tuswsgi.infostores.record"),
     ("tuswsgi.hooks", "tuswsgi.hooks.answers"),
     ("tuswsgi.hooks", "tuswsgi.hooks.events"),

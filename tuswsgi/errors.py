@@ -262,6 +262,13 @@ class InfoConflict(Unavailable):
     message = "The upload was changed by another request; try again."
 
 
+class LockLost(Unavailable):
+    """The lock ran out while it was held: another request may have it now."""
+
+    code = "ERR_LOCK_LOST"
+    message = "The server lost its hold on the upload; resume it."
+
+
 class HookFailed(Unavailable):
     """A blocking hook could not be reached or broke."""
 

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.datastores.base import DataStore
 from tuswsgi.hooks.base import Hook
 from tuswsgi.infostores.base import InfoStore
@@ -61,15 +62,37 @@ class Backends:
         rustus="INFO_STORAGE",
         short="i",
     )
-    locker: LockerName = option(
-        LockerName.FILE,
+    info_db_dsn: str | None = option(
+        None,
+        "The database of the info store: `sqlite:////absolute/path` or "
+        "`sqlite:///relative/path`. Unset: a SQLite file beside the data.",
+        rustus="INFO_DB_DSN",
+        secret=True,
+    )
+    locker: LockerName | None = option(
+        None,
         "What keeps two requests from writing one upload: `file-locker` works between all "
-        "workers of one host, `memory-locker` within one worker.",
+        "workers of one host, `memory-locker` within one worker. Unset: `file-locker`.",
+    )
+    locker_dsn: str | None = option(
+        None,
+        "The server of the locker. Unset: that of the info store.",
+        secret=True,
+    )
+    lock_lease: float = option(
+        10.0,
+        "After how long a lock on a server is free when its host died.",
+        kind=Duration,
     )
     data_dir: Path = option(
         Path("./data"),
         "The directory of uploads. What the server needs besides is in `.tuswsgi` below it.",
         rustus="DATA_DIR",
+    )
+    runtime_dir: Path | None = option(
+        None,
+        "The directory for the locks and sockets of this host, on a disk of its own. Unset: "
+        "`.tuswsgi` below the data directory.",
     )
     force_fsync: bool = option(
         False,
@@ -86,6 +109,11 @@ class Backends:
     def own_dir(self) -> Path:
         """The directory for everything of the server's that is no upload."""
         return self.data_dir / ".tuswsgi"
+
+    @property
+    def lock_dir(self) -> Path:
+        """The directory of this host's locks."""
+        return (self.runtime_dir or self.own_dir) / "locks"
 
     @property
     def in_memory(self) -> bool:
@@ -127,9 +155,11 @@ def info_store(config: Config) -> InfoStore:
         return FileInfoStore(force_fsync=backends.force_fsync, **values)
     from tuswsgi.infostores.sql import SqlInfoStore
 
-    dsn = f"sqlite:///{backends.own_dir.absolute()}/info.sqlite3"
-    values = _filled(config.values(SqlInfoStore), info_db_dsn=dsn)
-    return SqlInfoStore(force_fsync=backends.force_fsync, **values)
+    return SqlInfoStore(
+        backends.info_db_dsn or f"sqlite:///{backends.own_dir.absolute()}/info.sqlite3",
+        force_fsync=backends.force_fsync,
+        pool=config.build(PoolSettings),
+    )
 
 
 def locker(config: Config) -> Locker[Any]:
@@ -141,7 +171,7 @@ def locker(config: Config) -> Locker[Any]:
         return MemoryLocker(timeout=backends.lock_timeout)
     from tuswsgi.lockers.file import FileLocker
 
-    return FileLocker(directory=backends.own_dir / "locks", timeout=backends.lock_timeout)
+    return FileLocker(directory=backends.lock_dir, timeout=backends.lock_timeout)
 
 
 def hooks(config: Config) -> list[Hook]:
@@ -193,7 +223,6 @@ def option_groups() -> list[type]:
     from tuswsgi.hooks.delivery import DeliverySettings
     from tuswsgi.hooks.settings import EnabledHooks, HookSettings
     from tuswsgi.infostores.file import FileInfoStore
-    from tuswsgi.infostores.sql import SqlInfoStore
     from tuswsgi.protocol.settings import UploadSettings
     from tuswsgi.server import ServerSettings
     from tuswsgi.web.settings import WebSettings
@@ -203,7 +232,7 @@ def option_groups() -> list[type]:
         Backends,
         FileDataStore,
         FileInfoStore,
-        SqlInfoStore,
+        PoolSettings,
         UploadSettings,
         WebSettings,
         EnabledHooks,

@@ -24,6 +24,7 @@ from tuswsgi.errors import (
     UploadLocked,
     UploadSizeExceeded,
 )
+from tuswsgi.lockers.base import IsLost
 from tuswsgi.protocol.checksum import Checksum
 from tuswsgi.protocol.reader import ActiveReaders, Body, UploadReader
 
@@ -84,7 +85,7 @@ class MemoryBody(Body):
 class Splicing(MemoryBody):
     """A body that the kernel moves to the file, if it is asked nicely."""
 
-    def transfer(self, fd: int, offset: int, n: int) -> int | None:
+    def transfer(self, fd: int, offset: int, n: int, is_lost: IsLost | None = None) -> int | None:
         if len(self.asked) % 3 == 2:
             return None
         return os.pwrite(fd, self.receive(n), offset)

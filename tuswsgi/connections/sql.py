@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -78,19 +79,26 @@ class SqlConnection(ABC):
         """
 
 
-def connect(dsn: str, *, durable: bool = False) -> SqlConnection:
+def connect(dsn: str, *, durable: bool = False, pool: PoolSettings | None = None) -> SqlConnection:
     """Return the connection of `dsn`, the same for everybody who asks. Nothing is opened.
 
-    :param durable: what is committed must survive a power loss.
+    :param durable: what is committed must survive a power loss; servers see to that by
+        themselves.
+    :param pool: how many connections to a server there are; whoever asks first decides.
     :raises ConfigurationError: if no such database is supported.
     """
     connection = _connections.get((dsn, durable))
     if connection is None:
-        connection = _connections[dsn, durable] = _make(dsn, durable)
+        connection = _connections[dsn, durable] = _make(dsn, durable, pool or PoolSettings())
     return connection
 
 
-def _make(dsn: str, durable: bool) -> SqlConnection:
+def is_server(dsn: str) -> bool:
+    """Return whether `dsn` names a server, which several hosts may share."""
+    return not dsn.startswith("sqlite:")
+
+
+def _make(dsn: str, durable: bool, pool: PoolSettings) -> SqlConnection:
     scheme, separator, path = dsn.partition(":///")
     # Other servers' DSNs ask to create the file, which happens anyway.
     path = path.removesuffix("?mode=rwc")

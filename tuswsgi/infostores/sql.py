@@ -14,14 +14,14 @@ from typing import Any
 
 import peewee
 
+from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import Database, connect
-from tuswsgi.errors import ConfigurationError, InfoConflict, UploadExists, UploadNotFound
+from tuswsgi.connections.tables import make_tables
+from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType
 from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.infostores.tables import make_tables
-from tuswsgi.options import option
 
 _CREATE = """
 INSERT INTO tuswsgi_uploads
@@ -81,21 +81,18 @@ _WAITING_FOR = "SELECT final FROM tuswsgi_waiting WHERE part = ? ORDER BY final"
 
 @dataclass(repr=False, eq=False)
 class SqlInfoStore(InfoStore):
-    """Records in a database that all workers share."""
+    """Records in a database that all workers share.
 
-    info_db_dsn: str = option(
-        None,
-        "The database of the info store: `sqlite:////absolute/path` or "
-        "`sqlite:///relative/path`. Unset: a file beside the data.",
-        rustus="INFO_DB_DSN",
-        secret=True,
-    )
+    :param info_db_dsn: the database, see ``connections.sql.connect``.
+    :param force_fsync: what is committed must survive a power loss.
+    """
+
+    info_db_dsn: str
     force_fsync: bool = False
+    pool: PoolSettings = PoolSettings()
 
     def __post_init__(self) -> None:
-        if not self.info_db_dsn:
-            raise ConfigurationError("The info store needs info_db_dsn.")
-        self._connection = connect(self.info_db_dsn, durable=self.force_fsync)
+        self._connection = connect(self.info_db_dsn, durable=self.force_fsync, pool=self.pool)
         text = self._connection.statement
         self._create, self._exists, self._load = text(_CREATE), text(_EXISTS), text(_LOAD)
         self._save, self._expired = text(_SAVE), text(_EXPIRED)

@@ -23,15 +23,14 @@ from tuswsgi.errors import TusError, UploadLocked
 #: thread, maybe several times and maybe a moment after the release, and must not block.
 ReleaseRequest = Callable[[TusError], None]
 
+#: Tells whether a lock that is held is lost, so that somebody else may have it. It waits
+#: for nothing, so that a writer can ask before every write.
+IsLost = Callable[[], bool]
+
 logger = logging.getLogger(__name__)
 
 #: What a backend knows about a lock that it holds.
 H = TypeVar("H")
-
-#: Seconds between attempts, first and longest: a holder in mid-body leaves within
-#: milliseconds, one that runs a hook takes its time.
-_FIRST_PAUSE = 0.002
-_LONGEST_PAUSE = 0.05
 
 
 def ask_to_release(on_release_request: ReleaseRequest | None, reason: TusError) -> None:
@@ -52,6 +51,15 @@ class Locker(ABC, Generic[H]):
     :param timeout: how long ``lock`` waits for a holder, in seconds.
     """
 
+    #: Seconds between attempts, first and longest: a holder in mid-body leaves within
+    #: milliseconds, one that runs a hook takes its time.
+    first_pause = 0.002
+    longest_pause = 0.05
+
+    #: Seconds between two requests to one holder. A request may be lost, and the holder may
+    #: be another one than a moment ago.
+    request_pause = 0.1
+
     def __init__(self, timeout: float = 20.0) -> None:
         self.timeout = timeout
 
@@ -65,10 +73,13 @@ class Locker(ABC, Generic[H]):
         """Release what this process holds. The locker may be used again afterwards."""
 
     @contextmanager
-    def lock(self, id: str, on_release_request: ReleaseRequest | None = None) -> Iterator[None]:
+    def lock(
+        self, id: str, on_release_request: ReleaseRequest | None = None
+    ) -> Iterator[IsLost | None]:
         """Hold the lock of `id` for the length of a ``with`` block.
 
-        A present holder is asked to let go. The lock is not reentrant.
+        A present holder is asked to let go. The lock is not reentrant. The block gets what
+        tells whether the lock was lost, ``None`` if that cannot happen.
 
         :param on_release_request: called when somebody waits for this lock, or when the
             lock was lost. ``None`` is for a holder that is done soon anyway.
@@ -76,12 +87,14 @@ class Locker(ABC, Generic[H]):
         """
         held = self._acquire(id, on_release_request)
         try:
-            yield
+            yield self._is_lost(held)
         finally:
             self._release(id, held)
 
     @contextmanager
-    def try_lock(self, id: str, on_release_request: ReleaseRequest | None = None) -> Iterator[None]:
+    def try_lock(
+        self, id: str, on_release_request: ReleaseRequest | None = None
+    ) -> Iterator[IsLost | None]:
         """Hold the lock of `id`, but only if nobody else does; a holder is not disturbed.
 
         :raises UploadLocked: if somebody holds it.
@@ -90,13 +103,13 @@ class Locker(ABC, Generic[H]):
         if held is None:
             raise UploadLocked
         try:
-            yield
+            yield self._is_lost(held)
         finally:
             self._release(id, held)
 
     def _acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H:
         deadline = time.monotonic() + self.timeout
-        pause = _FIRST_PAUSE
+        pause = self.first_pause
         next_request = 0.0
         while True:
             held = self._try_acquire(id, on_release_request)
@@ -104,14 +117,23 @@ class Locker(ABC, Generic[H]):
                 return held
             now = time.monotonic()
             if now >= next_request:
-                # Again every now and then: the request may be lost, and the holder may be
-                # another one than a moment ago.
                 self._request_release(id)
-                next_request = now + 0.1
+                next_request = now + self.request_pause
             if now >= deadline:
                 raise UploadLocked
             time.sleep(min(pause * random.uniform(0.5, 1.0), deadline - now))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = min(pause * 2, self.longest_pause)
+
+    def _is_lost(self, held: H) -> IsLost | None:
+        """Return what tells whether the lock was lost; ``None`` if it cannot be."""
+        return None
+
+    @property
+    def scope(self) -> str | None:
+        """A name for all whom this locker can tell from the dead: where one of them has a
+        lock, no other one does. Letters, digits and hyphens; ``None`` if there is none.
+        """
+        return None
 
     @abstractmethod
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H | None:
@@ -123,7 +145,7 @@ class Locker(ABC, Generic[H]):
 
     @abstractmethod
     def _request_release(self, id: str) -> None:
-        """Ask the present holder, wherever it is, to let go. Must not block or fail.
+        """Ask the present holder, wherever it is, to let go. Must not wait for it or fail.
 
         The request is for that holder only: one that comes after it must not be met.
         """

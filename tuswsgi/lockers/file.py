@@ -91,6 +91,20 @@ class FileLocker(Locker[Held]):
         # A child has its own: a lock belongs to all who share an open file.
         self._files: PerProcess[LockFiles] = PerProcess(lambda: LockFiles(self.directory))
 
+    @property
+    def scope(self) -> str | None:
+        """This directory on this host until it boots again; see ``Locker.scope``.
+
+        Several hosts may see the directory, and their kernels know nothing of each other's
+        locks: hence the kernel's own name.
+        """
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+            found = self.directory.stat()
+            return f"{boot}-{found.st_dev:x}-{found.st_ino:x}"
+        except OSError:
+            return None
+
     def prepare(self) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

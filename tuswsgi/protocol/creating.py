@@ -88,7 +88,8 @@ class Creator:
         """
         self._check_space(info)
         locker, let_go = self.finisher.locker, reception.reader.interrupt
-        with locker.lock(info.id, let_go):
+        with locker.lock(info.id, let_go) as is_lost:
+            reception.reader.guard(is_lost)
             twin = self._record_of(info.id)
             if twin is None:
                 info = info.but(storage=self._place(info))

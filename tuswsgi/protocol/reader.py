@@ -19,12 +19,14 @@ from tuswsgi.errors import (
     BodyTooLarge,
     ChecksumMismatch,
     InvalidChecksum,
+    LockLost,
     ReadTimeout,
     ServerShutdown,
     TusError,
     UploadInterrupted,
     UploadLocked,
 )
+from tuswsgi.lockers.base import IsLost
 from tuswsgi.process import PerProcess, let_others_run
 from tuswsgi.protocol.checksum import Checksum
 
@@ -50,9 +52,10 @@ class Body(ABC):
         :raises TusError: ``BodyIncomplete`` or ``BodyMalformed``; nothing more can come.
         """
 
-    def transfer(self, fd: int, offset: int, n: int) -> int | None:
+    def transfer(self, fd: int, offset: int, n: int, is_lost: IsLost | None = None) -> int | None:
         """Wait for bytes and move 1 to `n` of them to a file, past this process' memory.
 
+        :param is_lost: asked after each wait; nothing is moved if the lock is lost.
         :returns: how many, 0 where ``receive`` would return nothing; ``None`` if it cannot
             be done, which is to be asked again for every call.
         :raises TusError: as ``receive``.
@@ -99,6 +102,7 @@ class UploadReader:
         self._awaits_trailer = awaits_trailer
         self._hash = checksum.hash() if checksum else None
         self._on_progress = on_progress
+        self._is_lost: IsLost | None = None
         self._ended = False
 
     # --- for data stores ---------------------------------------------------------------
@@ -138,6 +142,13 @@ class UploadReader:
         # What came before this, waiting for a lock above all, was not the client's silence.
         self.last_progress = time.monotonic()
 
+    def guard(self, is_lost: IsLost | None) -> None:
+        """Look before every byte whether the upload's lock is lost, and end the body if so.
+
+        The process may have stood still for long, and another one may write by now.
+        """
+        self._is_lost = is_lost
+
     def interrupt(self, error: TusError) -> None:
         """End the body as if it had come to its end, for the reason `error`.
 
@@ -155,7 +166,7 @@ class UploadReader:
     # --- inside ------------------------------------------------------------------------
 
     def _receive(self, n: int) -> memoryview | bytes:
-        if self._ended or self.error is not None:
+        if self._ended or self.error is not None or self._has_lost_lock():
             return b""
         # One byte beyond the limit is asked for, since only that tells whether a chunked
         # body that reached it goes on.
@@ -168,6 +179,8 @@ class UploadReader:
         if block and left == 0:
             self.error = self._too_many
             return b""
+        if self._has_lost_lock():
+            return b""
         self._count(len(block))
         if self._hash is not None:
             self._hash.update(block)
@@ -176,10 +189,11 @@ class UploadReader:
     def _transfer(self, fd: int, offset: int) -> int:
         """Move the next bytes to a file and return how many; 0 at the end."""
         left = self._limit - self.received
-        if self._hash is not None or left == 0 or self._ended or self.error is not None:
+        ended = self._ended or self.error is not None or self._has_lost_lock()
+        if self._hash is not None or left == 0 or ended:
             return self._write(fd, offset)
         try:
-            moved = self._body.transfer(fd, offset, min(_STEP, left))
+            moved = self._body.transfer(fd, offset, min(_STEP, left), self._is_lost)
         except TusError as error:
             self.error = self.error or error
             return 0
@@ -192,9 +206,15 @@ class UploadReader:
         block = self._receive(_STEP)
         return write_at(fd, block, offset) if block else 0
 
+    def _has_lost_lock(self) -> bool:
+        if self._is_lost is None or not self._is_lost():
+            return False
+        self.error = self.error or LockLost()
+        return True
+
     def _count(self, n: int) -> None:
         if n == 0:
-            self._ended = self.error is None
+            self._ended = not self._has_lost_lock() and self.error is None
             return
         self.received += n
         self.last_progress = time.monotonic()

@@ -236,7 +236,8 @@ class Uploads:
         reception: Reception,
         request: RequestInfo,
     ) -> FileInfo:
-        with self.locker.lock(info.id, reception.reader.interrupt):
+        with self.locker.lock(info.id, reception.reader.interrupt) as is_lost:
+            reception.reader.guard(is_lost)
             info = self._load(info.id, request)
             if info.is_finished:
                 reception.receive_nothing(info, offset)

@@ -17,6 +17,7 @@ from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from tuswsgi.errors import BodyIncomplete, BodyMalformed
+from tuswsgi.lockers.base import IsLost
 from tuswsgi.process import let_others_run
 from tuswsgi.web.pipe import IS_SUPPORTED, Unsupported, pipe
 from tuswsgi.web.request_body import BLOCK, RequestBody, shared_buffer
@@ -228,7 +229,7 @@ class SocketBody(GunicornBody):
         self._ended = self._reader.length == 0
         return block
 
-    def transfer(self, fd: int, offset: int, n: int) -> int | None:
+    def transfer(self, fd: int, offset: int, n: int, is_lost: IsLost | None = None) -> int | None:
         if not self._splices or self._has_buffered:
             return None
         self._ask_to_continue()
@@ -236,7 +237,7 @@ class SocketBody(GunicornBody):
         if self._ended or self._is_woken:
             return 0
         try:
-            moved = self._splice(fd, offset, min(n, self._left, _TURN))
+            moved = self._splice(fd, offset, min(n, self._left, _TURN), is_lost)
         except Unsupported:
             self._splices = False
             return None
@@ -254,7 +255,7 @@ class SocketBody(GunicornBody):
         if self._low_water > 1:
             self._end_wait()
 
-    def _splice(self, fd: int, offset: int, n: int) -> int:
+    def _splice(self, fd: int, offset: int, n: int, is_lost: IsLost | None) -> int:
         sock = self._sock.fileno()
         while True:
             try:
@@ -272,6 +273,8 @@ class SocketBody(GunicornBody):
             # It must shrink with the rest, or the last bytes would never be enough.
             self._set_low_water(min(_LOW_WATER, n))
             self._interruptibly(self._wait_readable)
+            if is_lost is not None and is_lost():
+                return 0
 
     def _wait_readable(self) -> None:
         with self._hub.loop.io(self._sock.fileno(), 1) as readable:

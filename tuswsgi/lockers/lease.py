@@ -1,0 +1,318 @@
+"""Locks on a server that all hosts see, for as long as somebody stands up for them.
+
+A server cannot see whether the holder of a lock is alive, so a lock is a lease: its holder
+renews it, and whoever dies without a word loses it after a while. This file owns that, the
+way of a release request to the holder's process, and the locks of the host that are held
+beside. A backend knows how its server keeps one token per upload, and nothing else.
+
+Where the host's own lock is held beside a lease, processes of one host find out about each
+other's death at once: who holds the host's lock knows that a lease of this host's is left
+over. Only the death of a whole host is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
+
+from tuswsgi.errors import LockLost, TusError, Unavailable, UploadInterrupted
+from tuswsgi.lockers.base import IsLost, Locker, ReleaseRequest, ask_to_release
+from tuswsgi.process import PerProcess
+
+log = logging.getLogger(__name__)
+
+#: The part of a lease that its holder does without, for clocks that run differently and for
+#: a write that has just begun.
+_MARGIN = 0.1
+
+#: Seconds between attempts to renew while the server cannot be reached, at most.
+_LONGEST_RETRY = 1.0
+
+#: Seconds after which whoever listens for release requests looks whether it is to go on.
+_HEARING = 1.0
+
+
+def _clock() -> float:
+    """Return seconds that go on while the machine sleeps, where it can tell."""
+    return time.clock_gettime(_CLOCK)
+
+
+_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+@dataclass(eq=False)
+class Lease:
+    """One acquisition.
+
+    :ivar token: names it among all acquisitions of all processes.
+    :ivar ends_at: until when it is held for sure, on ``_clock``.
+    :ivar beside: what the host's locker knows of the lock that is held beside it.
+    """
+
+    id: str
+    token: str
+    on_release_request: ReleaseRequest | None
+    ends_at: float
+    beside: Any = None
+
+    def is_lost(self) -> bool:
+        return _clock() >= self.ends_at
+
+
+class LeaseLocker(Locker[Lease]):
+    """Exclusive locks among all processes that use one server.
+
+    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lease: for how long a lock outlives its holder, in seconds. It is renewed at a
+        third of that.
+    :param beside: locks of this host, each of which is held for as long as the lease.
+    """
+
+    def __init__(
+        self, timeout: float = 20.0, lease: float = 10.0, beside: Locker[Any] | None = None
+    ) -> None:
+        super().__init__(timeout)
+        self.lease = lease
+        self.beside = beside
+        self._keeper: PerProcess[Keeper] = PerProcess(self._make_keeper)
+
+    def prepare(self) -> None:
+        if self.beside is not None:
+            self.beside.prepare()
+
+    def close(self) -> None:
+        keeper = self._keeper.pop()
+        if keeper is not None:
+            keeper.close()
+        if self.beside is not None:
+            self.beside.close()
+
+    # --- what a backend knows ---------------------------------------------------------
+
+    @abstractmethod
+    def _take(self, id: str, token: str) -> bool:
+        """Let `token` hold the lock of `id` for the length of a lease; return whether it does,
+        which it does not while another token holds it.
+
+        :raises Unavailable: if the server cannot be reached; likewise below.
+        """
+
+    @abstractmethod
+    def _give_back(self, id: str, token: str) -> None:
+        """Free the lock of `id` if `token` holds it."""
+
+    @abstractmethod
+    def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
+        """Let leases run for their full length again, from now on.
+
+        :param held: ids by tokens, all of this process.
+        :returns: the tokens that still hold their locks.
+        """
+
+    @abstractmethod
+    def _holder(self, id: str) -> str | None:
+        """Return the token that holds the lock of `id`."""
+
+    @abstractmethod
+    def _ask(self, worker: str, id: str, token: str) -> None:
+        """Let `worker` hear that somebody waits for the lock of `id`, which `token` holds."""
+
+    @abstractmethod
+    def _hear(self, worker: str, timeout: float) -> Collection[str]:
+        """Wait up to `timeout` seconds for ``_ask`` to call `worker`, one of this process, and
+        return the tokens that were asked for.
+        """
+
+    # --- what all of them do alike ----------------------------------------------------
+
+    def _make_keeper(self) -> Keeper:
+        scope = self.beside.scope if self.beside is not None else None
+        return Keeper(self, scope or secrets.token_hex(8))
+
+    def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Lease | None:
+        if self.beside is None:
+            return self._take_lease(id, on_release_request, None)
+        beside = self.beside._try_acquire(id, on_release_request)
+        if beside is None:
+            return None
+        lease = None
+        try:
+            lease = self._take_lease(id, on_release_request, beside)
+        finally:
+            if lease is None:
+                self.beside._release(id, beside)
+        return lease
+
+    def _release(self, id: str, held: Lease) -> None:
+        self._keeper.get().forget(held)
+        try:
+            self._give_back_quietly(id, held.token)
+        finally:
+            if self.beside is not None:
+                self.beside._release(id, held.beside)
+
+    def _request_release(self, id: str) -> None:
+        if self.beside is not None:
+            self.beside._request_release(id)
+        try:
+            token = self._holder(id)
+            if token is None:
+                return
+            keeper = self._keeper.get()
+            worker = _worker_of(token)
+            if worker == keeper.worker:
+                keeper.call(token)
+            else:
+                self._ask(worker, id, token)
+        except Unavailable:
+            pass  # the next attempt to get the lock will say so
+
+    def _is_lost(self, held: Lease) -> IsLost | None:
+        return held.is_lost
+
+    def _take_lease(
+        self, id: str, on_release_request: ReleaseRequest | None, beside: Any
+    ) -> Lease | None:
+        keeper = self._keeper.get()
+        token = keeper.new_token()
+        try:
+            began = _clock()
+            taken = self._take(id, token)
+            if not taken and beside is not None and self._remove_leftover(id, keeper):
+                began = _clock()
+                taken = self._take(id, token)
+        except BaseException:
+            # It may have been taken all the same.
+            self._give_back_quietly(id, token)
+            raise
+        if not taken:
+            return None
+        lease = Lease(id, token, on_release_request, began + self._sure, beside)
+        keeper.hold(lease)
+        return lease
+
+    def _remove_leftover(self, id: str, keeper: Keeper) -> bool:
+        """Free a lock that a process of this host has left behind; return whether it is free.
+
+        The host's own lock is held: whoever had it let it go, and lives no more or is about
+        to give the lease back.
+        """
+        token = self._holder(id)
+        if token is None:
+            return True
+        if _scope_of(token) != _scope_of(keeper.worker):
+            return False
+        log.info("The holder of %s is gone; its lock is taken over", id)
+        self._give_back(id, token)
+        return True
+
+    def _give_back_quietly(self, id: str, token: str) -> None:
+        try:
+            self._give_back(id, token)
+        except Unavailable:
+            log.warning("The lock of %s cannot be given back; it is free in %.3g s", id, self.lease)
+
+    @property
+    def _sure(self) -> float:
+        """For how many seconds after it was asked for a lease is held for sure."""
+        return self.lease * (1 - _MARGIN)
+
+
+class Keeper:
+    """The leases of one process: renews them, and hears the requests for them.
+
+    A thread each does that, from the first lease on.
+
+    :param scope: who else is told from the dead, see ``Locker.scope``.
+    """
+
+    def __init__(self, locker: LeaseLocker, scope: str) -> None:
+        self.worker = f"{scope}.{secrets.token_hex(8)}"
+        self._locker = locker
+        self._numbers = count(1)
+        self._leases: dict[str, Lease] = {}
+        self._any = threading.Event()
+        self._closing = threading.Event()
+        self._started = threading.Lock()
+
+    def new_token(self) -> str:
+        return f"{self.worker}.{next(self._numbers)}"
+
+    def hold(self, lease: Lease) -> None:
+        self._leases[lease.token] = lease
+        self._any.set()
+        if self._started.acquire(blocking=False):
+            for work in (self._renew_on, self._hear_on):
+                threading.Thread(target=work, name="tuswsgi-leases", daemon=True).start()
+
+    def forget(self, lease: Lease) -> None:
+        self._leases.pop(lease.token, None)
+        if not self._leases:
+            self._any.clear()
+
+    def call(self, token: str, reason: TusError | None = None) -> None:
+        """Ask the holder `token` to let go, if it still holds its lock."""
+        lease = self._leases.get(token)
+        if lease is not None:
+            ask_to_release(lease.on_release_request, reason or UploadInterrupted())
+
+    def close(self) -> None:
+        self._closing.set()
+        self._any.set()
+
+    def _renew_on(self) -> None:
+        pause = third = self._locker.lease / 3
+        while not self._closing.wait(pause):
+            reached = not self._leases or self._renew()
+            pause = third if reached else min(third, _LONGEST_RETRY)
+
+    def _renew(self) -> bool:
+        """Renew all leases and call the holders of those that are lost; return whether the
+        server could be reached.
+        """
+        leases = list(self._leases.values())
+        began = _clock()
+        kept: Collection[str] | None = None
+        try:
+            kept = self._locker._prolong({lease.token: lease.id for lease in leases})
+        except Unavailable:
+            log.warning("%d locks cannot be renewed", len(leases))
+        except Exception:
+            log.exception("%d locks cannot be renewed", len(leases))
+        for lease in leases:
+            if kept is not None and lease.token in kept:
+                lease.ends_at = began + self._locker._sure
+            elif kept is not None:
+                lease.ends_at = began
+            if lease.is_lost() and lease.token in self._leases:
+                log.error("The lock of %s is lost", lease.id)
+                self.call(lease.token, LockLost())
+        return kept is not None
+
+    def _hear_on(self) -> None:
+        hear: Callable[[], Collection[str]] = partial(self._locker._hear, self.worker, _HEARING)
+        while self._any.wait() and not self._closing.is_set():
+            try:
+                for token in hear():
+                    self.call(token)
+            except Unavailable:
+                self._closing.wait(_LONGEST_RETRY)
+            except Exception:
+                log.exception("Requests for locks cannot be heard")
+                self._closing.wait(_LONGEST_RETRY)
+
+
+def _worker_of(token: str) -> str:
+    return token.rpartition(".")[0]
+
+
+def _scope_of(token: str) -> str:
+    return token.partition(".")[0]
