@@ -66,6 +66,7 @@ SHARED = {
     ("tuswsgi.hooks", "tuswsgi.hooks.payloads"),
     ("tuswsgi.hooks", "tuswsgi.hooks.claims"),
     ("tuswsgi.hooks", "tuswsgi.hooks.lanes"),
+    ("tuswsgi.hooks", "tuswsgi.hooks.retries"),
 }
 
 #: What runs under gunicorn's gevent workers only.

@@ -7,7 +7,7 @@ transports. How they look in JSON is the business of payload formats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
@@ -174,6 +174,29 @@ class HookResponse:
             change=change,
             stop=self.stop or second.stop,
         )
+
+
+#: Asks one listener: a transport, or one of the programs or URLs of a transport.
+Ask = Callable[[HookRequest], HookResponse | None]
+
+
+def ask_in_turn(listeners: Iterable[Ask], request: HookRequest) -> HookResponse | None:
+    """Ask one listener after the other, until one rejects.
+
+    Each of them sees the upload as those before it have changed it.
+
+    :returns: what the answers are together, ``None`` if nobody had anything to say.
+    """
+    answer: HookResponse | None = None
+    for ask in listeners:
+        more = ask(request)
+        if more is None:
+            continue
+        answer = more if answer is None else answer.followed_by(more)
+        if answer.reject:
+            break
+        request = request.after(more)
+    return answer
 
 
 class Hook(ABC):

@@ -12,12 +12,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from tuswsgi import spawn
 from tuswsgi.errors import HookFailed, HookRefusal
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, ask_in_turn
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
 from tuswsgi.options import Duration, KiB, MiB, option
 
@@ -85,16 +86,8 @@ class FileHook(Hook):
                 _look_at(self.dir / type.value)
 
     def send(self, request: HookRequest) -> HookResponse | None:
-        answer = None
-        for program in self._programs(request.type):
-            more = self._run(program, request)
-            if more is None:
-                continue
-            answer = more if answer is None else answer.followed_by(more)
-            if answer.reject:
-                break
-            request = request.after(more)
-        return answer
+        programs = self._programs(request.type)
+        return ask_in_turn([partial(self._run, program) for program in programs], request)
 
     def _programs(self, type: HookType) -> Iterator[Path]:
         if self.file is not None:

@@ -7,7 +7,6 @@ declared in ``proto/hook.proto``; what is in them is the business of payload for
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +23,7 @@ from tuswsgi.hooks.payloads import (
     payload_format,
     read_answer,
 )
+from tuswsgi.hooks.retries import PassingFailure, persistently
 from tuswsgi.options import Duration, KiB, Size, option
 from tuswsgi.process import PerProcess, is_cooperative
 
@@ -112,22 +112,19 @@ class GrpcHook(Hook):
         import grpc
 
         message = _message(payload_format(FormatName.TUSD_V2).dump(request))
-        retries = self.retries if request.type.blocking else 0
-        while True:
+        metadata = self._metadata(request)
+
+        def attempt() -> Message:
             try:
-                answer = self._call()(
-                    message, timeout=self.timeout, metadata=self._metadata(request)
-                )
-                return self._understand(request, answer)
+                return self._call()(message, timeout=self.timeout, metadata=metadata)
             except grpc.RpcError as error:
                 # An RpcError of a call is the call, which knows its status.
                 code, details = error.code().name, error.details()
-            trouble = f"{self.endpoint} answered {code}: {details}"
-            if code not in _PASSING or retries <= 0:
-                raise HookFailed(trouble)
-            retries -= 1
-            log.info("%s of %s is repeated: %s", request.type, request.info.id, trouble)
-            time.sleep(self.backoff)
+            failure = PassingFailure if code in _PASSING else HookFailed
+            raise failure(f"{self.endpoint} answered {code}: {details}")
+
+        answer = persistently(attempt, request, retries=self.retries, backoff=self.backoff)
+        return self._understand(request, answer)
 
     def close(self) -> None:
         channel = self._channel.pop()

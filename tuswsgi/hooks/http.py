@@ -14,14 +14,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from email.message import Message
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
 from marshmallow import ValidationError
 
 from tuswsgi.errors import HookFailed, HookRefusal
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
+from tuswsgi.hooks.retries import PassingFailure, persistently
 from tuswsgi.options import Duration, KiB, Size, option
 from tuswsgi.process import PerProcess
 
@@ -125,24 +127,21 @@ class HttpHook(Hook):
         self._client: PerProcess[HttpClient] = PerProcess(self._open)
 
     def send(self, request: HookRequest) -> HookResponse | None:
-        answer: HookResponse | None = None
-        failed: HookFailed | None = None
-        for url in self.urls:
+        failures: list[HookFailed] = []
+
+        def ask(url: str, request: HookRequest) -> HookResponse | None:
             try:
-                more = self._ask(url, request)
+                return self._ask(url, request)
             except HookFailed as error:
                 if request.type.blocking:
                     raise
                 # One that is down must not keep the others from ever hearing of it.
-                failed = failed or error
-                continue
-            if more is not None:
-                answer = more if answer is None else answer.followed_by(more)
-                if answer.reject:
-                    break
-                request = request.after(more)
-        if failed is not None:
-            raise failed
+                failures.append(error)
+                return None
+
+        answer = ask_in_turn([partial(ask, url) for url in self.urls], request)
+        if failures:
+            raise failures[0]
         return answer
 
     def close(self) -> None:
@@ -153,23 +152,20 @@ class HttpHook(Hook):
     def _ask(self, url: str, request: HookRequest) -> HookResponse | None:
         """Send a hook to one URL, a blocking one until it is answered or time is up."""
         body = self.format.encode(request).encode()
-        retries = self.retries if request.type.blocking else 0
-        while True:
+
+        def attempt() -> HttpAnswer:
             try:
                 answer = self._client.get().post(url, body, self._headers(request, body))
             except ValueError as error:
                 raise HookFailed(f"{_shown(url)} cannot be asked: {error}") from None
             except OSError as error:
-                trouble = f"{_shown(url)} did not answer: {error}"
-            else:
-                if answer.status < 500:
-                    return self._understand(url, request, answer)
-                trouble = f"{_shown(url)} answered {answer.status}"
-            if retries <= 0:
-                raise HookFailed(trouble)
-            retries -= 1
-            log.info("%s of %s is repeated: %s", request.type, request.info.id, trouble)
-            time.sleep(self.backoff)
+                raise PassingFailure(f"{_shown(url)} did not answer: {error}") from None
+            if answer.status >= 500:
+                raise PassingFailure(f"{_shown(url)} answered {answer.status}")
+            return answer
+
+        answer = persistently(attempt, request, retries=self.retries, backoff=self.backoff)
+        return self._understand(url, request, answer)
 
     def _headers(self, request: HookRequest, body: bytes) -> dict[str, str]:
         own = {

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from tuswsgi.errors import HookFailed, HookRefusal, TusError
@@ -21,6 +22,7 @@ from tuswsgi.hooks.base import (
     HookResponse,
     HookType,
     RequestInfo,
+    ask_in_turn,
 )
 from tuswsgi.hooks.events import event_of
 from tuswsgi.info import FileInfo
@@ -83,22 +85,8 @@ class HookManager:
         hooks = [hook for hook in self.hooks if type in hook.types]
         if not hooks:
             return None
-        sent, answer = self._hook(type, info, request), None
-        for hook in hooks:
-            more = self._ask(hook, sent)
-            if more is None:
-                continue
-            if more.reject:
-                # tusd refuses with 400 where the hook names no status.
-                raise HookRefusal(more.status or 400, more.body, more.headers)
-            if more.stop:
-                log.warning("%s by %s: only post-receive can stop an upload", type, hook.name)
-            if more.change is not None and type is not HookType.PRE_CREATE:
-                log.warning("%s by %s: only pre-create can change an upload", type, hook.name)
-                more = replace(more, change=None)
-            sent = sent.after(more)
-            answer = more if answer is None else answer.followed_by(more)
-        return answer
+        sent = self._hook(type, info, request)
+        return ask_in_turn([partial(self._ask_or_refuse, hook) for hook in hooks], sent)
 
     def record(self, type: HookType, info: FileInfo, request: RequestInfo) -> Sequence[Event]:
         """Return the events that a change of state is to be saved with, one per transport.
@@ -159,6 +147,20 @@ class HookManager:
             refusal.headers = check_response(refusal.status, refusal.headers)
             raise
         return None if answer is None else self.checked(answer)
+
+    def _ask_or_refuse(self, hook: Hook, request: HookRequest) -> HookResponse | None:
+        answer, type = self._ask(hook, request), request.type
+        if answer is None:
+            return None
+        if answer.reject:
+            # tusd refuses with 400 where the hook names no status.
+            raise HookRefusal(answer.status or 400, answer.body, answer.headers)
+        if answer.stop:
+            log.warning("%s by %s: only post-receive can stop an upload", type, hook.name)
+        if answer.change is not None and type is not HookType.PRE_CREATE:
+            log.warning("%s by %s: only pre-create can change an upload", type, hook.name)
+            return replace(answer, change=None)
+        return answer
 
     def _ask(self, hook: Hook, sent: HookRequest) -> HookResponse | None:
         try:
