@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from tuswsgi.errors import UploadNotFound
@@ -19,6 +20,7 @@ def inside(directory: Path, name: str) -> Path:
     return directory / contained(name)
 
 
+@lru_cache(maxsize=1024)  # one request asks several times
 def contained(name: str) -> str:
     """Return `name` if ``inside`` takes it: for who puts paths together as text.
 

@@ -99,6 +99,19 @@ class TestChanges:
         assert_refused(client.post(5), 413)
         assert_refused(client.head("/files/chosen"), 404)
 
+    def test_an_id_whose_deletion_was_cut_off(
+        self, client: Client, tmp_path: Path, backends: dict[str, str]
+    ) -> None:
+        client.create(1)  # the directory is there now
+        if backends["storage"] == "file-storage":
+            # Bytes go first, then the marker of those that were not verified.
+            (tmp_path / "data" / ".chosen.unverified").write_text("0\n")
+        choose(client, id="chosen")
+        url = client.create(11, b"hello")
+        assert client.offset(url) == 5
+        client.append(url, b" world", 5)
+        assert client.content(url) == b"hello world"
+
 
 class TestCollisions:
     @every_choice

@@ -64,6 +64,25 @@ class Readable(Protocol):
         """Release what the reader holds."""
 
 
+class OpenPlace:
+    """The empty place of a new upload, ready for its first bytes.
+
+    :ivar storage: where it is, as ``DataStore.create`` says it.
+    """
+
+    def __init__(self, store: DataStore, info: FileInfo) -> None:
+        self.storage = store.create(info)
+        self._store = store
+        self._info = info
+
+    def append(self, source: Source) -> int:
+        """Keep the bytes of `source`, as ``DataStore.append`` does at offset 0. At most once."""
+        return self._store.append(self._info.but(storage=self.storage), 0, source)
+
+    def close(self) -> None:
+        """Release what is held, not the place."""
+
+
 class DataStore(ABC):
     """Keeps the bytes of uploads.
 
@@ -113,6 +132,16 @@ class DataStore(ABC):
         :returns: where it is, to be kept in the upload's info.
         :raises UploadExists: if the place is taken.
         """
+
+    def create_open(self, info: FileInfo) -> OpenPlace:
+        """Do as ``create`` for who goes on with ``append`` at once; to be closed by the caller.
+
+        The id must be a new one, that nobody ever had: nothing can be left of an upload
+        before it, as may be where a hook chooses an id or a path again.
+
+        :raises UploadExists: as ``create``.
+        """
+        return OpenPlace(self, info)
 
     @abstractmethod
     def offset(self, info: FileInfo) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from posix import close
 from typing import ClassVar
 
-from tuswsgi.datastores.base import DataStore, Readable, Source
+from tuswsgi.datastores.base import DataStore, OpenPlace, Readable, Source
 from tuswsgi.errors import (
     ConfigurationError,
     OffsetMismatch,
@@ -94,16 +94,12 @@ class FileDataStore(DataStore):
 
     def create(self, info: FileInfo) -> Storage:
         storage = self.place(info)
-        path = self._path(info.but(storage=storage))
-        try:
-            self._make_directory(path.parent)
-            close(self._make_file(path, os.O_EXCL))
-            self._sync_directory(path.parent)
-        except FileExistsError:
-            raise UploadExists from None
-        except OSError as error:
-            raise _translated(error) from error
+        close(self._make(storage))
         return storage
+
+    def create_open(self, info: FileInfo) -> OpenPlace:
+        storage = self.place(info)
+        return _OpenFile(self, info.but(storage=storage), self._make(storage))
 
     def offset(self, info: FileInfo) -> int:
         with self._opened(info, os.O_RDONLY) as fd:
@@ -122,15 +118,19 @@ class FileDataStore(DataStore):
                 raise OffsetMismatch(verified)
             if size != verified:
                 self._cut(fd, verified)
-            if source.provisional:
-                self._append_provisional(info, fd, offset, source)
-            else:
-                if marked is not None:
-                    self._unmark(info)
-                self._copy(source, fd, offset)
-            if self.force_fsync:
-                aside(os.fdatasync, fd)
-            return os.fstat(fd).st_size
+            if marked is not None and not source.provisional:
+                self._unmark(info)
+            return self.keep(info, fd, offset, source)
+
+    def keep(self, info: FileInfo, fd: int, offset: int, source: Source) -> int:
+        """Append to an open file of which every byte counts; as ``append`` otherwise."""
+        if source.provisional:
+            self._append_provisional(info, fd, offset, source)
+        else:
+            self._copy(source, fd, offset)
+        if self.force_fsync:
+            aside(os.fdatasync, fd)
+        return os.fstat(fd).st_size
 
     def finish(self, info: FileInfo) -> None:
         if self.force_fsync:
@@ -221,6 +221,30 @@ class FileDataStore(DataStore):
         directories = re.sub(pattern, value, self.dir_structure).strip("/")
         return f"{directories}/{info.id}" if directories else info.id
 
+    def _make(self, storage: Storage) -> int:
+        """Make the file of a new upload and return it open.
+
+        :raises UploadExists: if there is one.
+        """
+        path = f"{self.data_dir}/{storage.path}"
+        try:
+            try:
+                fd = self._make_file(path, os.O_EXCL)
+            except (FileNotFoundError, NotADirectoryError):
+                self._make_directory(Path(path).parent)
+                fd = self._make_file(path, os.O_EXCL)
+            if self.force_fsync:
+                try:
+                    self._sync_directory(Path(path).parent)
+                except BaseException:
+                    close(fd)
+                    raise
+        except FileExistsError:
+            raise UploadExists from None
+        except OSError as error:
+            raise _translated(error) from error
+        return fd
+
     def _make_directory(self, directory: Path) -> None:
         if directory == self.data_dir or directory.is_dir():
             return
@@ -230,8 +254,8 @@ class FileDataStore(DataStore):
             directory.chmod(self.dir_mode)
         self._sync_directory(directory.parent)
 
-    def _make_file(self, path: Path, flags: int) -> int:
-        fd = os.open(path, flags | os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    def _make_file(self, path: Path | str, flags: int) -> int:
+        fd = os.open(path, flags | os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
         if self.file_mode is not None:
             os.fchmod(fd, self.file_mode)
         return fd
@@ -316,6 +340,20 @@ class FileDataStore(DataStore):
         except FileNotFoundError:
             return
         self._sync_directory(marker.parent)
+
+
+class _OpenFile(OpenPlace):
+    """The file of a new upload. What is new has no marker, so none is looked for."""
+
+    def __init__(self, store: FileDataStore, info: FileInfo, fd: int) -> None:
+        self.storage = info.storage
+        self._files, self._info, self._fd = store, info, fd
+
+    def append(self, source: Source) -> int:
+        return self._files.keep(self._info, self._fd, 0, source)
+
+    def close(self) -> None:
+        close(self._fd)
 
 
 def _segment(text: str) -> str:

@@ -59,11 +59,15 @@ class Creator:
         """
         self._check_space(info)
         data, hooks = self.finisher.data, self.finisher.hooks
-        empty = info = info.but(storage=data.create(info))
+        place = data.create_open(info)
+        empty = info = info.but(storage=place.storage)
         events: Sequence[Event] = ()
         try:
-            if not info.is_final:
-                info, events = reception.receive_first(info, request)
+            try:
+                if not info.is_final:
+                    info, events = reception.receive_first(info, place, request)
+            finally:
+                place.close()
             # tusd tells of a creation before its bytes have come, rustus after that.
             created = empty if hooks.follows_tusd else info
             if self._is_told(info):

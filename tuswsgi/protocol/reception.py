@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tuswsgi.datastores.base import OpenPlace
 from tuswsgi.errors import (
     BodyTooLarge,
     MaxSizeExceeded,
@@ -119,7 +120,7 @@ class Reception:
         self.reader.limit(room, too_many)
 
     def receive_first(
-        self, info: FileInfo, request: RequestInfo
+        self, info: FileInfo, place: OpenPlace, request: RequestInfo
     ) -> tuple[FileInfo, Sequence[Event]]:
         """Append the chunk that comes with a creation, and complete the upload if it is all.
 
@@ -129,7 +130,7 @@ class Reception:
         :returns: what is to be written.
         :raises TusError: if the chunk was wrong.
         """
-        kept = self._append(info, 0)
+        kept = self._append(info, 0, place)
         if self.is_fault and self.error is not None:
             raise self.error
         if kept > 0:
@@ -175,11 +176,13 @@ class Reception:
         if self.error is not None:
             raise self.error
 
-    def _append(self, info: FileInfo, offset: int) -> int:
+    def _append(self, info: FileInfo, offset: int, place: OpenPlace | None = None) -> int:
         if self._chunk.is_empty and not self.reader.provisional:
             return offset
         data = self._finisher.data
         try:
+            if place is not None:
+                return place.append(self.reader)
             return data.append(info, offset, self.reader)
         except (StorageFull, Unavailable) as failure:
             self._failure = failure

@@ -175,6 +175,49 @@ class DataStoreContract:
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(create, range(8))) == 1
 
+    def test_an_open_place_takes_the_first_bytes(self, store: DataStore) -> None:
+        info = FileInfo(id=new_id(), size=len(LARGE) + 4)
+        place = store.create_open(info)
+        info = replace(info, storage=place.storage)
+        assert store.offset(info) == 0
+        assert place.append(Blocks(b"", LARGE)) == len(LARGE)
+        place.close()
+        assert store.offset(info) == len(LARGE)
+        assert store.append(info, len(LARGE), Blocks(b"more")) == len(LARGE) + 4
+        assert content(store, info) == LARGE + b"more"
+
+    def test_an_open_place_may_stay_empty(self, store: DataStore) -> None:
+        info = FileInfo(id=new_id())
+        place = store.create_open(info)
+        place.close()
+        info = replace(info, storage=place.storage)
+        assert store.append(info, 0, Blocks(b"later")) == 5
+
+    def test_an_open_place_is_made_once(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"first"))
+        with pytest.raises(UploadExists):
+            store.create_open(info)
+        assert content(store, info) == b"first"
+
+    @pytest.mark.usefixtures("verifying")
+    @pytest.mark.parametrize("accepts", [True, False])
+    def test_an_open_place_keeps_what_is_accepted(self, store: DataStore, accepts: bool) -> None:
+        info = FileInfo(id=new_id())
+        place = store.create_open(info)
+        info, offsets = replace(info, storage=place.storage), []
+        source = Blocks(
+            b"first",
+            provisional=True,
+            accepts=accepts,
+            before_answer=lambda kept: offsets.append(store.offset(info)),
+        )
+        assert place.append(source) == (5 if accepts else 0)
+        place.close()
+        assert offsets == [0]
+        assert content(store, info) == (b"first" if accepts else b"")
+        assert store.offset(info) == (5 if accepts else 0)
+
     @pytest.mark.parametrize(
         "id",
         ["a", "Z", "0", "_", "-", "-rf", "a.b", "a..", "a~", "AaBbZz09._~-", "x" * 128, "con.txt"],
