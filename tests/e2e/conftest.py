@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -254,6 +255,12 @@ def app_server(module: str, data_dir: Path, *flags: str) -> Server:
         *("--chdir", str(root / "tests"), *flags, f"e2e.{module}:application"),
     ]
     return Server(command, data_dir, environ)
+
+
+def free_port() -> int:
+    """Return a port for a server that is to have the same one after a restart."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
