@@ -205,6 +205,7 @@ class TestSqliteInfoStore(Shared):
 
     def test_events_of_an_older_form_are_told_of_or_make_way(self, store):
         def remake(database):
+            database.execute_sql("UPDATE tuswsgi_schema SET version = 1")
             database.execute_sql("DROP TABLE tuswsgi_events")
             database.execute_sql("CREATE TABLE tuswsgi_events (number INTEGER, held BOOLEAN)")
 

@@ -35,16 +35,26 @@ class Database(Protocol):
 class SqlConnection(ABC):
     """A database for all greenlets or threads of a process, and for its forks.
 
-    The functions that are given to ``read`` and ``write`` get a peewee ``Database``.
-    They must not switch greenlets, begin or end transactions, keep a cursor, or call
-    ``read`` or ``write`` again. An exception of theirs reaches the caller.
+    The functions that are given to ``read``, ``write`` and ``migrate`` get a peewee
+    ``Database``. They must not switch greenlets of their own accord, begin or end
+    transactions, keep a cursor, or call ``read`` or ``write`` again. An exception of theirs
+    reaches the caller; one of the database they must let pass, or turn into another one,
+    since the transaction is over then. They may be called again where a server undid what
+    they did.
 
     The database's own trouble raises ``Unavailable``, or ``StorageFull`` if its disk is
     full; what it said is in the log.
     """
 
+    #: ``sqlite``, ``postgres`` or ``mysql``.
+    kind: str
+
     #: The driver's placeholder.
     placeholder: str
+
+    #: The expression for the present time by the database's own clock, in seconds since 1970
+    #: as a floating-point number that is exact to 10 ms.
+    now: str
 
     #: What at the end of a SELECT keeps its rows from other writers until the transaction
     #: ends; nothing where only one can write at a time.
@@ -70,6 +80,14 @@ class SqlConnection(ABC):
         """Run `fn` in a transaction and return its result once that is committed.
 
         An exception of `fn` undoes what it did, and nobody else's writes.
+        """
+
+    @abstractmethod
+    def migrate(self, fn: Callable[[Database], T]) -> T:
+        """Run `fn`, which creates or changes tables, while no other process does.
+
+        It may take long. Where the database cannot undo such changes, what `fn` did before
+        it failed or died stays done.
         """
 
     @abstractmethod

@@ -45,7 +45,9 @@ class SqliteConnection(SqlConnection):
     :param durable: commits are synced to the disk.
     """
 
+    kind = "sqlite"
     placeholder = "?"
+    now = "((julianday('now') - 2440587.5) * 86400.0)"
     for_update = ""
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
@@ -85,6 +87,9 @@ class SqliteConnection(SqlConnection):
             return self._handles.get().writer.run(fn)
         except PeeweeException as error:
             raise _trouble(error) from error
+
+    def migrate(self, fn: Callable[[Database], T]) -> T:
+        return self.write(fn)
 
     def close(self) -> None:
         handles = self._handles.pop()

@@ -1,115 +1,247 @@
-"""The tables of the SQL info store, as peewee models, and how they come into being.
+"""The tables of records, events and locks: how they look, come into being and are upgraded.
 
-This file owns how the tables look and their version; what is done with them is the business
-of ``sql`` beside it.
+They are written as SQL, since each database has its own way to say what they need; what is
+done with them is the business of the backends. Their version is kept beside them, so that
+every program knows whether it and the tables go together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import peewee
 
-from tuswsgi.connections.sql import Database
+from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import ConfigurationError
 
 #: The version of the tables below.
-SCHEMA = 1
+SCHEMA = 2
 
 
-class Schema(peewee.Model):
-    """One row: the version of the tables."""
+@dataclass(frozen=True)
+class _Dialect:
+    """What databases call differently.
 
-    id = peewee.IntegerField(primary_key=True)
-    version = peewee.IntegerField()
-
-    class Meta:
-        table_name = "tuswsgi_schema"
-
-
-class Upload(peewee.Model):
-    """One record. The columns beside it are what is searched for and compared."""
-
-    id = peewee.CharField(max_length=128, primary_key=True)
-    state = peewee.CharField(max_length=16)
-    sequence = peewee.BigIntegerField()
-    created_at = peewee.DoubleField()
-    #: When the clean-up shall come, so nothing once the upload is finished or gone.
-    expires_at = peewee.DoubleField(null=True)
-    finished_at = peewee.DoubleField(null=True)
-    deleted_at = peewee.DoubleField(null=True)
-    record = peewee.TextField()
-
-    class Meta:
-        table_name = "tuswsgi_uploads"
-        indexes = ((("state", "id"), False),)
-        # Each page that a write touches is written: the fewer trees, the better.
-        without_rowid = True
-
-
-# Most uploads are finished, or never expire.
-Upload.add_index(Upload.expires_at, where=Upload.expires_at.is_null(False))
-
-
-class PendingEvent(peewee.Model):
-    """One event; its number tells the order of events that were written together."""
-
-    number = peewee.BigAutoField()
-    upload = peewee.CharField(max_length=128)
-    transport = peewee.CharField(max_length=32)
-    sequence = peewee.BigIntegerField()
-    event_id = peewee.CharField(max_length=128)
-    type = peewee.CharField(max_length=32)
-    created_at = peewee.DoubleField()
-    payload = peewee.TextField()
-    due_at = peewee.DoubleField()
-    attempts = peewee.IntegerField()
-    error = peewee.TextField(null=True)
-    dead = peewee.BooleanField()
-    claimed_by = peewee.CharField(max_length=128, null=True, index=True)
-    claimed_until = peewee.DoubleField()
-    #: When it may be claimed: it is due then, and no claim on it holds any more. Nothing for
-    #: what is dead or comes after another event of its upload and transport, so that
-    #: thousands of those are not looked at each time.
-    free_at = peewee.DoubleField(null=True, index=True)
-
-    class Meta:
-        table_name = "tuswsgi_events"
-        indexes = (
-            # An upload has few events, so their order is no part of an index.
-            (("upload", "transport", "free_at"), False),
-            (("event_id", "transport"), True),
-            (("transport", "free_at"), False),
-            (("dead", "number"), False),
-        )
-
-
-class Waiting(peewee.Model):
-    """A final upload that waits for a part."""
-
-    part = peewee.CharField(max_length=128)
-    final = peewee.CharField(max_length=128, index=True)
-
-    class Meta:
-        table_name = "tuswsgi_waiting"
-        primary_key = peewee.CompositeKey("part", "final")
-
-
-def make_tables(database: Database) -> None:
-    """Create what is missing, in the transaction of a ``SqlConnection.write``.
-
-    :raises ConfigurationError: if the tables are of another version.
+    :param names: behind the type of what is compared byte by byte, as Python sorts it.
+    :param text: the type of a text of any length.
+    :param number: the type of a primary key that counts up.
+    :param options: behind every table.
+    :param clustered: behind a table that is kept in the order of its key.
+    :param partial: whether an index may leave rows out.
+    :param inline: whether indexes are made together with their table, in one step: after
+        the death of their maker there are both or none, also without transactions.
     """
-    _drop_old_events(database)
-    for model in (Schema, Upload, PendingEvent, Waiting):
-        peewee.SchemaManager(model, cast(peewee.Database, database)).create_all(safe=True)
+
+    names: str = ""
+    text: str = "TEXT"
+    number: str = "BIGINT"
+    options: str = ""
+    clustered: str = ""
+    partial: bool = True
+    inline: bool = False
+
+
+_DIALECTS = {
+    # Each page that a write touches is written: the fewer trees, the better.
+    "sqlite": _Dialect(number="INTEGER", clustered=" WITHOUT ROWID"),
+    "postgres": _Dialect(names=' COLLATE "C"', number="BIGSERIAL"),
+    "mysql": _Dialect(
+        text="LONGTEXT",
+        number="BIGINT AUTO_INCREMENT",
+        options=" ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin",
+        partial=False,
+        inline=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Index:
+    columns: str
+    unique: bool = False
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table.
+
+    :param columns: in braces is what a dialect knows.
+    """
+
+    name: str
+    columns: str
+    indexes: tuple[_Index, ...] = ()
+    clustered: bool = False
+
+    def statements(self, dialect: _Dialect) -> list[str]:
+        """Return what creates the table and its indexes as far as they are missing."""
+        columns = self.columns.format_map(vars(dialect)).strip()
+        others = [self._index(index, dialect) for index in self.indexes]
+        if dialect.inline:
+            columns = ",\n".join([columns, *others])
+            others = []
+        end = dialect.options + (dialect.clustered if self.clustered else "")
+        return [f"CREATE TABLE IF NOT EXISTS {self.name} ({columns}){end}", *others]
+
+    def _index(self, index: _Index, dialect: _Dialect) -> str:
+        name = f"{self.name}_{index.columns.replace(', ', '_')}"
+        kind = "UNIQUE INDEX" if index.unique else "INDEX"
+        if dialect.inline:
+            return f"{kind} {name} ({index.columns})"
+        where = f" WHERE {index.where}" if index.where and dialect.partial else ""
+        return f"CREATE {kind} IF NOT EXISTS {name} ON {self.name} ({index.columns}){where}"
+
+
+#: One row: the version of the tables.
+_SCHEMA = _Table(
+    "tuswsgi_schema",
+    """
+    id INTEGER NOT NULL PRIMARY KEY,
+    version INTEGER NOT NULL
+    """,
+)
+
+#: One record each. The columns beside it are what is searched for and compared. Nothing
+#: expires once the upload is finished or gone.
+_UPLOADS = _Table(
+    "tuswsgi_uploads",
+    """
+    id VARCHAR(128){names} NOT NULL PRIMARY KEY,
+    state VARCHAR(16){names} NOT NULL,
+    sequence BIGINT NOT NULL,
+    created_at DOUBLE PRECISION NOT NULL,
+    expires_at DOUBLE PRECISION,
+    finished_at DOUBLE PRECISION,
+    deleted_at DOUBLE PRECISION,
+    record {text} NOT NULL
+    """,
+    (
+        _Index("state, id"),
+        # Most uploads are finished, or never expire.
+        _Index("expires_at", where="expires_at IS NOT NULL"),
+    ),
+    clustered=True,
+)
+
+#: One event each; its number tells the order of events that were written together. It may
+#: be claimed at `free_at`: it is due then, and no claim on it holds any more. That is nothing
+#: for what is dead or comes after another event of its upload and transport, so that
+#: thousands of those are not looked at each time.
+_EVENTS = _Table(
+    "tuswsgi_events",
+    """
+    number {number} NOT NULL PRIMARY KEY,
+    upload VARCHAR(128){names} NOT NULL,
+    transport VARCHAR(128){names} NOT NULL,
+    sequence BIGINT NOT NULL,
+    event_id VARCHAR(128){names} NOT NULL,
+    type VARCHAR(32){names} NOT NULL,
+    created_at DOUBLE PRECISION NOT NULL,
+    payload {text} NOT NULL,
+    due_at DOUBLE PRECISION NOT NULL,
+    attempts INTEGER NOT NULL,
+    error {text},
+    dead BOOLEAN NOT NULL,
+    claimed_by VARCHAR(128){names},
+    claimed_until DOUBLE PRECISION NOT NULL,
+    free_at DOUBLE PRECISION
+    """,
+    (
+        # An upload has few events, so their order is no part of an index.
+        _Index("upload, transport, free_at"),
+        _Index("event_id, transport", unique=True),
+        _Index("transport, free_at"),
+        _Index("free_at"),
+        _Index("claimed_by"),
+        _Index("dead, number"),
+    ),
+)
+
+#: The final uploads that wait for a part.
+_WAITING = _Table(
+    "tuswsgi_waiting",
+    """
+    part VARCHAR(128){names} NOT NULL,
+    final VARCHAR(128){names} NOT NULL,
+    PRIMARY KEY (part, final)
+    """,
+    (_Index("final"),),
+)
+
+#: The locks of the SQL locker, by the upload's id. One ends by the database's own clock.
+_LOCKS = _Table(
+    "tuswsgi_locks",
+    """
+    id VARCHAR(128){names} NOT NULL PRIMARY KEY,
+    token VARCHAR(255){names} NOT NULL,
+    worker VARCHAR(255){names} NOT NULL,
+    ends_at DOUBLE PRECISION NOT NULL,
+    asked BOOLEAN NOT NULL
+    """,
+    (_Index("worker"),),
+)
+
+_TABLES = (_SCHEMA, _UPLOADS, _EVENTS, _WAITING, _LOCKS)
+
+
+def version(connection: SqlConnection) -> int:
+    """Return the version of the tables that there are, 0 if there are none.
+
+    :raises Unavailable: if the database cannot be reached.
+    """
+    return connection.read(_version)
+
+
+def prepare_tables(connection: SqlConnection) -> None:
+    """Create the tables, or upgrade older ones. Several processes may do so at once.
+
+    The connection is closed afterwards: whoever prepares may fork then.
+
+    :raises ConfigurationError: if the database or its tables cannot be used.
+    """
+    connection.prepare()
+    try:
+        found = version(connection)
+        if found > SCHEMA:
+            raise ConfigurationError(
+                f"The tables of the database are of version {found}, which a newer tuswsgi made; "
+                f"this one needs version {SCHEMA}."
+            )
+        if found < SCHEMA:
+            connection.migrate(lambda database: _upgrade(database, _DIALECTS[connection.kind]))
+    finally:
+        connection.close()
+
+
+def _upgrade(database: Database, dialect: _Dialect) -> None:
+    # Another process may have been faster.
+    found = _version(database)
+    if found >= SCHEMA:
+        return
+    # Where a change of tables is not undone by the death of its maker, all of this happens
+    # again: so each step must work on what it has done before.
+    for number, step in _UPGRADES.items():
+        if 0 < found < number:
+            step(database)
+    for table in _TABLES:
+        for statement in table.statements(dialect):
+            database.execute_sql(statement)
+    database.execute_sql("DELETE FROM tuswsgi_schema")
+    database.execute_sql(f"INSERT INTO tuswsgi_schema (id, version) VALUES (1, {SCHEMA})")
+
+
+def _version(database: Database) -> int:
+    if not _exists("tuswsgi_schema", database):
+        return 0
     row = database.execute_sql("SELECT version FROM tuswsgi_schema").fetchone()
-    if row is None:
-        database.execute_sql(f"INSERT INTO tuswsgi_schema (id, version) VALUES (1, {SCHEMA})")
-    elif row[0] > SCHEMA:
-        raise ConfigurationError(
-            f"The info store's tables are of version {row[0]}: a newer tuswsgi made them."
-        )
+    return 0 if row is None else cast(int, row[0])
+
+
+def _exists(table: str, database: Database) -> bool:
+    return bool(cast(peewee.Database, database).table_exists(table))
 
 
 def _drop_old_events(database: Database) -> None:
@@ -123,3 +255,8 @@ def _drop_old_events(database: Database) -> None:
             "first release; it has to be dropped by hand."
         )
     database.execute_sql("DROP TABLE tuswsgi_events")
+
+
+#: What is to be done to tables of the version before, by the version that they have then.
+#: Tables that are new are created afterwards.
+_UPGRADES: dict[int, Callable[[Database], None]] = {2: _drop_old_events}

@@ -1,6 +1,6 @@
 """Records of uploads in an SQL database, through peewee.
 
-This file owns the statements; the tables are those of ``tables`` beside it, connections and
+This file owns the statements; the tables are those of ``connections.tables``, connections and
 transactions those of ``connections.sql``. Statements that run on every request are written as
 text, since building them anew takes longer than running them.
 """
@@ -16,7 +16,7 @@ import peewee
 
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import Database, connect
-from tuswsgi.connections.tables import make_tables
+from tuswsgi.connections.tables import prepare_tables
 from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType
 from tuswsgi.info import FileInfo, State
@@ -105,10 +105,7 @@ class SqlInfoStore(InfoStore):
         self._waiting_for = text(_WAITING_FOR)
 
     def prepare(self) -> None:
-        self._connection.prepare()
-        self._connection.write(make_tables)
-        # Whoever prepares may fork afterwards, and connections do not survive that.
-        self._connection.close()
+        prepare_tables(self._connection)
 
     def close(self) -> None:
         self._connection.close()
