@@ -79,7 +79,8 @@ class SqlConnection(ABC):
     def write(self, fn: Callable[[Database], T]) -> T:
         """Run `fn` in a transaction and return its result once that is committed.
 
-        An exception of `fn` undoes what it did, and nobody else's writes.
+        An exception of `fn` undoes what it did, and nobody else's writes. `fn` may be run
+        again after what it did was undone.
         """
 
     @abstractmethod

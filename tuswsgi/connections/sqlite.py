@@ -173,11 +173,7 @@ class _Write:
             self.result = self.fn(database)
         except Exception as error:
             self.error = error
-            try:
-                database.execute_sql(undo)
-            except OperationalError:
-                # On a full disk and the like SQLite has undone the whole transaction.
-                raise error from None
+            _undo(database, undo, error)
 
 
 class _Writer:
@@ -279,8 +275,15 @@ class _Writer:
         if len(batch) == 1:
             batch[0].run_alone(self._database)
             return
-        for write in batch:
-            write.run(self._database)
+        self._database.execute_sql("SAVEPOINT before_all")
+        try:
+            for write in batch:
+                write.result = write.fn(self._database)
+        except Exception as error:
+            # It is rare, so a savepoint for each is made only now.
+            _undo(self._database, "ROLLBACK TO before_all", error)
+            for write in batch:
+                write.run(self._database)
         self._database.execute_sql("COMMIT")
 
     def _hand_over(self) -> None:
@@ -305,6 +308,15 @@ def _database(path: Path, *, durable: bool) -> Database:
         pragmas={"synchronous": "full" if durable else "normal"},
     )
     return database
+
+
+def _undo(database: Database, statement: str, error: Exception) -> None:
+    """Undo what failed with `error`, which is raised if that is impossible."""
+    try:
+        database.execute_sql(statement)
+    except OperationalError:
+        # On a full disk and the like SQLite has undone the whole transaction.
+        raise error from None
 
 
 def _deadline() -> float:
