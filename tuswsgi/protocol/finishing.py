@@ -84,7 +84,8 @@ class Finisher:
     def complete(self, info: FileInfo, request: RequestInfo) -> tuple[FileInfo, Sequence[Event]]:
         """Do all of ``finish`` but save: return what is to be saved."""
         assert info.size is not None
-        info = info.but(offset=info.size)
+        if info.offset != info.size:
+            info = info.but(offset=info.size)
         self.data.finish(info)
         try:
             answer = self.hooks.ask(HookType.PRE_FINISH, info, request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tuswsgi.datastores.base import OpenPlace
 from tuswsgi.errors import (
@@ -38,8 +38,7 @@ _LOOK_INTERVAL = 1.0
 OnProgress = Callable[[FileInfo], None]
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The bytes that a POST or PATCH brings.
 
     :param checksum: what they must hash to.
@@ -134,7 +133,7 @@ class Reception:
         if self.is_fault and self.error is not None:
             raise self.error
         if kept > 0:
-            info = self._touched(info.but(offset=kept))
+            info = self._touched(info, offset=kept)
         if kept == info.size:
             return self._finisher.complete(info, request)
         return info, ()
@@ -188,9 +187,9 @@ class Reception:
             self._failure = failure
             return data.offset(info)
 
-    def _touched(self, info: FileInfo) -> FileInfo:
+    def _touched(self, info: FileInfo, **changes: Any) -> FileInfo:
         now = time.time()
-        return info.but(last_byte_at=now, expires_at=self._settings.expiry(now))
+        return info.but(last_byte_at=now, expires_at=self._settings.expiry(now), **changes)
 
     def _progressed(self) -> None:
         """Tell how far it has come, and let it not expire meanwhile."""

@@ -48,6 +48,9 @@ from tuswsgi.protocol.settings import UploadSettings
 
 log = logging.getLogger(__name__)
 
+#: A copy of it is made in a fraction of the time that a new one takes.
+_BLANK = FileInfo(id="")
+
 
 class Uploads:
     """The uploads of one server.
@@ -113,7 +116,7 @@ class Uploads:
         size, now = creation.size, time.time()
         if size is not None:
             self._check_promise(size)
-        return FileInfo(
+        return _BLANK.but(
             id=new_id(),
             size=size,
             metadata=creation.metadata,

@@ -230,6 +230,10 @@ class SocketBody(GunicornBody):
         left: int = self._reader.length
         return left
 
+    def _wait_and_take(self, n: int) -> memoryview | bytes:
+        # A small body is here already, and there is nothing to wait for.
+        return self._take(n) if self._has_buffered else super()._wait_and_take(n)
+
     def _take(self, n: int) -> memoryview | bytes:
         n = min(n, self._left, BLOCK)
         block = self._take_buffered(n) or self._take_from_socket(n)

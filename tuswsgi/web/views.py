@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuswsgi.errors import ExtensionDisabled, InvalidUploadLength
 from tuswsgi.extensions import Extension
@@ -23,8 +22,7 @@ from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import upload_id, upload_url
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One request, as the views see it.
 
     :param id: what follows the collection's path; empty for the collection itself.
@@ -39,6 +37,9 @@ class Call:
     common: Headers
 
 
+_Methods = dict[str, Callable[[Call], Answer]]
+
+
 class Views:
     """The methods of the upload collection and of uploads.
 
@@ -48,29 +49,26 @@ class Views:
     def __init__(
         self, uploads: Uploads, settings: WebSettings, methods: Collection[str] | None = None
     ) -> None:
-        self._methods = methods
         self._uploads = uploads
         self._settings = settings
         self._extensions = frozenset(uploads.extensions)
         self._capabilities = self._describe_server()
+        of_collection: _Methods = {"OPTIONS": self.options}
+        if Extension.CREATION in self._extensions:
+            of_collection["POST"] = self.post
+        of_upload: _Methods = {"OPTIONS": self.options, "HEAD": self.head, "PATCH": self.patch}
+        if Extension.GETTING in self._extensions:
+            of_upload["GET"] = self.get
+        if Extension.TERMINATION in self._extensions:
+            of_upload["DELETE"] = self.delete
+        self._of_collection, self._of_upload = (
+            {name: view for name, view in views.items() if methods is None or name in methods}
+            for views in (of_collection, of_upload)
+        )
 
-    def methods(self, id: str) -> dict[str, Callable[[Call], Answer]]:
+    def methods(self, id: str) -> _Methods:
         """Return the methods that a URL takes, by name."""
-        if not id:
-            offered = {Extension.CREATION: {"POST": self.post}}
-            methods: dict[str, Callable[[Call], Answer]] = {"OPTIONS": self.options}
-        else:
-            offered = {
-                Extension.GETTING: {"GET": self.get},
-                Extension.TERMINATION: {"DELETE": self.delete},
-            }
-            methods = {"OPTIONS": self.options, "HEAD": self.head, "PATCH": self.patch}
-        for extension, more in offered.items():
-            if extension in self._extensions:
-                methods |= more
-        if self._methods is None:
-            return methods
-        return {name: view for name, view in methods.items() if name in self._methods}
+        return self._of_upload if id else self._of_collection
 
     def options(self, call: Call) -> Answer:
         return Answer(204, [*call.common, *self._capabilities], b"", call.body)
