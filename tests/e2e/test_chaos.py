@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from e2e.client import content, wait_until
+from e2e.client import content
 from e2e.conftest import Serve, Server, free_port
-from e2e.uploader import Uploader
+from e2e.uploader import Uploader, report, wait_for_progress
 
 SIZE = 8_000_000
 
@@ -48,19 +48,11 @@ def chaos(serve: Serve, uploads: int, strikes: int, *flags: str) -> None:
     with ThreadPoolExecutor(len(uploaders)) as pool:
         running = [pool.submit(one.run) for one in uploaders]
         for _ in range(strikes):
-            acknowledged = sum(one.acknowledged for one in uploaders)
-            wait_until(
-                lambda before=acknowledged: (
-                    sum(one.acknowledged for one in uploaders) > before + 1_000_000
-                    or all(one.done() for one in running)
-                ),
-                "progress",
-            )
+            wait_for_progress(uploaders, running, 1_000_000)
             done[strike(server)] += 1
         for one in running:
             one.result()
-    print(f"strikes: {dict(done)}")
-    print(f"answers: {dict(sum((one.statuses for one in uploaders), Counter()))}")
+    report(uploaders, done)
     for one in uploaders:
         assert client.get(one.path).body == one.data
 

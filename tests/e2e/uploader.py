@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from e2e.client import BYTES, Client, Response, chunk, path_of, sha1
+from e2e.client import BYTES, Client, Response, chunk, path_of, sha1, wait_until
 
 #: After these a client comes back.
 PASSING = {409, 423, 460, 503}
@@ -89,3 +90,23 @@ class Uploader:
             self._check(answer)
         else:
             assert answer.status in PASSING
+
+
+def wait_for_progress(
+    uploaders: Sequence[Uploader], uploading: Sequence[Future[None]], size: int
+) -> None:
+    """Wait until `size` more bytes were acknowledged, or until all is done."""
+    before = sum(one.acknowledged for one in uploaders)
+    wait_until(
+        lambda: (
+            sum(one.acknowledged for one in uploaders) > before + size
+            or all(one.done() for one in uploading)
+        ),
+        "progress",
+    )
+
+
+def report(uploaders: Sequence[Uploader], strikes: Counter[str]) -> None:
+    """Print what happened, for whoever looks into a failure."""
+    print(f"strikes: {dict(strikes)}")
+    print(f"answers: {dict(sum((one.statuses for one in uploaders), Counter()))}")
