@@ -54,3 +54,11 @@ def test_it_measures_ours_and_compares_it_with_others(tmp_path):
     assert row(table, "requests/s")[-1].endswith("(2.00x)")
     assert row(table, "us/request")[-2].endswith("(0.50x)")
     assert row(table, "us/request")[-1] == f"{0.5 * 2168 / 466:.2f}x"
+
+
+def test_a_checksummed_upload_is_held_against_its_hash(tmp_path):
+    table = bench("checksum", "--quick", "--rounds", 1, "--server", "tuswsgi", "--dir", tmp_path)
+    assert row(table, "MB/s ↑")[0] == "checksummed PATCH of 32 MiB"
+    share = row(table, "of its speed ↑")
+    assert share[0] == "… against SHA-1 alone"
+    assert 0 < float(share[2].partition("x of ")[0]) < 1

@@ -79,7 +79,7 @@ def main(
 ) -> None:
     """Compare tuswsgi with other tus servers, all under the same load.
 
-    WORKLOADS: any of patch, streams, paced, get, slow, post, head, tls, concat, latency;
+    WORKLOADS: any of patch, streams, paced, checksum, get, slow, post, head, tls, concat, latency;
     all of them if none is named.
     """
     if chart and importlib.util.find_spec("matplotlib") is None:

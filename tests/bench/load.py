@@ -8,7 +8,9 @@ so that no error is ever measured as speed.
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import heapq
 import mmap
 import multiprocessing
@@ -17,7 +19,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -36,10 +38,14 @@ _METADATA = {"Upload-Metadata": "filename YmVuY2g=,filetype YXBwbGljYXRpb24vb2N0
 
 
 class Upload(NamedTuple):
-    """An upload that was created."""
+    """An upload that was created.
+
+    :ivar headers: of the request that fills it.
+    """
 
     path: str
     size: int
+    headers: Mapping[str, object] = {}
 
 
 def options(target: Target) -> Answer:
@@ -78,6 +84,18 @@ def delete(target: Target, upload: Upload) -> None:
     """Ask for an upload's removal; the server may refuse."""
     request = target.request("DELETE", upload.path, Content_Length=0)
     target.ask(request, *range(200, 500))
+
+
+def checksum(size: int) -> tuple[str, float]:
+    """Return the ``Upload-Checksum`` of an upload's content, and the seconds that it took."""
+    hash = hashlib.sha1(usedforsecurity=False)
+    with mmap.mmap(_source(), _SOURCE_SIZE) as content, memoryview(content) as view:
+        start = time.perf_counter()
+        for position in range(0, size, _PUSH):
+            offset = position % _SOURCE_SIZE
+            hash.update(view[offset : offset + min(_PUSH, size - position)])
+        seconds = time.perf_counter() - start
+    return f"sha1 {base64.b64encode(hash.digest()).decode()}", seconds
 
 
 def send(target: Target, uploads: Sequence[Upload]) -> None:
@@ -224,7 +242,7 @@ class _Stream:
         self._left = self._size = upload.size
         self._position = 0
         self._answer = b""
-        self._request = target.patch(upload.path, upload.size)
+        self._request = target.patch(upload.path, upload.size, **upload.headers)
         self.socket.sendall(self._request)
         self.socket.setblocking(False)
 

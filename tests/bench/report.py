@@ -94,6 +94,8 @@ def _result(result: Result) -> Json:
         "unit": workload.unit,
         "more_is_better": workload.more_is_better,
         "results": [sample.value for sample in result.samples],
+        "bound": workload.bound,
+        "bounds": [sample.bound for sample in result.samples if sample.bound is not None],
         "cpu_unit": workload.cpu_unit,
         "cpu": cpu if workload.cpu_unit else [],
         "load_generator": [round(sample.load, 3) for sample in result.samples],
@@ -159,6 +161,9 @@ def _table(
         lines.append([some["title"], f"{some[unit]} {arrow}", *cells])
         if last:
             lines[-1].append(last(row))
+        if values == "results" and some.get("bound"):
+            lines.append([f"… against {some['bound']}", "of its speed ↑"])
+            lines[-1] += [_share(row, server) for server in servers]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if len(lines) > 2 else ""
 
 
@@ -176,6 +181,14 @@ def _ratio(row: dict[str, Json], server: str, values: str) -> float | None:
         return None
     theirs = statistics.median(row[server][values])
     return statistics.median(row[OURS][values]) / theirs if theirs else None
+
+
+def _share(row: dict[str, Json], server: str) -> str:
+    if server not in row or not row[server]["bounds"]:
+        return "-"
+    bound = statistics.median(row[server]["bounds"])
+    share = statistics.median(row[server]["results"]) / bound
+    return f"{share:.2f}x of {_number(bound)} {row[server]['unit']}"
 
 
 def _against_tusd(row: dict[str, Json]) -> str:

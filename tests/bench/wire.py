@@ -80,9 +80,10 @@ class Target:
         with self.connect() as connection:
             return ask(connection, request, *statuses)
 
-    def patch(self, path: str, length: int) -> bytes:
+    def patch(self, path: str, length: int, **headers: object) -> bytes:
         """Return the head of a request that appends ``length`` bytes to an empty upload."""
-        return self.request("PATCH", path, Upload_Offset=0, Content_Length=length, **_TYPE)
+        headers = {"Upload-Offset": 0, "Content-Length": length, **_TYPE, **headers}
+        return self.request("PATCH", path, **headers)
 
     def post(self, body: bytes) -> bytes:
         """Return a request that creates an upload with all of its content."""

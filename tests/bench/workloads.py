@@ -23,11 +23,15 @@ GiB = 1024 * MiB
 
 
 class Sample(NamedTuple):
-    """What one round measured: the result, the CPU per unit and the load generator's share."""
+    """What one round measured: the result, the CPU per unit and the load generator's share.
+
+    :ivar bound: what the result would be if nothing but ``Workload.bound`` were done.
+    """
 
     value: float
     cpu: float | None
     load: float
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Workload(ABC):
     more_is_better: ClassVar[bool] = True
     #: What the CPU is compared by, if it is.
     cpu_unit: ClassVar[str] = ""
+    #: What bounds the result, and is measured beside it.
+    bound: ClassVar[str] = ""
     #: How many processes of ours serve it.
     workers: ClassVar[int] = 2
     tls: ClassVar[bool] = False
@@ -145,6 +151,30 @@ class EncryptedPatch(_Bulk):
     @property
     def title(self) -> str:
         return f"TLS upload of {_size(self.each)}"
+
+
+class ChecksummedPatch(_Bulk):
+    """What is verified: no faster than its hash, which is measured in the same round."""
+
+    key = "checksum"
+    size = 512 * MiB
+    bound = "SHA-1 alone"
+    extension = "checksum"
+
+    @property
+    def title(self) -> str:
+        return f"checksummed PATCH of {_size(self.each)}"
+
+    def run(self, server: Server) -> Sample:
+        checksum, seconds = load.checksum(self.each)
+        uploads = [
+            upload._replace(headers={"Upload-Checksum": checksum})
+            for upload in load.create(server.target, self.each)
+        ]
+        with server.meter() as meter:
+            load.send(server.target, uploads)
+        server.release(uploads)
+        return self._sample(meter)._replace(bound=self.each / 1e6 / seconds)
 
 
 class Download(_Bulk):
@@ -300,6 +330,7 @@ WORKLOADS: dict[str, type[Workload]] = {
         OnePatch,
         ManyPatches,
         PacedPatches,
+        ChecksummedPatch,
         Download,
         SlowConnections,
         SmallPosts,
