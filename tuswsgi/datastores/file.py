@@ -145,6 +145,8 @@ class FileDataStore(DataStore):
         try:
             target = self._make_file(unfinished, os.O_TRUNC)
             try:
+                # One by one: the kernel lets one writer at a time into a file, and a second
+                # thread would only spin at its lock.
                 for part in parts:
                     with self._opened(part, os.O_RDONLY) as fd:
                         if _copy_file(fd, target) != part.size:
