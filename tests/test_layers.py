@@ -60,6 +60,7 @@ SHARED = {
     ("tuswsgi.infostores", "tuswsgi.infostores.markers"),
     ("tuswsgi.infostores", "tuswsgi.infostores.outbox"),
     ("tuswsgi.lockers", "tuswsgi.lockers.lease"),
+    ("tuswsgi.lockers", "tuswsgi.lockers.session"),
     ("tuswsgi.hooks", "tuswsgi.infostores.record"),
     ("tuswsgi.hooks", "tuswsgi.hooks.answers"),
     ("tuswsgi.hooks", "tuswsgi.hooks.events"),

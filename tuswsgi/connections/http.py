@@ -12,6 +12,7 @@ import io
 import os
 import socket
 import time
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from http.cookiejar import DefaultCookiePolicy
@@ -22,6 +23,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ReadTimeoutError
 from urllib3.util import Timeout
 
 #: How many idle connections are kept for each server.
@@ -34,14 +36,19 @@ _CHUNK = 8192
 class HttpAnswer:
     """What a server answered.
 
+    :param headers: by their names in any case.
     :param body: as much of the body as was wanted.
     :param complete: whether that is all of it.
     """
 
     status: int
-    content_type: str | None
+    headers: Mapping[str, str]
     body: bytes
     complete: bool
+
+    @property
+    def content_type(self) -> str | None:
+        return self.headers.get("Content-Type")
 
 
 class HttpClient:
@@ -70,35 +77,75 @@ class HttpClient:
         for scheme in ("http://", "https://"):
             session.mount(scheme, _BoundedAdapter(pool_maxsize=_IDLE_CONNECTIONS))
 
-    def post(self, url: str, body: bytes, headers: dict[str, str]) -> HttpAnswer:
+    def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> HttpAnswer:
+        """Send a POST request and return the answer; see ``request``."""
+        return self.request("POST", url, body, headers)
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> HttpAnswer:
         """Send a request and return the answer.
 
+        :param timeout: in seconds, instead of the client's.
         :raises ValueError: if the URL or a header cannot be sent.
         :raises OSError: if there was no answer, or not all of it in time. The message does
             not tell the URL, which may be a secret.
         """
         try:
-            response = self._session.post(
-                url,
-                data=body,
-                headers=headers,
-                # Any: what urllib3 takes and requests hands on.
-                timeout=cast(Any, Timeout(total=self.timeout)),
-                stream=True,
-                allow_redirects=False,
-                proxies=get_environ_proxies(url),
-            )
-            with response:
+            with self._send(method, url, body, headers, timeout) as response:
                 text, complete = self._read(response)
         except requests.RequestException as error:
-            kind = ValueError if isinstance(error, ValueError) else ConnectionError
-            raise kind(_reason(error)) from None
-        content_type = response.headers.get("Content-Type")
-        return HttpAnswer(response.status_code, content_type, text, complete)
+            raise _translated(error) from None
+        return HttpAnswer(response.status_code, response.headers, text, complete)
+
+    def lines(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Generator[bytes, None, None]:
+        """Send a request and yield the lines of its answer, each as soon as it has come.
+
+        :raises TimeoutError: if the time is over and the answer is not.
+        :raises ValueError: as ``request`` does, and likewise ``OSError``.
+        """
+        try:
+            with self._send(method, url, body, headers, timeout) as response:
+                yield from response.iter_lines(_CHUNK)
+        except requests.RequestException as error:
+            raise _translated(error) from None
 
     def close(self) -> None:
         """Close the connections that are idle."""
         self._session.close()
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        headers: Mapping[str, str] | None,
+        timeout: float | None,
+    ) -> requests.Response:
+        total = self.timeout if timeout is None else timeout
+        return self._session.request(
+            method,
+            url,
+            data=body,
+            headers=headers,
+            # Any: what urllib3 takes and requests hands on.
+            timeout=cast(Any, Timeout(total=total)),
+            stream=True,
+            allow_redirects=False,
+            proxies=get_environ_proxies(url),
+        )
 
     def _read(self, response: requests.Response) -> tuple[bytes, bool]:
         body = bytearray()
@@ -107,6 +154,15 @@ class HttpClient:
             if len(body) > self.max_answer:
                 return bytes(body[: self.max_answer]), False
         return bytes(body), True
+
+
+def _translated(error: requests.RequestException) -> Exception:
+    cause = error.args[0] if error.args else None
+    # requests tells of the time that is over in mid-body as of a lost connection.
+    if isinstance(error, requests.Timeout) or isinstance(cause, ReadTimeoutError):
+        return TimeoutError(_reason(error))
+    kind = ValueError if isinstance(error, ValueError) else ConnectionError
+    return kind(_reason(error))
 
 
 def _reason(error: requests.RequestException) -> str:

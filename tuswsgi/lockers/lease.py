@@ -40,7 +40,7 @@ _LONGEST_RETRY = 1.0
 _HEARING = 1.0
 
 
-def _clock() -> float:
+def clock() -> float:
     """Return seconds that go on while the machine sleeps, where it can tell."""
     return time.clock_gettime(_CLOCK)
 
@@ -53,7 +53,7 @@ class Lease:
     """One acquisition.
 
     :ivar token: names it among all acquisitions of all processes.
-    :ivar ends_at: until when it is held for sure, on ``_clock``.
+    :ivar ends_at: until when it is held for sure, on ``clock``.
     :ivar beside: what the host's locker knows of the lock that is held beside it.
     """
 
@@ -64,7 +64,7 @@ class Lease:
     beside: Any = None
 
     def is_lost(self) -> bool:
-        return _clock() >= self.ends_at
+        return clock() >= self.ends_at
 
 
 class LeaseLocker(Locker[Lease]):
@@ -184,10 +184,10 @@ class LeaseLocker(Locker[Lease]):
         keeper = self._keeper.get()
         token = keeper.new_token()
         try:
-            began = _clock()
+            began = clock()
             taken = self._take(id, token)
             if not taken and beside is not None and self._remove_leftover(id, keeper):
-                began = _clock()
+                began = clock()
                 taken = self._take(id, token)
         except BaseException:
             # It may have been taken all the same.
@@ -279,7 +279,7 @@ class Keeper:
         server could be reached.
         """
         leases = list(self._leases.values())
-        began = _clock()
+        began = clock()
         kept: Collection[str] | None = None
         try:
             kept = self._locker._prolong({lease.token: lease.id for lease in leases})

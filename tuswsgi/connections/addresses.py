@@ -1,0 +1,170 @@
+"""Servers that are asked by HTTP on behalf of requests, each at one or several addresses.
+
+This file owns which address is asked, for how long, and how many connections there are to
+it. What is asked must do no harm when it is done twice: whether a server that went away had
+done it nobody knows. What the answers mean is the business of the backends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from tuswsgi.connections.http import HttpAnswer, HttpClient
+from tuswsgi.connections.pool import Pool, PoolSettings
+from tuswsgi.errors import ConfigurationError, Unavailable
+
+log = logging.getLogger(__name__)
+
+#: The largest answer: what all locks of a process are called.
+_MAX_ANSWER = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server is, and by what it knows us.
+
+    :param urls: scheme, host and port of each address.
+    """
+
+    urls: tuple[str, ...]
+    user: str | None
+    password: str | None
+
+    @classmethod
+    def parse(cls, dsn: str, default_port: int) -> Addresses:
+        """Read ``http://[user[:password]@]host[:port][,http://host2...]``.
+
+        :raises ConfigurationError: if it is something else. The message does not tell what
+            the DSN is, which may be a secret.
+        """
+        urls, user, password = [], None, None
+        for address in dsn.split(","):
+            try:
+                parts = urlsplit(address.strip())
+                host, port = parts.hostname, parts.port or default_port
+            except ValueError:
+                host, port = None, 0
+            if not host or parts.scheme not in ("http", "https") or parts.path.strip("/"):
+                raise ConfigurationError(
+                    "The DSN is not understood. Supported: http://host:port and "
+                    "https://user:password@host:port, several separated by commas."
+                )
+            host = f"[{host}]" if ":" in host else host
+            urls.append(f"{parts.scheme}://{host}:{port}")
+            if user is None and parts.username is not None:
+                user, password = unquote(parts.username), unquote(parts.password or "")
+        return cls(tuple(urls), user, password)
+
+
+class HttpServer:
+    """A server for all greenlets or threads of a process.
+
+    :param name: what it is called in the log.
+    """
+
+    def __init__(self, name: str, urls: tuple[str, ...], settings: PoolSettings) -> None:
+        self._name = name
+        self._urls = urls
+        self._good = 0
+        self._is_away = False
+        #: For a request and its answer, at whatever addresses.
+        self.timeout = settings.pool_timeout
+        self._pool = Pool(settings, self._open, HttpClient.close)
+        # One that waits long for something to happen must not be in the way of others.
+        self._listener = self._open()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> HttpAnswer:
+        """Send a request to the first address that answers, and return the answer.
+
+        :raises Unavailable: if none does, or only to tell that it is in trouble. One line in
+            the log tells when that begins.
+        """
+        with self._pool.connection() as client:
+            return self._ask_in_turn(client, method, path, body, headers, self.timeout)
+
+    def wait(self, path: str, headers: Mapping[str, str], seconds: float) -> HttpAnswer:
+        """Send a GET request whose answer comes within `seconds`, or a little later.
+
+        :raises Unavailable: as ``request`` does. Only one thread may wait for answers.
+        """
+        timeout = self.timeout + seconds
+        return self._ask_in_turn(self._listener, "GET", path, None, headers, timeout)
+
+    def lines(
+        self, path: str, body: bytes, headers: Mapping[str, str], seconds: float
+    ) -> Generator[bytes, None, None]:
+        """Send a POST request and yield the lines of its answer for `seconds`.
+
+        :raises Unavailable: if there is no answer, or it breaks off. Only one thread may
+            wait for answers.
+        """
+        url = self._urls[self._good] + path
+        try:
+            with closing(self._listener.lines("POST", url, body, headers, seconds)) as lines:
+                for line in lines:
+                    self._found(self._good)
+                    yield line
+        except TimeoutError:
+            return
+        except (OSError, ValueError) as error:
+            self._good = (self._good + 1) % len(self._urls)
+            self._lost(str(error))
+            raise Unavailable from None
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._pool.close()
+        self._listener.close()
+
+    def _ask_in_turn(
+        self,
+        client: HttpClient,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str] | None,
+        timeout: float,
+    ) -> HttpAnswer:
+        deadline = time.monotonic() + timeout
+        first = self._good
+        for number in range(len(self._urls)):
+            index = (first + number) % len(self._urls)
+            left = (deadline - time.monotonic()) / (len(self._urls) - number)
+            try:
+                answer = client.request(
+                    method, self._urls[index] + path, body, headers, max(left, 0.001)
+                )
+            except (OSError, ValueError) as error:
+                reason = str(error)
+                continue
+            if answer.status < 500 and answer.complete:
+                self._found(index)
+                return answer
+            reason = f"{answer.status} {answer.body[:200].decode(errors='replace')}"
+        self._lost(reason)
+        raise Unavailable
+
+    def _found(self, index: int) -> None:
+        self._good = index
+        if self._is_away:
+            self._is_away = False
+            log.warning("%s is there again", self._name)
+
+    def _lost(self, reason: str) -> None:
+        if not self._is_away:
+            self._is_away = True
+            log.error("%s does not answer: %s", self._name, reason)
+
+    def _open(self) -> HttpClient:
+        return HttpClient(self.timeout, _MAX_ANSWER)

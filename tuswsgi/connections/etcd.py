@@ -1,0 +1,243 @@
+"""etcd, as its v3 JSON gateway lets it be asked: keys, transactions, leases and changes.
+
+This file owns the gateway's paths and its ways to write keys, values and numbers, and the
+name and password that etcd may want. What the keys mean is the business of the backends.
+Written for etcd 3.4 and later (https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from base64 import b64decode, b64encode
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from tuswsgi.connections.addresses import Addresses, HttpServer
+from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.errors import ConfigurationError, Unavailable
+
+log = logging.getLogger(__name__)
+
+PORT = 2379
+
+#: What etcd's errors are called by gRPC, https://grpc.io/docs/guides/status-codes/.
+_NOT_FOUND = 5
+_UNAUTHENTICATED = 16
+
+#: By which etcd says that it wants no name and password.
+_NO_AUTHENTICATION = "authentication is not enabled"
+
+
+class LeaseGone(Exception):
+    """A lease is not or no longer there, and neither are its keys."""
+
+
+class Compacted(Exception):
+    """What changed since a revision cannot be told any more."""
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """A key as it is kept.
+
+    :param lease: the lease with which it ends.
+    :param revision: numbers the change that made it what it is, among all changes.
+    """
+
+    value: str
+    lease: str
+    revision: int
+
+
+class EtcdConnection:
+    """An etcd cluster for all greenlets or threads of a process.
+
+    Whatever is asked raises ``Unavailable`` if etcd does not answer in time, or refuses.
+    """
+
+    def __init__(self, addresses: Addresses, settings: PoolSettings) -> None:
+        self._addresses = addresses
+        self._server = HttpServer("etcd", addresses.urls, settings)
+        self._token: str | None = None
+
+    def check(self) -> None:
+        """Find out whether we are let in.
+
+        :raises ConfigurationError: if not.
+        """
+        try:
+            self._call("/v3/kv/range", {"key": _encode("tuswsgi/")})
+        except _Refusal as error:
+            raise ConfigurationError(f"etcd refuses us: {error}") from None
+
+    def get(self, key: str) -> tuple[KeyValue | None, int]:
+        """Return what `key` is, ``None`` if there is none, and etcd's present revision."""
+        answer = self._ask("/v3/kv/range", {"key": _encode(key)})
+        return _first(answer), _revision(answer)
+
+    def put(self, key: str, value: str, lease: str) -> None:
+        """Set a key that ends with a lease.
+
+        :raises LeaseGone: if that has ended.
+        """
+        self._ask("/v3/kv/put", _setting(key, value, lease))
+
+    def create(self, key: str, value: str, lease: str) -> KeyValue | None:
+        """Set a key that ends with a lease, unless there is one: then return that.
+
+        :raises LeaseGone: if the lease has ended.
+        """
+        missing = {
+            "key": _encode(key),
+            "target": "CREATE",
+            "result": "EQUAL",
+            "create_revision": "0",
+        }
+        request = {
+            "compare": [missing],
+            "success": [{"request_put": _setting(key, value, lease)}],
+            "failure": [{"request_range": {"key": _encode(key)}}],
+        }
+        answer = self._ask("/v3/kv/txn", request)
+        if answer.get("succeeded"):
+            return None
+        return _first(answer["responses"][0]["response_range"])
+
+    def remove(self, key: str, value: str) -> None:
+        """Remove a key if it has this value."""
+        same = {
+            "key": _encode(key),
+            "target": "VALUE",
+            "result": "EQUAL",
+            "value": _encode(value),
+        }
+        removal = {"request_delete_range": {"key": _encode(key)}}
+        self._ask("/v3/kv/txn", {"compare": [same], "success": [removal]})
+
+    def grant(self, seconds: int) -> str:
+        """Return a new lease that ends `seconds` after it was last kept alive."""
+        return str(self._ask("/v3/lease/grant", {"TTL": seconds})["ID"])
+
+    def keep_alive(self, lease: str) -> bool:
+        """Let a lease run for its full length again; return whether there is one."""
+        answer = self._ask("/v3/lease/keepalive", {"ID": lease})
+        return int(answer["result"].get("TTL", 0)) > 0
+
+    def keys_of(self, lease: str) -> set[str]:
+        """Return all keys that end with a lease."""
+        answer = self._ask("/v3/lease/timetolive", {"ID": lease, "keys": True})
+        return {_decode(key) for key in answer.get("keys", ())}
+
+    def changes(self, key: str, after: int, seconds: float) -> Generator[KeyValue, None, None]:
+        """Yield what `key` is set to, each as soon as it happens, for `seconds`.
+
+        :param after: the revision of the last change that is known.
+        :raises Compacted: if changes after that may be missing.
+        """
+        request = {
+            "key": _encode(key),
+            "start_revision": str(after + 1),
+            "filters": ["NODELETE"],
+        }
+        body = json.dumps({"create_request": request}).encode()
+        lines = self._server.lines("/v3/watch", body, self._headers(), seconds)
+        with closing(lines):
+            for line in lines:
+                yield from self._changes_of(_parsed(line), after)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._server.close()
+
+    def _changes_of(self, message: dict[str, Any], after: int) -> Generator[KeyValue, None, None]:
+        result = message.get("result")
+        if result is None or (result.get("canceled") and "compact_revision" not in result):
+            # Probably a token that etcd has forgotten. The next one to ask logs what it is.
+            self._token = None
+            raise Unavailable
+        # One that is behind has lost its data: what we know is of another past.
+        if "compact_revision" in result or (result.get("created") and _revision(result) < after):
+            raise Compacted
+        yield from (_key_value(event["kv"]) for event in result.get("events", ()))
+
+    def _ask(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return self._call(path, request)
+        except _Refusal as error:
+            log.error("etcd refuses %s: %s", path, error)
+            raise Unavailable from None
+
+    def _call(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        answer = self._post(path, request)
+        if answer.get("code") == _UNAUTHENTICATED and self._addresses.user is not None:
+            # Its tokens end after minutes without use, and with the server.
+            self._token = None
+            answer = self._post(path, request)
+        if "code" not in answer:
+            return answer
+        if answer["code"] == _NOT_FOUND:
+            raise LeaseGone
+        raise _Refusal(answer.get("message"))
+
+    def _post(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self._token is None and self._addresses.user is not None:
+            self._token = self._new_token()
+        body = json.dumps(request).encode()
+        return _parsed(self._server.request("POST", path, body, self._headers()).body)
+
+    def _new_token(self) -> str:
+        request = {"name": self._addresses.user, "password": self._addresses.password}
+        body = json.dumps(request).encode()
+        answer = _parsed(self._server.request("POST", "/v3/auth/authenticate", body).body)
+        if _NO_AUTHENTICATION in str(answer.get("message")):
+            return ""
+        if "token" not in answer:
+            raise _Refusal(answer.get("message"))
+        return str(answer["token"])
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": self._token} if self._token else {}
+
+
+class _Refusal(Exception):
+    """etcd will not do something, and would not if it was asked again."""
+
+
+def _setting(key: str, value: str, lease: str) -> dict[str, str]:
+    return {"key": _encode(key), "value": _encode(value), "lease": lease}
+
+
+def _first(answer: Mapping[str, Any]) -> KeyValue | None:
+    found = answer.get("kvs")
+    return _key_value(found[0]) if found else None
+
+
+def _key_value(found: Mapping[str, Any]) -> KeyValue:
+    value, lease = _decode(found.get("value", "")), str(found.get("lease", "0"))
+    return KeyValue(value, lease, int(found["mod_revision"]))
+
+
+def _revision(answer: Mapping[str, Any]) -> int:
+    return int(answer["header"]["revision"])
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        log.error("What answers is no etcd: %r", text[:200])
+        raise Unavailable
+    return parsed
+
+
+def _encode(text: str) -> str:
+    return b64encode(text.encode()).decode()
+
+
+def _decode(text: str) -> str:
+    return b64decode(text).decode(errors="replace")
