@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from services import missing
@@ -113,6 +114,27 @@ class PrivateRedis(PrivateServer):
             *(program("redis-server"), "--bind", "127.0.0.1", "--port", str(self.port)),
             *("--dir", str(self.directory), "--appendonly", "yes", "--save", ""),
         ]
+
+
+class PrivateEtcd(PrivateServer):
+    @property
+    def dsn(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        return [
+            *(program("etcd"), "--data-dir", str(self.directory / "data")),
+            *("--listen-client-urls", self.dsn, "--advertise-client-urls", self.dsn),
+            # It is alone, and nobody asks for this port.
+            *("--listen-peer-urls", "http://127.0.0.1:0"),
+        ]
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.dsn}/health", timeout=1) as answer:
+                return b'"true"' in answer.read()
+        except OSError:
+            return False
 
 
 class PrivatePostgres(PrivateServer):

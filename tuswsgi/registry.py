@@ -43,6 +43,7 @@ class LockerName(str, Enum):
 
     FILE = "file-locker"
     MEMORY = "memory-locker"
+    ETCD = "etcd-locker"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,14 @@ class Backends:
     locker: LockerName | None = option(
         None,
         "What keeps two requests from writing one upload: `file-locker` works between all "
-        "workers of one host, `memory-locker` within one worker. Unset: `file-locker`.",
+        "workers of one host, `memory-locker` within one worker, and the others between all "
+        "hosts that share a server. Unset: `file-locker`.",
     )
     locker_dsn: str | None = option(
         None,
-        "The server of the locker. Unset: that of the info store.",
+        "The server of the locker. `etcd-locker`: `http://host:2379` or "
+        "`https://user:password@host:2379`, several addresses separated by commas (unset: this "
+        "host).",
         secret=True,
     )
     lock_lease: float = option(
@@ -171,7 +175,23 @@ def locker(config: Config) -> Locker[Any]:
         return MemoryLocker(timeout=backends.lock_timeout)
     from tuswsgi.lockers.file import FileLocker
 
-    return FileLocker(directory=backends.lock_dir, timeout=backends.lock_timeout)
+    of_host = FileLocker(directory=backends.lock_dir, timeout=backends.lock_timeout)
+    if backends.locker in (None, LockerName.FILE):
+        return of_host
+    return _lease_locker(backends, of_host, config.build(PoolSettings))
+
+
+def _lease_locker(backends: Backends, beside: Locker[Any], pool: PoolSettings) -> Locker[Any]:
+    """Return a locker on a server, with the locks of this host beside."""
+    from tuswsgi.lockers.etcd import EtcdLocker
+
+    return EtcdLocker(
+        **_given(dsn=backends.locker_dsn),
+        timeout=backends.lock_timeout,
+        lease=backends.lock_lease,
+        beside=beside,
+        pool=pool,
+    )
 
 
 def hooks(config: Config) -> list[Hook]:
@@ -245,3 +265,8 @@ def option_groups() -> list[type]:
 def _filled(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Return `values` with `defaults` where they are unset."""
     return values | {key: default for key, default in defaults.items() if values[key] is None}
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Return those of `values` that are set."""
+    return {key: value for key, value in values.items() if value is not None}

@@ -34,7 +34,7 @@ class EtcdLocker(SessionLocker):
 
     def __init__(
         self,
-        dsn: str,
+        dsn: str = f"http://127.0.0.1:{PORT}",
         timeout: float = 20.0,
         lease: float = 10.0,
         beside: Locker[Any] | None = None,

@@ -34,11 +34,14 @@ class Session:
 
     :ivar renewed_at: since when it runs at the least, on ``clock``.
     :ivar tokens: what holds which lock by it, by the locks' ids.
+    :ivar returned: which locks are to be free but may not be, by the tokens that held them.
+        They would be held for as long as this process lives.
     """
 
     name: str
     renewed_at: float
     tokens: dict[str, str] = field(default_factory=dict)
+    returned: dict[str, str] = field(default_factory=dict)
 
 
 class Sessions:
@@ -132,9 +135,13 @@ class SessionLocker(LeaseLocker):
 
     def _give_back(self, id: str, token: str) -> None:
         session = self._sessions.get().present
-        if session is not None and session.tokens.get(id) == token:
-            del session.tokens[id]
+        if session is not None:
+            session.returned[token] = id
+            if session.tokens.get(id) == token:
+                del session.tokens[id]
         self._remove(id, token)
+        if session is not None:
+            session.returned.pop(token, None)
 
     def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
         session = self._sessions.get().present
@@ -161,8 +168,11 @@ class SessionLocker(LeaseLocker):
         try:
             session = sessions.present
             if session is not None:
-                is_fresh = clock() - session.renewed_at <= self.session_length - self.lease
-                if is_fresh or self._renew(session):
+                age = clock() - session.renewed_at
+                if age <= self.session_length - self.lease:
+                    return session
+                # No lock that somebody counts on is left in one that is older.
+                if age <= self.session_length and self._renew(session):
                     return session
             began = clock()
             session = sessions.present = Session(self._open_session(), began)
@@ -171,9 +181,23 @@ class SessionLocker(LeaseLocker):
             sessions.opening.release()
 
     def _renew(self, session: Session) -> bool:
+        self._return_again(session)
         began = clock()
         if self._renew_session(session.name):
             session.renewed_at = began
             return True
         self._sessions.get().drop(session)
         return False
+
+    def _return_again(self, session: Session) -> None:
+        """Free the locks that should be free, most of which are: their holders might not
+        have known whether they had got them.
+        """
+        returned = dict(session.returned)
+        if not returned:
+            return
+        held = set(self._still_there(session.name, set(returned.values())))
+        for token, id in returned.items():
+            if id in held:
+                self._remove(id, token)
+            session.returned.pop(token, None)
