@@ -43,6 +43,7 @@ class LockerName(str, Enum):
 
     FILE = "file-locker"
     MEMORY = "memory-locker"
+    SQL = "db-locker"
     ETCD = "etcd-locker"
 
 
@@ -78,9 +79,9 @@ class Backends:
     )
     locker_dsn: str | None = option(
         None,
-        "The server of the locker. `etcd-locker`: `http://host:2379` or "
-        "`https://user:password@host:2379`, several addresses separated by commas (unset: this "
-        "host).",
+        "The server of the locker. `db-locker`: a database as for `info_db_dsn` (unset: that "
+        "one). `etcd-locker`: `http://host:2379` or `https://user:password@host:2379`, several "
+        "addresses separated by commas (unset: this host).",
         secret=True,
     )
     lock_lease: float = option(
@@ -118,6 +119,11 @@ class Backends:
     def lock_dir(self) -> Path:
         """The directory of this host's locks."""
         return (self.runtime_dir or self.own_dir) / "locks"
+
+    @property
+    def database(self) -> str:
+        """The DSN of the info store's database, if it is one."""
+        return self.info_db_dsn or f"sqlite:///{self.own_dir.absolute()}/info.sqlite3"
 
     @property
     def in_memory(self) -> bool:
@@ -160,7 +166,7 @@ def info_store(config: Config) -> InfoStore:
     from tuswsgi.infostores.sql import SqlInfoStore
 
     return SqlInfoStore(
-        backends.info_db_dsn or f"sqlite:///{backends.own_dir.absolute()}/info.sqlite3",
+        backends.database,
         force_fsync=backends.force_fsync,
         pool=config.build(PoolSettings),
     )
@@ -183,15 +189,21 @@ def locker(config: Config) -> Locker[Any]:
 
 def _lease_locker(backends: Backends, beside: Locker[Any], pool: PoolSettings) -> Locker[Any]:
     """Return a locker on a server, with the locks of this host beside."""
+    common: dict[str, Any] = {
+        "timeout": backends.lock_timeout,
+        "lease": backends.lock_lease,
+        "beside": beside,
+        "pool": pool,
+    }
+    if backends.locker is LockerName.SQL:
+        from tuswsgi.lockers.sql import SqlLocker
+
+        # As the info store has it, to share its connections.
+        dsn = backends.locker_dsn or backends.database
+        return SqlLocker(dsn, **common, durable=backends.force_fsync)
     from tuswsgi.lockers.etcd import EtcdLocker
 
-    return EtcdLocker(
-        **_given(dsn=backends.locker_dsn),
-        timeout=backends.lock_timeout,
-        lease=backends.lock_lease,
-        beside=beside,
-        pool=pool,
-    )
+    return EtcdLocker(**_given(dsn=backends.locker_dsn), **common)
 
 
 def hooks(config: Config) -> list[Hook]:

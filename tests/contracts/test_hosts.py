@@ -17,12 +17,25 @@ from tuswsgi.testing.lockers import SOON, Requests, ignore
 LEASE = 2.0
 
 
-@pytest.fixture(scope="module", params=["etcd-locker"])
+@pytest.fixture(scope="module")
+def etcd():
+    server = PrivateEtcd()
+    yield server.dsn
+    server.remove()
+
+
+@pytest.fixture(scope="module")
+def sqlite(tmp_path_factory):
+    """A database of several hosts as far as they can tell."""
+    return f"sqlite:///{tmp_path_factory.mktemp('shared')}/locks.sqlite3"
+
+
+@pytest.fixture(params=[("etcd-locker", "etcd"), ("db-locker", "sqlite")], ids=lambda way: way[1])
 def flags(request):
     """The options of all hosts."""
-    server = {"etcd-locker": PrivateEtcd}[request.param]()
-    yield {"locker": request.param, "locker_dsn": server.dsn, "lock_lease": LEASE}
-    server.remove()
+    name, server = request.param
+    dsn = request.getfixturevalue(server)
+    return {"locker": name, "locker_dsn": dsn, "lock_lease": LEASE}
 
 
 def host(flags, directory):

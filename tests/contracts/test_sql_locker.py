@@ -1,0 +1,66 @@
+"""Locks in SQL databases."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tuswsgi.connections.sql import connect
+from tuswsgi.errors import UploadLocked
+from tuswsgi.lockers.sql import SqlLocker
+from tuswsgi.testing.lockers import LockerContract, ignore
+
+
+def rows(dsn):
+    connection = connect(dsn)
+    sql = "SELECT id FROM tuswsgi_locks ORDER BY id"
+    return connection.read(lambda database: [row[0] for row in database.execute_sql(sql)])
+
+
+class OnDatabase(LockerContract):
+    """A locker whose database is the fixture `dsn`."""
+
+    @pytest.fixture
+    def locker(self, dsn):
+        yield from self._prepared(dsn)
+
+    @pytest.fixture
+    def other(self, locker, dsn):
+        yield from self._prepared(dsn)
+
+    def _prepared(self, dsn):
+        locker = SqlLocker(dsn, lease=1.0)
+        locker.prepare()
+        yield locker
+        locker.close()
+
+    def test_nothing_is_left_behind(self, locker, other, dsn):
+        self.test_other_instances_share_the_locks(locker, other)
+        assert rows(dsn) == []
+
+    def test_a_lease_that_is_over_is_taken_over_for_good(self, locker, other):
+        assert locker._take("a", "dead.worker.1")
+        self._expect_locked_by_a_try(other)
+        with other.lock("a", ignore):
+            locker._give_back("a", "dead.worker.1")
+            self._expect_locked_by_a_try(locker)
+
+    @staticmethod
+    def _expect_locked_by_a_try(locker):
+        with pytest.raises(UploadLocked), locker.try_lock("a", ignore):
+            pytest.fail("two holders")
+
+    def test_what_the_dead_left_behind_is_removed_at_start(self, locker, other, dsn):
+        assert locker._take("a", "dead.worker.1")
+        with locker.lock("b", ignore):
+            while locker._holder("a"):
+                time.sleep(0.05)
+            other.prepare()
+            assert rows(dsn) == ["b"]
+
+
+class TestSqlLockerOnSqlite(OnDatabase):
+    @pytest.fixture
+    def dsn(self, tmp_path):
+        return f"sqlite:///{tmp_path}/locks.sqlite3"

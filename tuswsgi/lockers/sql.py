@@ -1,0 +1,154 @@
+"""Locks in an SQL database, for all hosts that share one and want no other server.
+
+A lock is a row of ``tuswsgi_locks`` that says until when it is held, by the database's own
+clock: no host's clock matters. A row is removed with its release; what dead holders have left
+behind is taken over, or removed when a process starts. A database cannot call anybody, so
+that who waits writes so into the row, and holders look for that a few times a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import peewee
+
+from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.connections.sql import Database, connect
+from tuswsgi.connections.tables import prepare_tables
+from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.lease import LeaseLocker
+
+#: Seconds between two looks for who waits.
+_HEARING_PAUSE = 0.25
+
+_LOOK = "SELECT token, ends_at <= {now} FROM tuswsgi_locks WHERE id = ?"
+_CREATE = """
+INSERT INTO tuswsgi_locks (id, token, worker, ends_at, asked) VALUES (?, ?, ?, {now} + ?, FALSE)
+"""
+_TAKE_OVER = """
+UPDATE tuswsgi_locks SET token = ?, worker = ?, ends_at = {now} + ?, asked = FALSE
+WHERE id = ? AND token = ? AND ends_at <= {now}
+"""
+_GIVE_BACK = "DELETE FROM tuswsgi_locks WHERE id = ? AND token = ?"
+_PROLONG = "UPDATE tuswsgi_locks SET ends_at = {now} + ? WHERE worker = ?"
+_HELD = "SELECT token FROM tuswsgi_locks WHERE worker = ?"
+_HOLDER = "SELECT token FROM tuswsgi_locks WHERE id = ? AND ends_at > {now}"
+_ASK = "UPDATE tuswsgi_locks SET asked = TRUE WHERE id = ? AND token = ? AND NOT asked"
+_HEAR = "SELECT token FROM tuswsgi_locks WHERE worker = ? AND asked"
+_CLEAN_UP = "DELETE FROM tuswsgi_locks WHERE ends_at <= {now}"
+
+
+class SqlLocker(LeaseLocker):
+    """Exclusive locks among all processes that use one database.
+
+    :param dsn: the database, see ``connections.sql.connect``.
+    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lease: for how long a lock outlives its holder, in seconds.
+    :param beside: locks of this host, each of which is held for as long as the lease.
+    :param pool: how many connections there are, and how long the database may take.
+    :param durable: as the info store has it that shares the connections; locks need it not.
+    """
+
+    # Each attempt is a query, and a holder elsewhere looks for requests now and then only.
+    longest_pause = 0.2
+    request_pause = 0.5
+
+    def __init__(
+        self,
+        dsn: str,
+        timeout: float = 20.0,
+        lease: float = 10.0,
+        beside: Locker[Any] | None = None,
+        pool: PoolSettings | None = None,
+        *,
+        durable: bool = False,
+    ) -> None:
+        super().__init__(timeout, lease, beside)
+        self._connection = connect(dsn, durable=durable, pool=pool)
+
+    def prepare(self) -> None:
+        super().prepare()
+        prepare_tables(self._connection)
+        self._change(_CLEAN_UP)
+        # Whoever prepares may fork then.
+        self._connection.close()
+
+    def close(self) -> None:
+        super().close()
+        self._connection.close()
+
+    def _take(self, id: str, token: str) -> bool:
+        # Most attempts find a lock that is held, and reading disturbs nobody.
+        rows = self._rows(_LOOK, id)
+        if not rows:
+            return self._create(id, token)
+        former, is_over = rows[0]
+        values = (token, _worker_of(token), self.lease, id, former)
+        return bool(is_over) and self._change(_TAKE_OVER, *values) == 1
+
+    def _create(self, id: str, token: str) -> bool:
+        sql = self._text(_CREATE)
+
+        def insert(database: Database) -> None:
+            try:
+                database.execute_sql(sql, (id, token, _worker_of(token), self.lease))
+            except peewee.IntegrityError:
+                raise _Taken from None
+
+        try:
+            self._connection.write(insert)
+        except _Taken:
+            return False
+        return True
+
+    def _give_back(self, id: str, token: str) -> None:
+        self._change(_GIVE_BACK, id, token)
+
+    def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
+        kept: set[str] = set()
+        for worker in {_worker_of(token) for token in held}:
+            self._change(_PROLONG, self.lease, worker)
+            kept.update(token for (token,) in self._rows(_HELD, worker))
+        return kept
+
+    def _holder(self, id: str) -> str | None:
+        rows = self._rows(_HOLDER, id)
+        return str(rows[0][0]) if rows else None
+
+    def _ask(self, worker: str, id: str, token: str) -> None:
+        self._change(_ASK, id, token)
+
+    def _hear(self, worker: str, timeout: float) -> Collection[str]:
+        deadline = time.monotonic() + timeout
+        while True:
+            # First of all: who is asked and does not let go is asked again by and by.
+            time.sleep(min(_HEARING_PAUSE, timeout))
+            rows = self._rows(_HEAR, worker)
+            if rows or time.monotonic() >= deadline:
+                return [token for (token,) in rows]
+
+    def _rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        text = self._text(sql)
+        return self._connection.read(
+            lambda database: list(database.execute_sql(text, values).fetchall())
+        )
+
+    def _change(self, sql: str, *values: object) -> int:
+        """Run a statement and return how many rows it has changed."""
+        text = self._text(sql)
+        return self._connection.write(
+            lambda database: int(database.execute_sql(text, values).rowcount)
+        )
+
+    def _text(self, sql: str) -> str:
+        return self._connection.statement(sql.format(now=self._connection.now))
+
+
+class _Taken(Exception):
+    """Another process was faster."""
+
+
+def _worker_of(token: str) -> str:
+    return token.rpartition(".")[0]
