@@ -66,8 +66,11 @@ class Backends:
     )
     info_db_dsn: str | None = option(
         None,
-        "The database of the info store: `sqlite:////absolute/path` or "
-        "`sqlite:///relative/path`. Unset: a SQLite file beside the data.",
+        "The database of the info store: `sqlite:////absolute/path`, `sqlite:///relative/path`, "
+        "`postgres://user:password@host/database` or `mysql://user:password@host/database`; "
+        "special characters are percent-encoded, and what stands behind a `?` is for the driver, "
+        "e.g. `sslmode=require`. Missing tables are created and older ones upgraded at the start. "
+        "Unset: a SQLite file beside the data.",
         rustus="INFO_DB_DSN",
         secret=True,
     )

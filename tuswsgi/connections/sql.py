@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+from tuswsgi.connections.address import Address
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.errors import ConfigurationError
 
@@ -118,16 +119,37 @@ def is_server(dsn: str) -> bool:
 
 
 def _make(dsn: str, durable: bool, pool: PoolSettings) -> SqlConnection:
-    scheme, separator, path = dsn.partition(":///")
-    # Other servers' DSNs ask to create the file, which happens anyway.
-    path = path.removesuffix("?mode=rwc")
-    if scheme == "sqlite" and path and ":memory:" not in path:
-        from tuswsgi.connections.sqlite import SqliteConnection
+    scheme, separator, path = dsn.partition("://")
+    if scheme == "sqlite" and path.startswith("/"):
+        # Other servers' DSNs ask to create the file, which happens anyway.
+        path = path.removeprefix("/").removesuffix("?mode=rwc")
+        if path and ":memory:" not in path:
+            from tuswsgi.connections.sqlite import SqliteConnection
 
-        return SqliteConnection(Path(path).absolute(), durable=durable)
+            return SqliteConnection(Path(path).absolute(), durable=durable)
+    if scheme in ("postgres", "postgresql", "mysql"):
+        return _make_server(dsn, pool)
     # Never the DSN itself: it may hold a password.
-    shown = f"{scheme.partition(':')[0]}://..." if separator or "://" in dsn else "it"
+    shown = f"{scheme}://..." if separator else "it"
     raise ConfigurationError(
         f"The database DSN is not supported ({shown}). "
-        "Supported: sqlite:///relative/path and sqlite:////absolute/path."
+        "Supported: sqlite:///relative/path, sqlite:////absolute/path, "
+        "postgres://user:password@host/database and mysql://user:password@host/database."
     )
+
+
+def _make_server(dsn: str, pool: PoolSettings) -> SqlConnection:
+    extra = "mysql" if dsn.startswith("mysql:") else "postgres"
+    try:
+        if extra == "mysql":
+            from tuswsgi.connections.mysql import MysqlConnection
+
+            return MysqlConnection(Address.of(dsn), pool)
+        from tuswsgi.connections.postgres import PostgresConnection
+
+        return PostgresConnection(Address.of(dsn), pool)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"The database needs a library that is missing ({error.name}): "
+            f"pip install 'tuswsgi[{extra}]'"
+        ) from error

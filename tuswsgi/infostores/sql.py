@@ -128,6 +128,8 @@ class SqlInfoStore(InfoStore):
         self, states: Collection[State] | None = None, *, after: str = "", limit: int = 1000
     ) -> Sequence[FileInfo]:
         wanted = [state.value for state in State if states is None or state in states]
+        if not wanted:
+            return []  # servers refuse an empty list
         marks = ", ".join("?" * len(wanted))
         sql = self._connection.statement(
             "SELECT record FROM tuswsgi_uploads "
@@ -178,7 +180,7 @@ class SqlInfoStore(InfoStore):
         self._connection.write(partial(self._change, event, self._settle, values))
 
     def put_back(self, event: Event) -> None:
-        changes = (event.due_at, event.attempts, event.error, event.dead)
+        changes = (event.due_at, event.attempts, _text(event.error), event.dead)
         values = (*changes, event.id, event.transport)
         self._connection.write(partial(self._change, event, self._put_back, values))
 
@@ -271,9 +273,14 @@ def _row(event: Event) -> tuple[Any, ...]:
         record.encode(event.payload),
         event.due_at,
         event.attempts,
-        event.error,
+        _text(event.error),
         event.dead,
     )
+
+
+def _text(text: str | None) -> str | None:
+    """Return a text without what not every database takes."""
+    return text and text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def _event(row: Sequence[Any]) -> Event:

@@ -1,0 +1,185 @@
+"""SQL servers for many greenlets, threads and processes: transactions on pooled connections.
+
+This file owns when a connection is given up, what is tried again, and what a caller gets to
+know of a server's trouble. How to connect, and what the errors of a server mean, is the
+business of the modules beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from enum import Enum, auto
+from functools import partial
+from typing import TypeVar
+
+from peewee import PeeweeException
+
+from tuswsgi.connections.address import Address
+from tuswsgi.connections.pool import Pool, PoolSettings
+from tuswsgi.connections.sql import Database, SqlConnection
+from tuswsgi.errors import StorageFull, TusError, Unavailable
+from tuswsgi.process import PerProcess
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: How often a transaction is begun at most that loses against others again and again.
+_ATTEMPTS = 10
+
+#: Seconds before the second attempt, and between the last ones, at most.
+_FIRST_PAUSE = 0.01
+_LONGEST_PAUSE = 0.3
+
+#: Seconds that a change of tables may take.
+_MIGRATION_TIMEOUT = 600.0
+
+
+class Trouble(Enum):
+    """What an error of a server means."""
+
+    #: The connection is gone, and what was not committed with it.
+    BROKEN = auto()
+    #: The transaction was undone in favour of another one.
+    CONFLICT = auto()
+    #: There is no room left.
+    FULL = auto()
+    #: Everything else: nobody answers, it takes too long, the statement is wrong.
+    OTHER = auto()
+
+
+#: Pools of all processes that this one descends from. A child must not even close its
+#: parent's connections: the server would hear the goodbye.
+_opened: set[Pool[Database]] = set()
+
+
+class PooledConnection(SqlConnection):
+    """A database on a server.
+
+    :param settings: how many connections there are; its timeout holds for waiting for one,
+        for connecting and for each statement.
+    """
+
+    placeholder = "%s"
+    for_update = " FOR UPDATE"
+
+    def __init__(self, address: Address, settings: PoolSettings) -> None:
+        self._address = address
+        self._settings = settings
+        self._pool: PerProcess[Pool[Database]] = PerProcess(self._make_pool)
+
+    def prepare(self) -> None:
+        """There is nothing to do but for the tables."""
+
+    def read(self, fn: Callable[[Database], T]) -> T:
+        return self._run(fn)
+
+    def write(self, fn: Callable[[Database], T]) -> T:
+        return self._run(partial(self._transact, fn))
+
+    def migrate(self, fn: Callable[[Database], T]) -> T:
+        database = self._database(_MIGRATION_TIMEOUT)
+        try:
+            return self._repeat(partial(self._alone, fn), database, _MIGRATION_TIMEOUT)
+        finally:
+            database.close()
+
+    def close(self) -> None:
+        pool = self._pool.pop()
+        if pool is not None:
+            pool.close()
+            _opened.discard(pool)
+
+    # --- what a server's own module knows ---------------------------------------------
+
+    @abstractmethod
+    def _database(self, timeout: float) -> Database:
+        """Return a database with one connection, which is opened by the first statement.
+
+        :param timeout: seconds for connecting and for each statement.
+        """
+
+    @abstractmethod
+    def _trouble(self, error: PeeweeException, database: Database) -> Trouble:
+        """Return what an error of a statement means."""
+
+    @abstractmethod
+    def _alone(self, fn: Callable[[Database], T], database: Database) -> T:
+        """Run `fn` while no other process runs another one in this way."""
+
+    # --- what all of them do alike ----------------------------------------------------
+
+    def _make_pool(self) -> Pool[Database]:
+        make = partial(self._database, self._settings.pool_timeout)
+        pool = Pool(self._settings, make, lambda database: database.close())
+        _opened.add(pool)
+        return pool
+
+    def _run(self, work: Callable[[Database], T]) -> T:
+        with self._pool.get().connection() as database:
+            return self._repeat(work, database, self._settings.pool_timeout)
+
+    def _repeat(self, work: Callable[[Database], T], database: Database, timeout: float) -> T:
+        """Run `work` until it succeeds or there is no use in it any more.
+
+        A connection may have been broken long since: its server was started anew. So that is
+        found out and repeated once, and nothing that a server took its time for.
+        """
+        deadline = time.monotonic() + timeout
+        left = {Trouble.BROKEN: 1, Trouble.CONFLICT: _ATTEMPTS - 1}
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return work(database)
+            except PeeweeException as error:
+                trouble = self._trouble(error, database)
+                if trouble is not Trouble.CONFLICT:
+                    database.close()
+                left[trouble] = left.get(trouble, 0) - 1
+                if left[trouble] < 0 or time.monotonic() >= deadline:
+                    raise self._told(error, trouble) from error
+            except Exception:
+                raise  # the work's own
+            except BaseException:
+                # The end of this greenlet, in the middle of a statement.
+                database.close()
+                raise
+            if trouble is Trouble.CONFLICT:
+                time.sleep(random.uniform(0, pause))
+                pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _transact(self, fn: Callable[[Database], T], database: Database) -> T:
+        database.execute_sql("BEGIN")
+        try:
+            result = fn(database)
+        except Exception:
+            self._undo(database)
+            raise
+        try:
+            self._commit(database)
+        except PeeweeException as error:
+            trouble = self._trouble(error, database)
+            if trouble is not Trouble.BROKEN:
+                raise
+            # It may be committed or not: to do it again could be wrong.
+            database.close()
+            raise self._told(error, trouble) from error
+        return result
+
+    def _commit(self, database: Database) -> None:
+        database.execute_sql("COMMIT")
+
+    def _undo(self, database: Database) -> None:
+        try:
+            database.execute_sql("ROLLBACK")
+        except PeeweeException:
+            database.close()
+
+    def _told(self, error: PeeweeException, trouble: Trouble) -> TusError:
+        text = " ".join(str(error).split())
+        log.error("The database %s failed: %s: %s", self._address, type(error).__name__, text)
+        return StorageFull() if trouble is Trouble.FULL else Unavailable()

@@ -1,0 +1,139 @@
+"""PostgreSQL, through psycopg 3: how to connect, how long to wait, what its errors mean.
+
+The driver's other version would block all greenlets of a process. libpq itself waits for
+ever for a server that stays silent, which this file sees to.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar, cast
+
+import psycopg
+from peewee import InternalError, PeeweeException, PostgresqlDatabase
+
+from tuswsgi.connections.address import Address
+from tuswsgi.connections.pooled import PooledConnection, Trouble
+from tuswsgi.connections.sql import Database
+
+T = TypeVar("T")
+
+#: "tuswsgi" in ASCII: the number of the lock that who changes tables holds.
+_TABLES_LOCK = int.from_bytes(b"tuswsgi", "big")
+
+#: Seconds that a server has to say itself that something took too long.
+_GRACE = 1.0
+
+#: Classes of errors, or errors, by the standard's codes and PostgreSQL's own.
+_TROUBLES = {
+    "08": Trouble.BROKEN,  # connection exceptions
+    "57P01": Trouble.BROKEN,  # the server is shut down, or an administrator ended this
+    "57P02": Trouble.BROKEN,  # another process of the server crashed
+    "57P05": Trouble.BROKEN,  # idle for too long
+    "25P03": Trouble.BROKEN,  # idle in a transaction for too long
+    "25P04": Trouble.BROKEN,  # a transaction took too long
+    "40001": Trouble.CONFLICT,  # serialization failure
+    "40P01": Trouble.CONFLICT,  # deadlock
+    "53100": Trouble.FULL,
+}
+
+
+class PostgresConnection(PooledConnection):
+    """A database of PostgreSQL."""
+
+    kind = "postgres"
+    now = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+    def _database(self, timeout: float) -> Database:
+        return cast(Database, _Postgres(self._address, timeout))
+
+    def _trouble(self, error: PeeweeException, database: Database) -> Trouble:
+        code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+        found = _TROUBLES.get(code) or _TROUBLES.get(code[:2])
+        if found is None and cast(_Postgres, database).is_broken():
+            return Trouble.BROKEN
+        return found or Trouble.OTHER
+
+    def _alone(self, fn: Callable[[Database], T], database: Database) -> T:
+        def locked(database: Database) -> T:
+            database.execute_sql(f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})")
+            return fn(database)
+
+        return self._transact(locked, database)
+
+    def _commit(self, database: Database) -> None:
+        # A transaction in which a statement failed is undone by COMMIT, without an error.
+        if database.execute_sql("COMMIT").statusmessage != "COMMIT":
+            raise InternalError("A failed statement was overlooked: the transaction is undone")
+
+
+class _Postgres(PostgresqlDatabase):
+    """A database with one connection, for one user at a time."""
+
+    def __init__(self, address: Address, timeout: float) -> None:
+        super().__init__(address.database, thread_safe=False, prefer_psycopg3=True)
+        self._address = address
+        self._timeout = timeout
+
+    def is_broken(self) -> bool:
+        """Return whether there was a connection and is none any more."""
+        return not self.is_closed() and bool(cast(Any, self).connection().closed)
+
+    def _connect(self) -> _Connection:
+        known = {
+            "host": self._address.host,
+            "port": self._address.port,
+            "user": self._address.user,
+            "password": self._address.password,
+        }
+        parameters: dict[str, Any] = {
+            "application_name": "tuswsgi",
+            "connect_timeout": math.ceil(self._timeout),
+            **{name: value for name, value in known.items() if value is not None},
+            **self._address.parameters,
+            "dbname": self._address.database,
+            "client_encoding": "utf8",
+        }
+        connection = _Connection.connect(autocommit=True, **parameters)
+        try:
+            connection.patience = self._timeout + _GRACE
+            milliseconds = math.ceil(self._timeout * 1000)
+            connection.execute(
+                "SET default_transaction_isolation = 'read committed';"
+                f"SET statement_timeout = {milliseconds};"
+                f"SET idle_in_transaction_session_timeout = {milliseconds}"
+            )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that does not wait for ever.
+
+    :ivar patience: for how many seconds it waits for an answer.
+    """
+
+    patience = math.inf
+
+    def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
+        deadline = time.monotonic() + self.patience
+        return super().wait(_until(deadline, gen), *args, **kwargs)
+
+
+def _until(deadline: float, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Go on with a generator of psycopg's, which is told ten times a second that nothing is
+    ready.
+    """
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and time.monotonic() >= deadline:
+                raise psycopg.OperationalError("the server does not answer")
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        return cast(T, end.value)
