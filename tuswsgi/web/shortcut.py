@@ -30,7 +30,9 @@ _SIGNALS = (
 
 
 class ShortCut:
-    """A Flask application's ``wsgi_app`` that passes requests for uploads to the blueprint.
+    """Passes an application's requests for uploads to the blueprint, and others to Flask.
+
+    Its method ``answer`` takes the place of the application's ``wsgi_app``.
 
     :param app: an application on which nothing but `blueprint` and routes of our own are
         registered by now.
@@ -48,7 +50,7 @@ class ShortCut:
         self._known_routes = {rule.rule for rule in app.url_map.iter_rules()}
         self._routes, self._has_rival = len(app.view_functions), False
 
-    def __call__(
+    def answer(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         path: str = environ.get("PATH_INFO", "")
