@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.connections.redis import RedisSettings
 from tuswsgi.datastores.base import DataStore
+from tuswsgi.errors import ConfigurationError
 from tuswsgi.hooks.base import Hook
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
-from tuswsgi.options import Duration, option
+from tuswsgi.options import MAIN, Duration, option
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
@@ -43,6 +45,7 @@ class LockerName(str, Enum):
 
     FILE = "file-locker"
     MEMORY = "memory-locker"
+    REDIS = "redis-locker"
     SQL = "db-locker"
     ETCD = "etcd-locker"
 
@@ -82,7 +85,9 @@ class Backends:
     )
     locker_dsn: str | None = option(
         None,
-        "The server of the locker. `db-locker`: a database as for `info_db_dsn` (unset: that "
+        "The server of the locker. `redis-locker`: `redis://[user:password@]host[:6379][/0]`, "
+        "`rediss://...`, `unix:///path` or `redis+sentinel://host:26379,host2:26379/service/0` "
+        "(unset: that of `info_db_dsn`). `db-locker`: a database as for `info_db_dsn` (unset: that "
         "one). `etcd-locker`: `http://host:2379` or `https://user:password@host:2379`, several "
         "addresses separated by commas (unset: this host).",
         secret=True,
@@ -127,6 +132,16 @@ class Backends:
     def database(self) -> str:
         """The DSN of the info store's database, if it is one."""
         return self.info_db_dsn or f"sqlite:///{self.own_dir.absolute()}/info.sqlite3"
+
+    @property
+    def redis_of_locks(self) -> str:
+        """The DSN of the locker's Redis."""
+        dsn = self.locker_dsn or self.info_db_dsn
+        if dsn is None:
+            raise ConfigurationError(
+                f"[{MAIN}] locker_dsn: The locker needs the address of a Redis server."
+            )
+        return dsn
 
     @property
     def in_memory(self) -> bool:
@@ -187,17 +202,22 @@ def locker(config: Config) -> Locker[Any]:
     of_host = FileLocker(directory=backends.lock_dir, timeout=backends.lock_timeout)
     if backends.locker in (None, LockerName.FILE):
         return of_host
-    return _lease_locker(backends, of_host, config.build(PoolSettings))
+    return _lease_locker(config, backends, of_host)
 
 
-def _lease_locker(backends: Backends, beside: Locker[Any], pool: PoolSettings) -> Locker[Any]:
+def _lease_locker(config: Config, backends: Backends, beside: Locker[Any]) -> Locker[Any]:
     """Return a locker on a server, with the locks of this host beside."""
     common: dict[str, Any] = {
         "timeout": backends.lock_timeout,
         "lease": backends.lock_lease,
         "beside": beside,
-        "pool": pool,
+        "pool": config.build(PoolSettings),
     }
+    if backends.locker is LockerName.REDIS:
+        from tuswsgi.lockers.redis import RedisLocker
+
+        settings = config.build(RedisSettings)
+        return RedisLocker(backends.redis_of_locks, **common, settings=settings)
     if backends.locker is LockerName.SQL:
         from tuswsgi.lockers.sql import SqlLocker
 
@@ -268,6 +288,7 @@ def option_groups() -> list[type]:
         FileDataStore,
         FileInfoStore,
         PoolSettings,
+        RedisSettings,
         UploadSettings,
         WebSettings,
         EnabledHooks,

@@ -6,7 +6,7 @@ import statistics
 import time
 
 import pytest
-from private_servers import PrivateEtcd
+from private_servers import PrivateEtcd, PrivateRedis
 from test_processes import Child, children
 
 from tuswsgi.config import Config
@@ -25,12 +25,22 @@ def etcd():
 
 
 @pytest.fixture(scope="module")
+def redis():
+    server = PrivateRedis()
+    yield server.dsn
+    server.remove()
+
+
+@pytest.fixture(scope="module")
 def sqlite(tmp_path_factory):
     """A database of several hosts as far as they can tell."""
     return f"sqlite:///{tmp_path_factory.mktemp('shared')}/locks.sqlite3"
 
 
-@pytest.fixture(params=[("etcd-locker", "etcd"), ("db-locker", "sqlite")], ids=lambda way: way[1])
+@pytest.fixture(
+    params=[("redis-locker", "redis"), ("etcd-locker", "etcd"), ("db-locker", "sqlite")],
+    ids=lambda way: way[1],
+)
 def flags(request):
     """The options of all hosts."""
     name, server = request.param

@@ -20,6 +20,9 @@ CONTRACTS = {
     registry.LockerName: ("LockerContract", "locker", registry.locker),
 }
 
+#: What a backend needs to be told, besides its name.
+NEEDS = {registry.LockerName.REDIS: {"locker_dsn": "redis://127.0.0.1"}}
+
 BACKENDS = [name for names in CONTRACTS for name in names]
 
 
@@ -51,7 +54,8 @@ def test_the_registry_has_no_other_names() -> None:
 @pytest.mark.parametrize("name", BACKENDS, ids=lambda name: name.value)
 def test_a_backend_is_held_to_its_contract(name: Enum, tmp_path: Path) -> None:
     contract, option, make = CONTRACTS[type(name)]
-    config = Config.load(flags={option: name.value, "data_dir": str(tmp_path)})
+    flags = {option: name.value, "data_dir": str(tmp_path), **NEEDS.get(name, {})}
+    config = Config.load(flags=flags)
     backend = type(make(config)).__name__
     assert any({backend, contract} <= names for names in contract_tests().values()), (
         f"{name.value} is made by {backend}: tests/contracts needs a {contract} of it"

@@ -15,8 +15,9 @@ from uuid import UUID, uuid4
 
 import pytest
 import services
+from line import Line
 
-from hooks.broker import CHANNEL_CLOSE, CHANNEL_OPEN, HEARTBEAT, Inspector, Line, wait_until
+from hooks.broker import CHANNEL_CLOSE, CHANNEL_OPEN, HEARTBEAT, Inspector, wait_until
 from tuswsgi import registry
 from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError, HookFailed

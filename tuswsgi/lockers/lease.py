@@ -13,6 +13,8 @@ over. Only the death of a whole host is waited for.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import secrets
 import threading
 import time
@@ -55,6 +57,7 @@ class Lease:
     :ivar token: names it among all acquisitions of all processes.
     :ivar ends_at: until when it is held for sure, on ``clock``.
     :ivar beside: what the host's locker knows of the lock that is held beside it.
+    :ivar told: whether the log says that it is lost.
     """
 
     id: str
@@ -62,9 +65,22 @@ class Lease:
     on_release_request: ReleaseRequest | None
     ends_at: float
     beside: Any = None
+    told: bool = False
 
     def is_lost(self) -> bool:
         return clock() >= self.ends_at
+
+
+class _WhileHeld:
+    """A holder's callback for the lock of the host, which it has before it has the lease."""
+
+    def __init__(self, on_release_request: ReleaseRequest) -> None:
+        self._on_release_request = on_release_request
+        self.is_held = False
+
+    def __call__(self, reason: TusError) -> None:
+        if self.is_held:
+            self._on_release_request(reason)
 
 
 class LeaseLocker(Locker[Lease]):
@@ -131,6 +147,9 @@ class LeaseLocker(Locker[Lease]):
         return the tokens that were asked for.
         """
 
+    def _hear_no_more(self, worker: str) -> None:
+        """Release what ``_hear`` needed for `worker`. It is called by who called that."""
+
     # --- what all of them do alike ----------------------------------------------------
 
     def _make_keeper(self) -> Keeper:
@@ -140,7 +159,9 @@ class LeaseLocker(Locker[Lease]):
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Lease | None:
         if self.beside is None:
             return self._take_lease(id, on_release_request, None)
-        beside = self.beside._try_acquire(id, on_release_request)
+        # Two that wait for a holder elsewhere must not send each other away.
+        asked = None if on_release_request is None else _WhileHeld(on_release_request)
+        beside = self.beside._try_acquire(id, asked)
         if beside is None:
             return None
         lease = None
@@ -149,6 +170,8 @@ class LeaseLocker(Locker[Lease]):
         finally:
             if lease is None:
                 self.beside._release(id, beside)
+        if lease is not None and asked is not None:
+            asked.is_held = True
         return lease
 
     def _release(self, id: str, held: Lease) -> None:
@@ -227,9 +250,11 @@ class LeaseLocker(Locker[Lease]):
 
 
 class Keeper:
-    """The leases of one process: renews them, and hears the requests for them.
+    """The leases of one process: renews them, tells of those that are lost, and hears the
+    requests for them.
 
-    A thread each does that, from the first lease on.
+    A thread each does that, from the first lease on. A server that hangs holds up one of
+    them, and not the one that tells of lost leases.
 
     :param scope: who else is told from the dead, see ``Locker.scope``.
     """
@@ -237,6 +262,7 @@ class Keeper:
     def __init__(self, locker: LeaseLocker, scope: str) -> None:
         self.worker = f"{scope}.{secrets.token_hex(8)}"
         self._locker = locker
+        self._pid = os.getpid()
         self._numbers = count(1)
         self._leases: dict[str, Lease] = {}
         self._any = threading.Event()
@@ -250,13 +276,15 @@ class Keeper:
         self._leases[lease.token] = lease
         self._any.set()
         if self._started.acquire(blocking=False):
-            for work in (self._renew_on, self._hear_on):
+            for work in (self._renew_on, self._watch, self._hear_on):
                 threading.Thread(target=work, name="tuswsgi-leases", daemon=True).start()
 
     def forget(self, lease: Lease) -> None:
         self._leases.pop(lease.token, None)
         if not self._leases:
             self._any.clear()
+            if self._leases:  # another thread's, which came in between
+                self._any.set()
 
     def call(self, token: str, reason: TusError | None = None) -> None:
         """Ask the holder `token` to let go, if it still holds its lock."""
@@ -268,38 +296,53 @@ class Keeper:
         self._closing.set()
         self._any.set()
 
+    @property
+    def _goes_on(self) -> bool:
+        # Greenlets live on in a forked child, where the leases are still the parent's.
+        return not self._closing.is_set() and os.getpid() == self._pid
+
     def _renew_on(self) -> None:
         pause = third = self._locker.lease / 3
-        while not self._closing.wait(pause):
+        while not self._closing.wait(pause) and self._goes_on:
             reached = not self._leases or self._renew()
             pause = third if reached else min(third, _LONGEST_RETRY)
 
     def _renew(self) -> bool:
-        """Renew all leases and call the holders of those that are lost; return whether the
-        server could be reached.
-        """
+        """Renew all leases; return whether the server could be reached."""
         leases = list(self._leases.values())
         began = clock()
-        kept: Collection[str] | None = None
         try:
             kept = self._locker._prolong({lease.token: lease.id for lease in leases})
-        except Unavailable:
-            log.warning("%d locks cannot be renewed", len(leases))
+        except TusError as error:
+            log.warning("%d locks cannot be renewed: %s", len(leases), error)
+            return False
         except Exception:
             log.exception("%d locks cannot be renewed", len(leases))
+            return False
         for lease in leases:
-            if kept is not None and lease.token in kept:
+            # Nobody may go on with a lease that has ended once, however late the answer is.
+            if lease.token in kept and not lease.is_lost():
                 lease.ends_at = began + self._locker._sure
-            elif kept is not None:
-                lease.ends_at = began
-            if lease.is_lost() and lease.token in self._leases:
+            else:
+                lease.ends_at = -math.inf
+        self._tell_of_lost()
+        return True
+
+    def _watch(self) -> None:
+        pause = self._locker.lease * _MARGIN / 2
+        while not self._closing.wait(pause) and self._goes_on:
+            self._tell_of_lost()
+
+    def _tell_of_lost(self) -> None:
+        for lease in list(self._leases.values()):
+            if lease.is_lost() and not lease.told:
+                lease.told = True
                 log.error("The lock of %s is lost", lease.id)
                 self.call(lease.token, LockLost())
-        return kept is not None
 
     def _hear_on(self) -> None:
         hear: Callable[[], Collection[str]] = partial(self._locker._hear, self.worker, _HEARING)
-        while self._any.wait() and not self._closing.is_set():
+        while self._any.wait() and self._goes_on:
             try:
                 for token in hear():
                     self.call(token)
@@ -308,6 +351,7 @@ class Keeper:
             except Exception:
                 log.exception("Requests for locks cannot be heard")
                 self._closing.wait(_LONGEST_RETRY)
+        self._locker._hear_no_more(self.worker)
 
 
 def _worker_of(token: str) -> str:

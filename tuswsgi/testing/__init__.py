@@ -14,6 +14,7 @@ import pytest
 pytest.register_assert_rewrite(
     "tuswsgi.testing.datastores",
     "tuswsgi.testing.infostores",
+    "tuswsgi.testing.leases",
     "tuswsgi.testing.lockers",
     "tuswsgi.testing.outbox",
 )

@@ -1,7 +1,8 @@
 """The contract of lockers as tests: subclass ``LockerContract``.
 
 Each test holds a locker to a sentence of ``Locker``'s documentation. What happens to the
-locks of a process that dies is not tested here, since that needs its own processes.
+locks of a process that dies is not tested here, since that needs its own processes. Lockers
+whose locks are leases are held to ``tuswsgi.testing.leases`` as well.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ class Requests:
     def wait(self) -> None:
         """Wait for the first request."""
         assert self._arrived.wait(SOON), "nobody asked the holder to let go"
+
+    def wait_for(self, kind: type[TusError]) -> None:
+        """Wait for a request with this reason."""
+        deadline = time.monotonic() + SOON
+        while not any(isinstance(reason, kind) for reason in self.reasons):
+            assert time.monotonic() < deadline, f"only {self.reasons} arrived"
+            time.sleep(0.01)
 
 
 class LockerContract:

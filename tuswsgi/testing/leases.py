@@ -1,0 +1,299 @@
+"""The contract of locks that are leases as tests: subclass ``LeaseContract``.
+
+Lockers that are made in one process stand for processes of several hosts here, or of one
+host where they share the host's own locks. A process that dies is one that renews no more
+and gives nothing back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuswsgi.errors import LockLost, TusError, Unavailable, UploadInterrupted, UploadLocked
+from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.file import FileLocker
+from tuswsgi.lockers.lease import Lease, LeaseLocker
+from tuswsgi.testing.lockers import SOON, Requests, ignore
+
+#: Makes a locker with this lease in seconds, and with these locks of the host beside it.
+MakeLocker = Callable[[float, "Locker[Any] | None"], LeaseLocker]
+
+
+class LeaseContract:
+    """Tests of a ``LeaseLocker``; define the fixture `make`.
+
+    :cvar lease: a short lease, in seconds. A machine that is busy for most of it loses locks.
+    """
+
+    lease = 2.0
+
+    @pytest.fixture
+    def make(self) -> Iterator[MakeLocker]:
+        """What makes lockers on one server, with locks of the test's own."""
+        raise NotImplementedError("Define the fixture `make`.")
+
+    @pytest.fixture
+    def near(self, make: MakeLocker) -> Iterator[LeaseLocker]:
+        yield from self._prepared(make(self.lease, None))
+
+    @pytest.fixture
+    def far(self, make: MakeLocker) -> Iterator[LeaseLocker]:
+        """A locker of another host."""
+        yield from self._prepared(make(self.lease, None))
+
+    @pytest.fixture
+    def neighbours(
+        self, make: MakeLocker, tmp_path: Path
+    ) -> Iterator[tuple[LeaseLocker, LeaseLocker]]:
+        """Lockers of two processes of one host, whose leases nobody can wait for."""
+        with ExitStack() as stack:
+            first, second = (
+                stack.enter_context(contextmanager(self._prepared)(make(60 * SOON, beside)))
+                for beside in (FileLocker(tmp_path), FileLocker(tmp_path))
+            )
+            yield first, second
+
+    # --- between hosts ---
+
+    def test_another_host_asks_the_holder(self, near: LeaseLocker, far: LeaseLocker) -> None:
+        for holder, waiter in ((near, far), (far, near), (near, far)):
+            requests = Requests()
+            with ExitStack() as held, ThreadPoolExecutor(1) as pool:
+                held.enter_context(holder.lock("a", requests))
+                taken = pool.submit(self._take, waiter, "a")
+                requests.wait_for(UploadInterrupted)
+                assert not taken.done()
+                held.close()
+                taken.result(SOON)
+
+    def test_trying_asks_nobody(self, near: LeaseLocker, far: LeaseLocker) -> None:
+        requests = Requests()
+        with near.lock("a", requests):
+            for _ in range(3):
+                self._expect_locked(far, "a")
+            self._flush(near, far)
+        assert requests.reasons == []
+
+    def test_a_late_request_reaches_nobody(self, near: LeaseLocker, far: LeaseLocker) -> None:
+        first, second = Requests(), Requests()
+        with near.lock("a", first):
+            token = near._holder("a")
+        assert token is not None
+        with near.lock("a", second):
+            far._ask(token.rpartition(".")[0], "a", token)
+            self._flush(near, far)
+        assert first.reasons == second.reasons == []
+
+    def test_a_request_is_for_one_of_many(self, near: LeaseLocker, far: LeaseLocker) -> None:
+        requests = {id: Requests() for id in ("a", "b", "A", "z" * 128, "a.b")}
+        with ExitStack() as held:
+            for id, request in requests.items():
+                held.enter_context(near.lock(id, request))
+            self._ask(far, "a.b", requests["a.b"])
+            self._flush(near, far)
+        assert [id for id in requests if requests[id].reasons] == ["a.b"]
+
+    # --- the length of a lease ---
+
+    def test_a_lock_outlives_its_lease_while_it_is_held(
+        self, near: LeaseLocker, far: LeaseLocker
+    ) -> None:
+        requests = Requests()
+        with near.lock("a", requests) as is_lost:
+            assert is_lost is not None
+            end = time.monotonic() + 2.5 * self.lease
+            while time.monotonic() < end:
+                assert not is_lost()
+                self._expect_locked(far, "a")
+                time.sleep(0.05)
+        assert requests.reasons == []
+
+    def test_a_holder_that_cannot_renew_is_told(
+        self, near: LeaseLocker, far: LeaseLocker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        requests = Requests()
+        with ExitStack() as held:
+            is_lost = held.enter_context(near.lock("a", requests))
+            assert is_lost is not None
+            with monkeypatch.context() as away:
+                self._cut_off(near, away)
+                far_held = ExitStack()
+                far_held.enter_context(far.lock("a", ignore))
+                assert is_lost(), "two holders"
+                requests.wait_for(LockLost)
+            with far_held:
+                # Giving back what was lost frees nobody else's lock.
+                held.close()
+                self._expect_locked(near, "a")
+        assert sum(isinstance(reason, LockLost) for reason in requests.reasons) == 1
+
+    def test_a_holder_is_told_while_the_server_hangs(
+        self, near: LeaseLocker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        requests, hangs = Requests(), threading.Event()
+
+        def hang(held: object) -> None:
+            hangs.wait(3 * SOON)
+            raise Unavailable
+
+        monkeypatch.setattr(near, "_prolong", hang)
+        with near.lock("a", requests) as is_lost:
+            requests.wait_for(LockLost)
+            assert is_lost is not None
+            assert is_lost()
+            hangs.set()
+
+    def test_a_lock_that_was_taken_away_is_lost(self, near: LeaseLocker, far: LeaseLocker) -> None:
+        requests, other = Requests(), Requests()
+        with near.lock("a", requests) as is_lost, near.lock("b", other) as is_other_lost:
+            assert is_lost is not None
+            assert is_other_lost is not None
+            token = near._holder("a")
+            assert token is not None
+            far._give_back("a", token)
+            requests.wait_for(LockLost)
+            assert is_lost()
+            assert not is_other_lost()
+        assert other.reasons == []
+        with far.lock("a", ignore):
+            pass
+
+    def test_the_lock_of_a_dead_host_is_free_after_its_lease(
+        self, near: LeaseLocker, far: LeaseLocker
+    ) -> None:
+        taken_at = time.monotonic()
+        self._die(near, near._acquire("a", ignore))
+        self._expect_locked(far, "a")
+        with far.lock("a", ignore):
+            assert time.monotonic() - taken_at > 0.9 * self.lease
+
+    # --- on one host ---
+
+    def test_the_lock_of_a_dead_neighbour_is_free_at_once(
+        self, neighbours: tuple[LeaseLocker, LeaseLocker]
+    ) -> None:
+        first, second = neighbours
+        self._die(first, first._acquire("a", ignore))
+        with second.try_lock("a", ignore), pytest.raises(UploadLocked):  # noqa: SIM117
+            with first.try_lock("a", ignore):
+                pytest.fail("two holders")
+
+    def test_only_neighbours_know_who_is_dead(
+        self, neighbours: tuple[LeaseLocker, LeaseLocker], make: MakeLocker, tmp_path: Path
+    ) -> None:
+        first, _ = neighbours
+        (tmp_path / "elsewhere").mkdir()
+        for beside in (None, FileLocker(tmp_path / "elsewhere")):
+            with contextmanager(self._prepared)(make(60 * SOON, beside)) as far:
+                held = first._acquire("a", ignore)
+                self._die(first, held)
+                self._expect_locked(far, "a")
+                first._give_back("a", held.token)
+                with far.try_lock("a", ignore):
+                    pass
+
+    def test_neighbours_ask_each_other(self, neighbours: tuple[LeaseLocker, LeaseLocker]) -> None:
+        first, second = neighbours
+        self.test_another_host_asks_the_holder(first, second)
+
+    def test_neighbours_that_wait_do_not_disturb_each_other(
+        self, neighbours: tuple[LeaseLocker, LeaseLocker], far: LeaseLocker
+    ) -> None:
+        too_early: list[TusError] = []
+        released = threading.Event()
+
+        def asked(reason: TusError) -> None:
+            if not released.is_set():
+                too_early.append(reason)
+
+        def wait(locker: LeaseLocker) -> None:
+            with locker.lock("a", asked):
+                pass
+
+        with ThreadPoolExecutor(4) as pool:
+            with far.lock("a", ignore):
+                waiters = [pool.submit(wait, locker) for locker in neighbours * 2]
+                time.sleep(0.5)
+                released.set()
+            for waiter in waiters:
+                waiter.result(2 * SOON)
+        assert too_early == []
+
+    # --- the server is away ---
+
+    def test_a_server_that_is_away_is_told_and_nothing_is_held(
+        self,
+        neighbours: tuple[LeaseLocker, LeaseLocker],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        first, second = neighbours
+        with monkeypatch.context() as away:
+            self._cut_off(first, away)
+            with pytest.raises(Unavailable), first.lock("a", ignore):
+                pytest.fail("locked")
+        for locker in (second, first):
+            with locker.try_lock("a", ignore):
+                pass
+
+    @staticmethod
+    def _prepared(locker: LeaseLocker) -> Iterator[LeaseLocker]:
+        locker.prepare()
+        yield locker
+        locker.close()
+
+    @staticmethod
+    def _cut_off(locker: LeaseLocker, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let nothing that `locker` sends reach the server."""
+
+        def fail(*args: object) -> None:
+            raise Unavailable
+
+        for name in ("_take", "_give_back", "_prolong", "_holder", "_ask"):
+            monkeypatch.setattr(locker, name, fail)
+
+    @staticmethod
+    def _die(locker: LeaseLocker, held: Lease) -> None:
+        """Leave a lock behind as a process does that is killed."""
+        keeper = locker._keeper.pop()
+        assert keeper is not None
+        keeper.close()
+        if locker.beside is not None:
+            locker.beside._release(held.id, held.beside)
+
+    @staticmethod
+    def _take(locker: LeaseLocker, id: str) -> None:
+        with locker.lock(id, ignore):
+            pass
+
+    @staticmethod
+    def _expect_locked(locker: LeaseLocker, id: str) -> None:
+        with pytest.raises(UploadLocked), locker.try_lock(id, ignore):
+            pytest.fail("two holders")
+
+    @classmethod
+    def _flush(cls, near: LeaseLocker, far: LeaseLocker) -> None:
+        """Wait until what `far` asked of `near` has arrived, if it ever will."""
+        requests = Requests()
+        with near.lock("flush", requests):
+            cls._ask(far, "flush", requests)
+
+    @staticmethod
+    def _ask(locker: LeaseLocker, id: str, requests: Requests) -> None:
+        """Wait for a lock until its holder was asked, which has to be a matter of time: nobody
+        may hear yet.
+        """
+        timeout, locker.timeout = locker.timeout, 0.01
+        deadline = time.monotonic() + SOON
+        while not requests.reasons and time.monotonic() < deadline:
+            with pytest.raises(UploadLocked), locker.lock(id, ignore):
+                pytest.fail("two holders")
+        requests.wait()
+        locker.timeout = timeout
