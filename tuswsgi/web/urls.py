@@ -121,11 +121,15 @@ def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> st
 def _is_believed(environ: Mapping[str, Any], settings: WebSettings) -> bool:
     if not settings.behind_proxy:
         return False
-    return _is_trusted(environ.get("REMOTE_ADDR", ""), settings.trusted_proxies)
+    return is_trusted(environ.get("REMOTE_ADDR", ""), settings.trusted_proxies)
 
 
 @lru_cache(maxsize=1024)
-def _is_trusted(address: str, trusted: tuple[str, ...]) -> bool:
+def is_trusted(address: str, trusted: tuple[str, ...]) -> bool:
+    """Return whether a peer is a proxy that may be believed.
+
+    :param address: empty for the peer of a unix socket.
+    """
     if not address:
         return UNIX in trusted
     try:
@@ -173,7 +177,7 @@ def _first_hop(chain: list[dict[str, str]], trusted: tuple[str, ...]) -> dict[st
     """
     for hop in reversed(chain):
         hop["for"] = _address(hop.get("for", "").strip())
-        if not hop["for"] or not _is_trusted(hop["for"], trusted):
+        if not hop["for"] or not is_trusted(hop["for"], trusted):
             return hop
     return chain[0] if chain else {}
 

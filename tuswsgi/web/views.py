@@ -15,6 +15,7 @@ from tuswsgi.protocol.headers import TusHeaders
 from tuswsgi.protocol.reception import Chunk
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.web import downloads
+from tuswsgi.web.mixed_content import MixedContentWatch
 from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.responses import Answer, Headers, success_response
 from tuswsgi.web.sending import Content
@@ -51,6 +52,7 @@ class Views:
     ) -> None:
         self._uploads = uploads
         self._settings = settings
+        self._mixed_content = MixedContentWatch(settings)
         self._extensions = frozenset(uploads.extensions)
         self._capabilities = self._describe_server()
         of_collection: _Methods = {"OPTIONS": self.options}
@@ -81,8 +83,9 @@ class Views:
             # header." (Creation With Upload)
             call.headers.check_content_type()
         info, answer = self._uploads.create(creation, chunk, call.request)
-        location = ("Location", upload_url(call.environ, info.id, self._settings))
-        headers = [*call.common, location, *tus.describe(info, full=False)]
+        location = upload_url(call.environ, info.id, self._settings)
+        self._mixed_content.look(call.environ, location)
+        headers = [*call.common, ("Location", location), *tus.describe(info, full=False)]
         return success_response(201, headers, info.response or answer, call.body)
 
     def head(self, call: Call) -> Answer:

@@ -1,0 +1,59 @@
+"""Notices when a browser may refuse the URL of its new upload.
+
+A page that came by https may not send anything to an http URL (mixed content). The usual
+reason is a proxy that ends TLS and is not believed. This file owns saying so, with the reason,
+but now and then only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tuswsgi.web.settings import WebSettings
+from tuswsgi.web.urls import is_trusted
+
+log = logging.getLogger(__name__)
+
+#: How long nothing more is said, in seconds.
+_PAUSE = 600.0
+
+
+class MixedContentWatch:
+    """Looks at each ``Location`` beside the ``Origin`` of the page that asked for it."""
+
+    def __init__(self, settings: WebSettings) -> None:
+        self._settings = settings
+        self._silent_until = 0.0
+
+    def look(self, environ: Mapping[str, Any], location: str) -> None:
+        """Warn if a page of https is given an http URL."""
+        origin: str = environ.get("HTTP_ORIGIN", "")
+        if not origin.startswith("https:") or not location.startswith("http:"):
+            return
+        now = time.monotonic()
+        if now >= self._silent_until:
+            self._silent_until = now + _PAUSE
+            log.warning(
+                "A page of %s got the Location %s, which browsers may refuse (not https): %s",
+                _printable(origin),
+                _printable(location),
+                self._reason(environ),
+            )
+
+    def _reason(self, environ: Mapping[str, Any]) -> str:
+        settings, peer = self._settings, environ.get("REMOTE_ADDR") or "unix"
+        if settings.public_url is not None:
+            return "public_url says so"
+        if not settings.behind_proxy:
+            return "if a proxy serves https, set behind_proxy or public_url"
+        if not is_trusted(environ.get("REMOTE_ADDR", ""), settings.trusted_proxies):
+            return f"the peer {peer} is not one of trusted_proxies"
+        return f"the proxy {peer} does not send X-Forwarded-Proto: https"
+
+
+def _printable(text: str) -> str:
+    """Return what clients say as it may stand in a line of a log."""
+    return text[:200].encode("unicode_escape").decode()
