@@ -20,7 +20,7 @@ import flask
 from tuswsgi import registry
 from tuswsgi.config import Config
 from tuswsgi.datastores.base import DataStore
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.errors import ConfigurationError, TusError, Unavailable
 from tuswsgi.hooks.base import Hook, HookType
 from tuswsgi.hooks.callable import CallableHook, HookFunction
 from tuswsgi.hooks.delivery import Delivery, DeliverySettings
@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two sweeps of one process.
 _SWEEP_PAUSE = 600.0
+
+#: Seconds after a start that failed in which nobody tries again.
+_START_PAUSE = 1.0
 
 _count = itertools.count(1)
 
@@ -108,6 +111,7 @@ class Tus:
         number = next(_count)
         self._name = name or ("tus" if number == 1 else f"tus_{number}")
         self._started = PerProcess(self._start)
+        self._start_again_at = 0.0
 
     def blueprint(self, methods: Collection[str] | None = None) -> TusBlueprint:
         """Return a blueprint with the server's routes, to be registered under any prefix.
@@ -176,10 +180,17 @@ class Tus:
         """Make ready in this process: prepare the backends, begin to sweep and to deliver.
 
         The first request does it too; a server calls it to learn of trouble before that.
+        What failed is tried again by whoever calls it next.
 
         :raises ConfigurationError: if a backend cannot work as it is configured.
+        :raises Unavailable: if a backend cannot be reached now.
         """
         self._started.get()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether ``start`` has succeeded in this process."""
+        return self._started.peek() is not None
 
     def drain(self, timeout: float = 10.0) -> None:
         """Wait for the post-hooks that are being delivered, and begin no more.
@@ -218,21 +229,33 @@ class Tus:
         signal.signal(signal.SIGTERM, handle)
 
     def _start(self) -> bool:
+        if time.monotonic() < self._start_again_at:
+            # All who waited for the attempt that failed would otherwise try one by one.
+            raise Unavailable
+        try:
+            self._prepare()
+        except TusError:
+            self._start_again_at = time.monotonic() + _START_PAUSE
+            raise
+        if self.hooks.hooks:
+            self._delivery.start()
+        threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
+        return True
+
+    def _prepare(self) -> None:
         self.uploads.data.prepare()
         self.uploads.infos.prepare()
         self.uploads.locker.prepare()
         for hook in self.hooks.hooks:
             hook.prepare()
-        if self.hooks.hooks:
-            self._delivery.start()
-        threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
-        return True
 
     def _sweep(self) -> None:
         sweeper = Sweeper(self.uploads)
         while True:
             try:
                 sweeper.sweep()
+            except TusError as error:
+                log.warning("The sweep ended and is tried again later: %s", error)
             except Exception:
                 log.exception("The sweep failed; it is tried again later")
             time.sleep(_SWEEP_PAUSE)

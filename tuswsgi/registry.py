@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.redis import RedisSettings
 from tuswsgi.datastores.base import DataStore
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.errors import ConfigurationError, TusError
 from tuswsgi.hooks.base import Hook
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
@@ -268,8 +268,13 @@ def prepare(config: Config) -> None:
     backends: list[DataStore | InfoStore | Locker[Any] | Hook]
     backends = [data_store(config), info_store(config), locker(config), *hooks(config)]
     for backend in backends:
-        backend.prepare()
-        backend.close()
+        try:
+            backend.prepare()
+        except TusError as error:
+            name = type(backend).__name__
+            raise ConfigurationError(f"The {name} cannot be used now; the log says why.") from error
+        finally:
+            backend.close()
 
 
 def option_groups() -> list[type]:

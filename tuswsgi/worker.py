@@ -30,7 +30,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.errors import ConfigurationError, Unavailable
 from tuswsgi.process import let_others_run
 from tuswsgi.web.gunicorn_body import missing_internals
 
@@ -64,12 +64,11 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if missing:
             log.warning("This gunicorn lacks %s: it is slower than it could be", ", ".join(missing))
         self._tus = getattr(self.wsgi, "extensions", {}).get("tuswsgi")
-        if self._tus is not None:
-            try:
-                self._tus.start()
-            except ConfigurationError as error:
-                # gunicorn gives up after this one instead of trying with new workers.
-                raise AppImportError(str(error)) from error
+        try:
+            self._start_tus()
+        except ConfigurationError as error:
+            # gunicorn gives up after this one instead of trying with new workers.
+            raise AppImportError(str(error)) from error
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         # This runs wherever SIGTERM struck: it sets latches and nothing more.
@@ -222,6 +221,19 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         """Do what is to be done each second."""
         self.notify()
         self._close_idle(self.cfg.keepalive)
+        try:
+            self._start_tus()
+        except ConfigurationError as error:
+            log.error("Uploads cannot be served: %s", error)
+
+    def _start_tus(self) -> None:
+        if self._tus is None or self._tus.is_started:
+            return
+        try:
+            self._tus.start()
+        except Unavailable:
+            # A worker that is made anew while a database is away must not end the server.
+            log.error("Uploads cannot be served yet; trying again")
 
     def _close_idle(self, seconds: float) -> None:
         """Close the connections that have been without a request for so long."""

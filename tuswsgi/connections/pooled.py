@@ -16,7 +16,7 @@ from enum import Enum, auto
 from functools import partial
 from typing import TypeVar
 
-from peewee import PeeweeException
+from peewee import InterfaceError, OperationalError, PeeweeException
 
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pool import Pool, PoolSettings
@@ -141,7 +141,7 @@ class PooledConnection(SqlConnection):
                     database.close()
                 left[trouble] = left.get(trouble, 0) - 1
                 if left[trouble] < 0 or time.monotonic() >= deadline:
-                    raise self._told(error, trouble) from error
+                    raise self._told(error, trouble) from _unexplained(error)
             except Exception:
                 raise  # the work's own
             except BaseException:
@@ -167,7 +167,7 @@ class PooledConnection(SqlConnection):
                 raise
             # It may be committed or not: to do it again could be wrong.
             database.close()
-            raise self._told(error, trouble) from error
+            raise self._told(error, trouble) from _unexplained(error)
         return result
 
     def _commit(self, database: Database) -> None:
@@ -183,3 +183,11 @@ class PooledConnection(SqlConnection):
         text = " ".join(str(error).split())
         log.error("The database %s failed: %s: %s", self._address, type(error).__name__, text)
         return StorageFull() if trouble is Trouble.FULL else Unavailable()
+
+
+def _unexplained(error: PeeweeException) -> PeeweeException | None:
+    """Return an error whose traceback somebody will want to see.
+
+    Where a server is away one sentence says it all, and every request meets it.
+    """
+    return None if isinstance(error, (OperationalError, InterfaceError)) else error
