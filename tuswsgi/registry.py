@@ -48,6 +48,7 @@ class LockerName(str, Enum):
     REDIS = "redis-locker"
     SQL = "db-locker"
     ETCD = "etcd-locker"
+    CONSUL = "consul-locker"
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ class Backends:
         "`rediss://...`, `unix:///path` or `redis+sentinel://host:26379,host2:26379/service/0` "
         "(unset: that of `info_db_dsn`). `db-locker`: a database as for `info_db_dsn` (unset: that "
         "one). `etcd-locker`: `http://host:2379` or `https://user:password@host:2379`, several "
-        "addresses separated by commas (unset: this host).",
+        "addresses separated by commas (unset: this host). `consul-locker`: "
+        "`http://:token@host:8500`, likewise.",
         secret=True,
     )
     lock_lease: float = option(
         10.0,
-        "After how long a lock on a server is free when its host died.",
+        "After how long a lock on a server is free when its host died. etcd takes a quarter "
+        "more, and Consul takes at least 10 s and up to two and a half times that.",
         kind=Duration,
     )
     data_dir: Path = option(
@@ -224,6 +227,10 @@ def _lease_locker(config: Config, backends: Backends, beside: Locker[Any]) -> Lo
         # As the info store has it, to share its connections.
         dsn = backends.locker_dsn or backends.database
         return SqlLocker(dsn, **common, durable=backends.force_fsync)
+    if backends.locker is LockerName.CONSUL:
+        from tuswsgi.lockers.consul import ConsulLocker
+
+        return ConsulLocker(**_given(dsn=backends.locker_dsn), **common)
     from tuswsgi.lockers.etcd import EtcdLocker
 
     return EtcdLocker(**_given(dsn=backends.locker_dsn), **common)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 
+import databases
 import pytest
 
+from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import connect
 from tuswsgi.errors import UploadLocked
 from tuswsgi.lockers.sql import SqlLocker
@@ -27,10 +29,10 @@ class OnDatabase(LockerContract):
 
     @pytest.fixture
     def other(self, locker, dsn):
-        yield from self._prepared(dsn)
+        yield from self._prepared(databases.other_spelling(dsn))
 
     def _prepared(self, dsn):
-        locker = SqlLocker(dsn, lease=1.0)
+        locker = SqlLocker(dsn, lease=1.0, pool=PoolSettings(databases.POOL_SIZE))
         locker.prepare()
         yield locker
         locker.close()
@@ -64,3 +66,17 @@ class TestSqlLockerOnSqlite(OnDatabase):
     @pytest.fixture
     def dsn(self, tmp_path):
         return f"sqlite:///{tmp_path}/locks.sqlite3"
+
+
+class TestSqlLockerOnPostgres(OnDatabase):
+    @pytest.fixture
+    def dsn(self):
+        with databases.postgres() as dsn:
+            yield dsn
+
+
+class TestSqlLockerOnMysql(OnDatabase):
+    @pytest.fixture
+    def dsn(self):
+        with databases.mysql() as dsn:
+            yield dsn

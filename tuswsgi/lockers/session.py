@@ -65,6 +65,10 @@ class SessionLocker(LeaseLocker):
     :param patience: how long a request waits for others that open the session, in seconds.
     """
 
+    # An attempt is a write that most servers of a cluster have to agree on.
+    longest_pause = 0.1
+    request_pause = 0.25
+
     def __init__(
         self, timeout: float, lease: float, beside: Locker[Any] | None, patience: float
     ) -> None:

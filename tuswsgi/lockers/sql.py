@@ -125,6 +125,10 @@ class SqlLocker(LeaseLocker):
         while True:
             # First of all: who is asked and does not let go is asked again by and by.
             time.sleep(min(_HEARING_PAUSE, timeout))
+            keeper = self._keeper.peek()
+            if keeper is None or keeper.worker != worker:
+                # Closed meanwhile: a look would open connections that nobody closes.
+                return ()
             rows = self._rows(_HEAR, worker)
             if rows or time.monotonic() >= deadline:
                 return [token for (token,) in rows]

@@ -1,0 +1,134 @@
+"""Locks in Consul, for all hosts that can ask one of its agents.
+
+A lock is a key that exists for as long as it is held and ends with the session of its
+process. A worker hears the requests to let go by a query that is answered when keys below a
+name of its own change.
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64encode
+from collections.abc import Collection
+from typing import Any
+
+from tuswsgi.connections import consul
+from tuswsgi.connections.addresses import Addresses
+from tuswsgi.connections.consul import PORT, SHORTEST_SESSION, ConsulConnection
+from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.session import SessionGone, SessionLocker
+from tuswsgi.process import PerProcess
+
+
+class ConsulLocker(SessionLocker):
+    """Exclusive locks among all processes that use one Consul.
+
+    Consul keeps no session for less than 10 s, and may take twice a session's length until it
+    ends one: the locks of a host that died are free after up to two and a half leases. This
+    was tested against a stand-in for Consul's API, not against Consul itself.
+
+    :param dsn: ``http://[:token@]host[:port]``, or ``https``; several agents are separated by
+        commas.
+    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lease: for how long a lock outlives its holder at least, in seconds; 10 if it is
+        less.
+    :param beside: locks of this host, each of which is held for as long as the lease.
+    :param pool: how many connections there are, and how long Consul may take.
+    :param prefix: what the keys begin with.
+    :raises ConfigurationError: if the DSN is not understood.
+    """
+
+    #: The shortest lease, in seconds.
+    shortest: float = SHORTEST_SESSION
+
+    def __init__(
+        self,
+        dsn: str = f"http://127.0.0.1:{PORT}",
+        timeout: float = 20.0,
+        lease: float = 10.0,
+        beside: Locker[Any] | None = None,
+        pool: PoolSettings | None = None,
+        prefix: str = "tuswsgi/",
+    ) -> None:
+        settings = pool or PoolSettings()
+        super().__init__(timeout, max(lease, self.shortest), beside, settings.pool_timeout)
+        addresses = Addresses.parse(dsn, PORT)
+        self._prefix = prefix
+        self._connection = PerProcess(lambda: ConsulConnection(addresses, settings))
+        self._ears = PerProcess(Ears)
+
+    def prepare(self) -> None:
+        super().prepare()
+        try:
+            self._connection.get().check()
+        except Unavailable:
+            raise ConfigurationError("The locker's Consul does not answer.") from None
+
+    def close(self) -> None:
+        super().close()
+        connection = self._connection.pop()
+        if connection is not None:
+            connection.close()
+
+    def _open_session(self) -> str:
+        return self._connection.get().open_session(self.session_length)
+
+    def _renew_session(self, session: str) -> bool:
+        return self._connection.get().renew_session(session)
+
+    def _create(self, session: str, id: str, token: str) -> bool:
+        try:
+            if self._connection.get().create(self._lock_key(id), token, session):
+                return True
+        except consul.SessionGone:
+            raise SessionGone from None
+        # An answer may have been lost, and the request repeated at another address.
+        return self._holder(id) == token
+
+    def _remove(self, id: str, token: str) -> None:
+        connection = self._connection.get()
+        found = connection.get(self._lock_key(id))
+        if found is not None and found.value == token:
+            connection.remove(found)
+
+    def _still_there(self, session: str, ids: Collection[str]) -> Collection[str]:
+        keys = {self._lock_key(id): id for id in ids}
+        return [keys[key] for key in self._connection.get().held(list(keys), session)]
+
+    def _find(self, id: str) -> tuple[str, str] | None:
+        found = self._connection.get().get(self._lock_key(id))
+        return (found.value, found.session) if found is not None else None
+
+    def _call(self, worker: str, token: str, session: str) -> None:
+        number = token.rpartition(".")[2]
+        try:
+            self._connection.get().put(self._calls_of(worker) + number, token, session)
+        except consul.SessionGone:
+            pass  # and so is the lock
+
+    def _hear(self, worker: str, timeout: float) -> Collection[str]:
+        connection, ears = self._connection.get(), self._ears.get()
+        calls, index = connection.wait(self._calls_of(worker), ears.index, timeout)
+        # Or the same call would be no change the next time.
+        for call in calls:
+            connection.remove(call)
+        ears.index = index
+        return [call.value for call in calls]
+
+    def _lock_key(self, id: str) -> str:
+        # Consul takes no keys with the signs of other languages, or that end like ".jpg".
+        return f"{self._prefix}locks/{urlsafe_b64encode(id.encode()).decode().rstrip('=')}"
+
+    def _calls_of(self, worker: str) -> str:
+        return f"{self._prefix}calls/{worker}/"
+
+
+class Ears:
+    """How far a process has heard.
+
+    :ivar index: Consul's number of the last change that was heard.
+    """
+
+    def __init__(self) -> None:
+        self.index = 0
