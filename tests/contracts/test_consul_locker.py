@@ -10,6 +10,7 @@ from consul_stub import ConsulStub
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.errors import ConfigurationError, LockLost, Unavailable
 from tuswsgi.lockers.consul import ConsulLocker
+from tuswsgi.testing.leases import LeaseContract
 from tuswsgi.testing.lockers import LockerContract, Requests, ignore
 
 SETTINGS = PoolSettings(pool_timeout=2.0)
@@ -88,6 +89,12 @@ class TestConsulLocker(LockerContract):
     def test_nothing_is_left_behind(self, locker, other, consul):
         self.test_other_instances_share_the_locks(locker, other)
         assert consul.keys == {}
+
+
+class TestConsulLeases(LeaseContract):
+    @pytest.fixture
+    def make(self, consul):
+        return lambda lease, beside: ConsulLocker(consul.dsn, lease=lease, beside=beside)
 
 
 def test_locks_are_lost_when_consul_goes_and_work_when_it_is_back(consul, caplog):

@@ -16,6 +16,7 @@ from private_servers import PATIENCE, PrivateEtcd
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.errors import ConfigurationError, LockLost, Unavailable
 from tuswsgi.lockers.etcd import EtcdLocker
+from tuswsgi.testing.leases import LeaseContract
 from tuswsgi.testing.lockers import SOON, LockerContract, Requests, ignore
 
 SETTINGS = PoolSettings(pool_timeout=2.0)
@@ -98,14 +99,6 @@ class TestEtcdLocker(LockerContract):
         yield locker
         locker.close()
 
-    def test_a_lock_lives_on_while_its_holder_does(self, locker, other):
-        with locker.lock("a", ignore) as is_lost:
-            # Longer than any lease that etcd grants would last by itself.
-            time.sleep(3 * locker.session_length)
-            assert not is_lost()
-            other.timeout = 0.05
-            self._expect_locked(other, "a")
-
     def test_locks_are_lost_with_the_session(self, locker, other, shared):
         requests = Requests()
         with locker.lock("a", requests) as is_lost:
@@ -117,17 +110,6 @@ class TestEtcdLocker(LockerContract):
                 with locker.lock("b", ignore) as is_b_lost:
                     assert not is_b_lost()
         assert isinstance(requests.reasons[-1], LockLost)
-
-    def test_a_lock_that_somebody_removed_is_lost(self, locker, other):
-        requests, kept = Requests(), Requests()
-        with locker.lock("a", requests) as is_lost, locker.lock("b", kept) as is_b_lost:
-            other._give_back("a", locker._holder("a"))
-            with other.lock("a", ignore):
-                requests.wait()
-                assert is_lost()
-                assert not is_b_lost()
-        assert isinstance(requests.reasons[0], LockLost)
-        assert kept.reasons == []
 
     def test_a_new_session_does_not_bring_old_locks_back(self, locker, shared):
         requests = Requests()
@@ -148,6 +130,15 @@ class TestEtcdLocker(LockerContract):
         locker.close()
         other.close()
         wait_until(lambda: keys(shared, prefix) == [])
+
+
+class TestEtcdLeases(LeaseContract):
+    @pytest.fixture
+    def make(self, shared):
+        prefix = f"test-{secrets.token_hex(4)}/"
+        return lambda lease, beside: EtcdLocker(
+            shared.dsn, lease=lease, beside=beside, prefix=prefix
+        )
 
 
 def test_locks_are_lost_when_etcd_goes_and_work_when_it_is_back(own, caplog):

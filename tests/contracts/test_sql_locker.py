@@ -11,6 +11,7 @@ from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import connect
 from tuswsgi.errors import UploadLocked
 from tuswsgi.lockers.sql import SqlLocker
+from tuswsgi.testing.leases import LeaseContract
 from tuswsgi.testing.lockers import LockerContract, ignore
 
 
@@ -62,21 +63,52 @@ class OnDatabase(LockerContract):
             assert rows(dsn) == ["b"]
 
 
-class TestSqlLockerOnSqlite(OnDatabase):
+class LeasesOnDatabase(LeaseContract):
+    @pytest.fixture
+    def make(self, dsn):
+        pool = PoolSettings(databases.POOL_SIZE)
+        return lambda lease, beside: SqlLocker(dsn, lease=lease, beside=beside, pool=pool)
+
+
+class Sqlite:
     @pytest.fixture
     def dsn(self, tmp_path):
         return f"sqlite:///{tmp_path}/locks.sqlite3"
 
 
-class TestSqlLockerOnPostgres(OnDatabase):
+class Postgres:
     @pytest.fixture
     def dsn(self):
         with databases.postgres() as dsn:
             yield dsn
 
 
-class TestSqlLockerOnMysql(OnDatabase):
+class Mysql:
     @pytest.fixture
     def dsn(self):
         with databases.mysql() as dsn:
             yield dsn
+
+
+class TestSqlLockerOnSqlite(Sqlite, OnDatabase):
+    pass
+
+
+class TestSqlLockerOnPostgres(Postgres, OnDatabase):
+    pass
+
+
+class TestSqlLockerOnMysql(Mysql, OnDatabase):
+    pass
+
+
+class TestSqlLeasesOnSqlite(Sqlite, LeasesOnDatabase):
+    pass
+
+
+class TestSqlLeasesOnPostgres(Postgres, LeasesOnDatabase):
+    pass
+
+
+class TestSqlLeasesOnMysql(Mysql, LeasesOnDatabase):
+    pass
