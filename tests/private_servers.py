@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import redis
 from services import missing
 
 #: Seconds until a server must be there, also on a machine that is busy.
@@ -103,7 +104,14 @@ class PrivateServer:
 
 
 class PrivateRedis(PrivateServer):
-    """Redis that writes every change to its file before it answers."""
+    """Redis that writes every change to its file before it answers.
+
+    :param options: of its own, as on a command line.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self.options = options
+        super().__init__()
 
     @property
     def dsn(self) -> str:
@@ -113,7 +121,41 @@ class PrivateRedis(PrivateServer):
         return [
             *(program("redis-server"), "--bind", "127.0.0.1", "--port", str(self.port)),
             *("--dir", str(self.directory), "--appendonly", "yes", "--save", ""),
+            *self.options,
         ]
+
+
+class PrivateSentinel(PrivateServer):
+    """A Sentinel that decides alone who is the master of the service `tuswsgi`.
+
+    :param master: the port of the first one.
+    """
+
+    def __init__(self, master: int) -> None:
+        self._master = master
+        super().__init__()
+
+    def prepare(self) -> None:
+        (self.directory / "sentinel.conf").write_text(
+            f"port {self.port}\ndir {self.directory}\n"
+            f"sentinel monitor tuswsgi 127.0.0.1 {self._master} 1\n"
+            "sentinel down-after-milliseconds tuswsgi 500\n"
+            "sentinel failover-timeout tuswsgi 2000\n"
+        )
+
+    def command(self) -> list[str]:
+        return [*program("redis-server").split(), "sentinel.conf", "--sentinel"]
+
+    @property
+    def knows_replicas(self) -> int:
+        with redis.Redis(port=self.port) as client:
+            return int(client.sentinel_master("tuswsgi")["num-slaves"])
+
+    def watch(self, master: int) -> None:
+        """Take another server for the master from now on."""
+        with redis.Redis(port=self.port) as client:
+            client.sentinel_remove("tuswsgi")
+            client.sentinel_monitor("tuswsgi", "127.0.0.1", master, 1)
 
 
 class PrivateEtcd(PrivateServer):

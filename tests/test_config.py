@@ -204,6 +204,6 @@ def test_memory_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_backend_that_is_not_there_yet_is_no_choice() -> None:
-    (found,) = problems(flags={"info_storage": "redis-info-storage"})
-    assert "Not one of db-info-storage, file-info-storage, memory-info-storage." in found
+def test_a_backend_that_is_not_there_is_no_choice() -> None:
+    (found,) = problems(flags={"info_storage": "paper-info-storage"})
+    assert "Not one of db-info-storage, redis-info-storage, file-info-storage, " in found

@@ -7,6 +7,7 @@ imported where they are made, so that only those in use need their libraries.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.redis import RedisSettings
+from tuswsgi.connections.sql import is_server
 from tuswsgi.datastores.base import DataStore
 from tuswsgi.errors import ConfigurationError, TusError
 from tuswsgi.hooks.base import Hook
@@ -23,6 +25,8 @@ from tuswsgi.options import MAIN, Duration, option
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
+
+log = logging.getLogger(__name__)
 
 
 class DataStoreName(str, Enum):
@@ -36,6 +40,7 @@ class InfoStoreName(str, Enum):
     """Where the records of uploads can be kept."""
 
     SQL = "db-info-storage"
+    REDIS = "redis-info-storage"
     FILE = "file-info-storage"
     MEMORY = "memory-info-storage"
 
@@ -64,7 +69,9 @@ class Backends:
     info_storage: InfoStoreName = option(
         InfoStoreName.SQL,
         "Where the records of uploads are kept. Without `info_db_dsn` the database is a "
-        "SQLite file below the data directory.",
+        "SQLite file below the data directory. What Redis acknowledged survives its death only "
+        "with `appendonly yes` (that of its machine: `appendfsync always`), and it keeps what it "
+        "has only with `maxmemory-policy noeviction`.",
         rustus="INFO_STORAGE",
         short="i",
     )
@@ -74,7 +81,9 @@ class Backends:
         "`postgres://user:password@host/database` or `mysql://user:password@host/database`; "
         "special characters are percent-encoded, and what stands behind a `?` is for the driver, "
         "e.g. `sslmode=require`. Missing tables are created and older ones upgraded at the start. "
-        "Unset: a SQLite file beside the data.",
+        "Unset: a SQLite file beside the data. Of `redis-info-storage`: "
+        "`redis://[user:password@]host[:6379][/0]`, `rediss://...`, `unix:///path` or "
+        "`redis+sentinel://host:26379,host2:26379/service/0`.",
         rustus="INFO_DB_DSN",
         secret=True,
     )
@@ -82,13 +91,13 @@ class Backends:
         None,
         "What keeps two requests from writing one upload: `file-locker` works between all "
         "workers of one host, `memory-locker` within one worker, and the others between all "
-        "hosts that share a server. Unset: `file-locker`.",
+        "hosts that share a server. Unset: that of the server that has the records, else "
+        "`file-locker`.",
     )
     locker_dsn: str | None = option(
         None,
-        "The server of the locker. `redis-locker`: `redis://[user:password@]host[:6379][/0]`, "
-        "`rediss://...`, `unix:///path` or `redis+sentinel://host:26379,host2:26379/service/0` "
-        "(unset: that of `info_db_dsn`). `db-locker`: a database as for `info_db_dsn` (unset: that "
+        "The server of the locker. `redis-locker`: as in `info_db_dsn` (unset: that one). "
+        "`db-locker`: a database as for `info_db_dsn` (unset: that "
         "one). `etcd-locker`: `http://host:2379` or `https://user:password@host:2379`, several "
         "addresses separated by commas (unset: this host). `consul-locker`: "
         "`http://:token@host:8500`, likewise.",
@@ -137,14 +146,18 @@ class Backends:
         return self.info_db_dsn or f"sqlite:///{self.own_dir.absolute()}/info.sqlite3"
 
     @property
-    def redis_of_locks(self) -> str:
-        """The DSN of the locker's Redis."""
-        dsn = self.locker_dsn or self.info_db_dsn
-        if dsn is None:
-            raise ConfigurationError(
-                f"[{MAIN}] locker_dsn: The locker needs the address of a Redis server."
-            )
-        return dsn
+    def is_shared(self) -> bool:
+        """Whether the records are on a server, which other hosts may use too."""
+        if self.info_storage is InfoStoreName.SQL:
+            return is_server(self.database)
+        return self.info_storage is InfoStoreName.REDIS
+
+    @property
+    def chosen_locker(self) -> LockerName:
+        """The locker, by default one that reaches as far as the records do."""
+        if self.locker is not None or not self.is_shared:
+            return self.locker or LockerName.FILE
+        return LockerName.SQL if self.info_storage is InfoStoreName.SQL else LockerName.REDIS
 
     @property
     def in_memory(self) -> bool:
@@ -184,6 +197,15 @@ def info_store(config: Config) -> InfoStore:
 
         values = _filled(config.values(FileInfoStore), info_dir=backends.own_dir / "info")
         return FileInfoStore(force_fsync=backends.force_fsync, **values)
+    if backends.info_storage is InfoStoreName.REDIS:
+        from tuswsgi.infostores.redis import RedisInfoStore
+
+        return RedisInfoStore(
+            _named(backends.info_db_dsn, "info_db_dsn"),
+            **config.values(RedisInfoStore),
+            pool=config.build(PoolSettings),
+            settings=config.build(RedisSettings),
+        )
     from tuswsgi.infostores.sql import SqlInfoStore
 
     return SqlInfoStore(
@@ -203,7 +225,7 @@ def locker(config: Config) -> Locker[Any]:
     from tuswsgi.lockers.file import FileLocker
 
     of_host = FileLocker(directory=backends.lock_dir, timeout=backends.lock_timeout)
-    if backends.locker in (None, LockerName.FILE):
+    if backends.chosen_locker is LockerName.FILE:
         return of_host
     return _lease_locker(config, backends, of_host)
 
@@ -216,12 +238,13 @@ def _lease_locker(config: Config, backends: Backends, beside: Locker[Any]) -> Lo
         "beside": beside,
         "pool": config.build(PoolSettings),
     }
-    if backends.locker is LockerName.REDIS:
+    if backends.chosen_locker is LockerName.REDIS:
         from tuswsgi.lockers.redis import RedisLocker
 
         settings = config.build(RedisSettings)
-        return RedisLocker(backends.redis_of_locks, **common, settings=settings)
-    if backends.locker is LockerName.SQL:
+        dsn = _named(backends.locker_dsn or backends.info_db_dsn, "locker_dsn")
+        return RedisLocker(dsn, **common, settings=settings)
+    if backends.chosen_locker is LockerName.SQL:
         from tuswsgi.lockers.sql import SqlLocker
 
         # As the info store has it, to share its connections.
@@ -282,6 +305,16 @@ def prepare(config: Config) -> None:
             raise ConfigurationError(f"The {name} cannot be used now; the log says why.") from error
         finally:
             backend.close()
+    _warn_of_locks(config.build(Backends))
+
+
+def _warn_of_locks(backends: Backends) -> None:
+    if backends.is_shared and backends.chosen_locker in (LockerName.FILE, LockerName.MEMORY):
+        log.warning(
+            "The records are on a server and the locks are not (`locker = %s`): uploads are safe "
+            "only while one host serves them",
+            backends.chosen_locker.value,
+        )
 
 
 def option_groups() -> list[type]:
@@ -290,6 +323,7 @@ def option_groups() -> list[type]:
     from tuswsgi.hooks.delivery import DeliverySettings
     from tuswsgi.hooks.settings import EnabledHooks, HookSettings
     from tuswsgi.infostores.file import FileInfoStore
+    from tuswsgi.infostores.redis import RedisInfoStore
     from tuswsgi.protocol.settings import UploadSettings
     from tuswsgi.server import ServerSettings
     from tuswsgi.web.settings import WebSettings
@@ -299,6 +333,7 @@ def option_groups() -> list[type]:
         Backends,
         FileDataStore,
         FileInfoStore,
+        RedisInfoStore,
         PoolSettings,
         RedisSettings,
         UploadSettings,
@@ -313,6 +348,15 @@ def option_groups() -> list[type]:
 def _filled(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Return `values` with `defaults` where they are unset."""
     return values | {key: default for key, default in defaults.items() if values[key] is None}
+
+
+def _named(dsn: str | None, option: str) -> str:
+    if dsn is None:
+        raise ConfigurationError(
+            f"[{MAIN}] {option}: Redis is to be used, and its address is missing, "
+            "e.g. redis://127.0.0.1:6379."
+        )
+    return dsn
 
 
 def _given(**values: Any) -> dict[str, Any]:

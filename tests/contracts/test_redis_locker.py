@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
-
 import pytest
-import redis
-import services
+import redis_service
 
-from tuswsgi.connections.redis import RedisSettings
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.lockers.redis import RedisLocker
 from tuswsgi.testing.leases import LeaseContract
@@ -17,18 +12,14 @@ from tuswsgi.testing.lockers import LockerContract
 
 
 @pytest.fixture
-def url() -> str:
-    return services.find("REDIS_URL", "redis://127.0.0.1:6379")
+def url():
+    return redis_service.url()
 
 
 @pytest.fixture
-def settings(url: str) -> Iterator[RedisSettings]:
-    """A prefix of the test's own, below which nothing stays."""
-    settings = RedisSettings(f"tuswsgi-test-{secrets.token_hex(8)}:")
-    yield settings
-    with redis.Redis.from_url(url) as client:
-        for key in client.scan_iter(f"{settings.redis_prefix}*"):
-            client.delete(key)
+def settings():
+    with redis_service.own_keys() as settings:
+        yield settings
 
 
 class TestRedisLocker(LockerContract):

@@ -21,7 +21,10 @@ CONTRACTS = {
 }
 
 #: What a backend needs to be told, besides its name.
-NEEDS = {registry.LockerName.REDIS: {"locker_dsn": "redis://127.0.0.1"}}
+NEEDS = {
+    registry.InfoStoreName.REDIS: {"info_db_dsn": "redis://127.0.0.1"},
+    registry.LockerName.REDIS: {"locker_dsn": "redis://127.0.0.1"},
+}
 
 BACKENDS = [name for names in CONTRACTS for name in names]
 

@@ -42,6 +42,7 @@ class RedisServer:
     def __init__(self, dsn: str, settings: PoolSettings) -> None:
         self._address = address_of(dsn, settings.pool_timeout)
         self._settings = settings
+        self._looked = False
         self._finder = PerProcess(self._address.finder)
         self._pool: PerProcess[Pool[Line]] = PerProcess(self._make_pool)
 
@@ -56,24 +57,16 @@ class RedisServer:
             raise ConfigurationError(
                 f"{self._address.shown} is a node of a Redis Cluster, which is not supported."
             )
-        if told.get("aof_enabled") == "0":
-            log.warning(
-                "%s has `appendonly no`: it forgets what it acknowledged when it stops",
-                self._address.shown,
-            )
-        if told.get("maxmemory_policy", "noeviction") != "noeviction":
-            log.warning(
-                "%s has `maxmemory-policy %s`: only with `noeviction` it keeps what it has",
-                self._address.shown,
-                told["maxmemory_policy"],
-            )
+        if not self._looked:
+            self._looked = True
+            self._tell_what_is_lacking(told)
 
     def call(self, *command: Any) -> Any:
-        """Run a command and return its answer: text as bytes."""
+        """Run a command or a script and return its answer: text as bytes."""
         return self.calls([command])[0]
 
     def calls(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands together and return their answers."""
+        """Send commands together, no scripts among them, and return their answers."""
         with self._trouble():
             return self._run(commands)
 
@@ -91,18 +84,29 @@ class RedisServer:
         """Return a new connection that is not open yet."""
         return self._finder.get()()
 
+    def _tell_what_is_lacking(self, told: dict[str, str]) -> None:
+        if told.get("aof_enabled") == "0":
+            log.warning(
+                "%s has `appendonly no`: it forgets what it acknowledged when it stops",
+                self._address.shown,
+            )
+        if (policy := told.get("maxmemory_policy", "noeviction")) != "noeviction":
+            log.warning(
+                "%s has `maxmemory-policy %s`: only with `noeviction` it keeps what it has",
+                self._address.shown,
+                policy,
+            )
+
     def _info(self) -> dict[str, str]:
-        try:
-            with self._trouble():
+        with self._trouble():
+            try:
                 (text,) = self._run([("INFO", "everything")])
-        except Unavailable as error:
-            if isinstance(error.__cause__, redis.exceptions.NoPermissionError):
+            except redis.exceptions.NoPermissionError:
                 return {}
-            if isinstance(error.__cause__, redis.AuthenticationError):
+            except redis.AuthenticationError as error:
                 raise ConfigurationError(
-                    f"{self._address.shown} cannot be used: {error.__cause__}"
+                    f"{self._address.shown} cannot be used: {error}"
                 ) from error
-            raise
         lines = text.decode(errors="replace").splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
@@ -118,10 +122,16 @@ class RedisServer:
         """Say what Redis says as errors of ours."""
         try:
             yield
-        except (redis.RedisError, OSError) as error:
+        except redis.OutOfMemoryError as error:
             log.error("%s: %s", self._address.shown, error)
-            full = isinstance(error, redis.OutOfMemoryError)
-            raise (StorageFull if full else Unavailable) from error
+            raise StorageFull from None
+        except (*_BROKEN, redis.TimeoutError) as error:
+            # One sentence says it all, and every request meets it.
+            log.error("%s: %s", self._address.shown, error)
+            raise Unavailable from None
+        except redis.RedisError as error:
+            log.error("%s: %s", self._address.shown, error)
+            raise Unavailable from error
 
 
 class Line:
@@ -147,10 +157,9 @@ class Line:
     def _try(self, commands: Sequence[Command]) -> list[Any]:
         try:
             answers = self._exchange([_packed(command) for command in commands])
-            for place, answer in enumerate(answers):
-                if isinstance(answer, redis.exceptions.NoScriptError):
-                    script, *args = commands[place]
-                    (answers[place],) = self._exchange([("EVAL", script.text, *args)])
+            if isinstance(answers[0], redis.exceptions.NoScriptError):
+                script, *args = commands[0]
+                answers = self._exchange([("EVAL", script.text, *args)])
         except BaseException:
             # Whatever it was, an answer may come that nobody waits for any more.
             self.close()

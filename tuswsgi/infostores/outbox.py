@@ -67,7 +67,11 @@ class Kept:
 
     def free_at(self) -> float | None:
         """Return from when on an event can be claimed, ``None`` if all of them are dead."""
-        return min((self._free_at(event) for event in first_events(self.events)), default=None)
+        return min(self.free_by_transport().values(), default=None)
+
+    def free_by_transport(self) -> dict[str, float]:
+        """Return from when on an event of each transport can be claimed."""
+        return {event.transport: self._free_at(event) for event in first_events(self.events)}
 
     def claim(self, events: Sequence[Event], worker: str, until: float) -> None:
         """Claim `events` for `worker`."""
