@@ -24,7 +24,7 @@ def postgres() -> Iterator[str]:
     with psycopg.connect(url, autocommit=True) as server:
         server.execute(f"CREATE SCHEMA {name}".encode())
         try:
-            yield f"{url}?options=-csearch_path%3D{name}"
+            yield f"{url}?options=-csearch_path%3D{name}&application_name={name}"
         finally:
             server.execute(f"DROP SCHEMA {name} CASCADE".encode())
 

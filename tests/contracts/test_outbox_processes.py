@@ -7,8 +7,7 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import wait
 
-import pytest
-from test_processes import Child, files, sqlite
+from test_processes import Child
 
 from tuswsgi.hooks.base import HookType
 from tuswsgi.testing.lockers import SOON
@@ -56,7 +55,6 @@ def listen(workers, heard, count):
         heard += [connection.recv() for connection in ready]
 
 
-@pytest.mark.parametrize("make", [sqlite, files])
 def test_the_death_of_workers_loses_no_event_and_breaks_no_claim(tmp_path, make):
     store = make(tmp_path)
     store.prepare()

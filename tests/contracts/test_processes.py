@@ -13,10 +13,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import stores
 
 from tuswsgi.errors import InfoConflict, UploadLocked
-from tuswsgi.infostores.file import FileInfoStore
-from tuswsgi.infostores.sql import SqlInfoStore
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.testing.lockers import SOON, Requests, ignore
 from tuswsgi.testing.records import event, upload
@@ -226,18 +225,6 @@ def test_a_forked_child_has_its_own_mailbox(tmp_path, kind):
 # --- info stores ---
 
 
-def sqlite(directory):
-    return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3")
-
-
-def durable_sqlite(directory):
-    return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=True)
-
-
-def files(directory):
-    return FileInfoStore(directory / "info")
-
-
 def write_much(connection, make, directory):
     store = make(directory)
     connection.send("ready")
@@ -258,7 +245,6 @@ def write_much(connection, make, directory):
     connection.send(store.load("shared").offset)
 
 
-@pytest.mark.parametrize("make", [sqlite, files])
 def test_many_processes_write_at_once(tmp_path, make):
     store = make(tmp_path)
     with children(4, write_much, make, tmp_path) as writers:
@@ -274,15 +260,16 @@ def test_many_processes_write_at_once(tmp_path, make):
     store.close()
 
 
-def test_tables_are_made_once(tmp_path):
-    with children(4, make_tables, tmp_path) as makers:
+@pytest.mark.parametrize("make", stores.SQL, indirect=True)
+def test_tables_are_made_once(tmp_path, make):
+    with children(4, make_tables, make, tmp_path) as makers:
         for child in makers:
             child.tell("go")
         assert [child.hear() for child in makers] == [[]] * 4
 
 
-def make_tables(connection, directory):
-    store = sqlite(directory)
+def make_tables(connection, make, directory):
+    store = make(directory)
     connection.send("ready")
     connection.recv()
     store.prepare()
@@ -300,7 +287,7 @@ def write_for_ever(connection, make, directory):
         connection.send((info.id, info.sequence))
 
 
-@pytest.mark.parametrize("make", [sqlite, durable_sqlite, files])
+@pytest.mark.parametrize("make", stores.MAKERS, indirect=True)
 def test_the_death_of_a_writer_keeps_records_and_events_together(tmp_path, make):
     store = make(tmp_path)
     store.prepare()
@@ -325,7 +312,7 @@ if sys.argv[1] == "gevent":
 from tuswsgi.infostores.sql import SqlInfoStore
 from tuswsgi.testing.records import upload
 
-store = SqlInfoStore("sqlite:///" + sys.argv[2])
+store = SqlInfoStore(sys.argv[2])
 store.prepare()
 store.create(upload("parent"))
 for n in range(3):
@@ -343,20 +330,29 @@ assert len(store.list()) == 7
 
 
 @pytest.mark.parametrize("kind", ["threads", "gevent"])
-def test_a_forked_child_has_its_own_connections(tmp_path, kind):
-    run_python(FORK_STORE, kind, tmp_path / "info.sqlite3")
+@pytest.mark.parametrize("make", stores.SQL, indirect=True)
+def test_a_forked_child_has_its_own_connections(tmp_path, make, kind):
+    run_python(FORK_STORE, kind, make(tmp_path).info_db_dsn)
 
 
 # --- gevent ---
 
 
-def test_the_contracts_hold_under_gevent():
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["test_infostores.py", "test_lockers.py"],
+        # What several do at once; all of it takes long.
+        ["test_sql_servers.py", "-k", "at_once or exclude or creators or instances or while"],
+    ],
+    ids=["here", "servers"],
+)
+def test_the_contracts_hold_under_gevent(tests):
     run_python(
         "from gevent import monkey; monkey.patch_all()\n"
         "import sys, pytest\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
-        "test_infostores.py",
-        "test_lockers.py",
+        *tests,
     )
 
 

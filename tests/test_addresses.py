@@ -1,0 +1,68 @@
+"""DSNs of database servers: what they say, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from typing import Any
+
+import pytest
+
+from tuswsgi.connections.address import Address
+from tuswsgi.connections.sql import connect
+from tuswsgi.errors import ConfigurationError
+
+
+def test_a_dsn_is_decoded() -> None:
+    address = Address.of("mysql://us%40er:p%2Fa%3As%23%25@[::1]:1234/my%2Fdb?ssl-mode=required")
+    assert (address.host, address.port, address.database) == ("::1", 1234, "my/db")
+    assert (address.user, address.password) == ("us@er", "p/a:s#%")
+    assert address.parameters == {"ssl-mode": "required"}
+    assert "p/a" not in repr(address) + str(address)
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgres://me:se/cret@host/db",
+        "postgres://me:secret@host:port/db",
+        "postgres://me:secret@host",
+        "mysql://me:secret@host/",
+        "mysql://me:sec#ret@host/db",
+        "mysql://me:secret@host/db?secret",
+        "mysql://me:secret@[host/db",
+    ],
+)
+def test_a_dsn_that_is_wrong_is_said_without_secrets(dsn: str) -> None:
+    with pytest.raises(ConfigurationError, match="percent-encoded") as caught:
+        connect(dsn)
+    assert "se" not in str(caught.value).replace("user", "").replace("base", "")
+
+
+def test_parameters_that_a_driver_does_not_know_are_said() -> None:
+    with pytest.raises(ConfigurationError, match="not supported: colour"):
+        connect("mysql://me:secret@host/db?colour=red").prepare()
+
+
+@pytest.mark.parametrize(
+    ("dsn", "library", "extra"),
+    [
+        ("postgres://host/db", "psycopg", "postgres"),
+        ("postgresql://host/db", "psycopg", "postgres"),
+        ("mysql://host/db", "pymysql", "mysql"),
+    ],
+)
+def test_a_library_that_is_missing_is_named(
+    dsn: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = builtins.__import__
+
+    def find(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == library:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return there(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, f"tuswsgi.connections.{extra}", raising=False)
+    monkeypatch.setattr(builtins, "__import__", find)
+    with pytest.raises(ConfigurationError, match=rf"{library}.*tuswsgi\[{extra}\]"):
+        connect(dsn)
