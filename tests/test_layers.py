@@ -20,6 +20,7 @@ ROWS = {
     "tuswsgi.info": 0,
     "tuswsgi.options": 0,
     "tuswsgi.paths": 0,
+    "tuswsgi.probe": 0,
     "tuswsgi.process": 0,
     "tuswsgi.signals": 0,
     "tuswsgi.spawn": 0,

@@ -29,13 +29,15 @@ from tuswsgi.hooks.settings import EnabledHooks, HookSettings
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.process import PerProcess
+from tuswsgi.protocol.readiness import Readiness
 from tuswsgi.protocol.settings import UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.registry import LockerName
 from tuswsgi.server import ServerSettings
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
-from tuswsgi.web.settings import WebSettings
+from tuswsgi.web.monitoring import MonitoringBlueprint
+from tuswsgi.web.settings import MonitoringSettings, WebSettings
 from tuswsgi.web.shortcut import ShortCut
 
 log = logging.getLogger(__name__)
@@ -128,6 +130,17 @@ class Tus:
             before_first=self.start,
             methods=methods,
         )
+
+    def monitoring_blueprint(self) -> MonitoringBlueprint:
+        """Return a blueprint with `/health` and `/ready`, to be registered where they shall be.
+
+        `/health` says that the process answers, and `/ready` whether uploads can be taken.
+        """
+        needed = []
+        if self.config.build(MonitoringSettings).ready_needs_hooks:
+            needed = self.hooks.hooks
+        readiness = Readiness(self.uploads, self.start, needed)
+        return MonitoringBlueprint(f"{self._name}_monitoring", readiness, None)
 
     def _make_hooks(self, own: list[Hook], data: DataStore) -> HookManager:
         settings = self.config.build(HookSettings)
@@ -264,6 +277,8 @@ class Tus:
 def create_app(config: Config | None = None) -> flask.Flask:
     """Return a Flask application that serves uploads at the configured URL.
 
+    ``/health`` and ``/ready`` are beside it, and win where uploads are at ``/``.
+
     :param config: the configuration; without one the environment is it.
     :raises ConfigurationError: if it is wrong.
     """
@@ -272,6 +287,7 @@ def create_app(config: Config | None = None) -> flask.Flask:
     tus = Tus(config, name="tus")
     url = "/" + config.build(ServerSettings).url.strip("/")
     blueprint = tus.blueprint()
+    app.register_blueprint(tus.monitoring_blueprint())
     app.register_blueprint(blueprint, url_prefix=url)
     app.extensions["tuswsgi"] = tus
     # A method: to call an object costs each waiting connection a frame of the C stack more.

@@ -1,11 +1,21 @@
-"""The one place that decides whether a path stays inside its directory."""
+"""The one place that decides whether a path stays inside its directory, and whether that
+directory takes files.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 from functools import lru_cache
 from pathlib import Path
 
 from tuswsgi.errors import UploadNotFound
+
+#: Linux only.
+_UNNAMED: int = getattr(os, "O_TMPFILE", 0)
+
+#: How systems and file systems say that they know no unnamed files.
+_NOT_KNOWN = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -36,3 +46,22 @@ def contained(name: str) -> str:
         ):
             raise UploadNotFound
     return name
+
+
+def why_unwritable(directory: Path) -> OSError | None:
+    """Return why no files can be made in `directory`, ``None`` if they can.
+
+    It leaves none behind. On a network it may take long.
+    """
+    try:
+        # A file that never has a name: nobody sees it, also not after a crash.
+        fd = os.open(directory, os.O_RDWR | _UNNAMED, 0o600)
+    except OSError as error:
+        if error.errno not in _NOT_KNOWN:
+            return error
+    else:
+        os.close(fd)
+        return None
+    if os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        return None
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))

@@ -326,7 +326,7 @@ def option_groups() -> list[type]:
     from tuswsgi.infostores.redis import RedisInfoStore
     from tuswsgi.protocol.settings import UploadSettings
     from tuswsgi.server import ServerSettings
-    from tuswsgi.web.settings import WebSettings
+    from tuswsgi.web.settings import MonitoringSettings, WebSettings
 
     return [
         ServerSettings,
@@ -338,6 +338,7 @@ def option_groups() -> list[type]:
         RedisSettings,
         UploadSettings,
         WebSettings,
+        MonitoringSettings,
         EnabledHooks,
         HookSettings,
         *(transport for transport, _ in _transports()),

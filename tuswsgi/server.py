@@ -27,9 +27,13 @@ from marshmallow import ValidationError
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.options import MAIN, Duration, KiB, option
 from tuswsgi.registry import Backends
+from tuswsgi.web.settings import HEALTH, METRICS, READY
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
+
+
+_WATCHED = (HEALTH, READY, METRICS)
 
 
 class LogLevel(str, Enum):
@@ -56,6 +60,8 @@ def _port(value: int) -> None:
 def _path(value: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._~/-]*", value):
         raise ValidationError("Not a path such as /files.")
+    if "/" + value.strip("/") in _WATCHED:
+        raise ValidationError("This path is taken by the server itself.")
 
 
 def _positive(value: float) -> None:
@@ -105,7 +111,7 @@ class ServerSettings:
     access_log: bool = option(False, "Log a line for each request to the standard output.")
     disable_health_access_log: bool = option(
         False,
-        "Log no such line for requests to `/health`.",
+        "Log no such line for requests to `/health`, `/ready` and `/metrics`.",
         rustus="DISABLE_HEALTH_ACCESS_LOG",
     )
 
@@ -304,7 +310,7 @@ def _raise_file_limit() -> None:
 
 
 def _is_not_health(record: logging.LogRecord) -> bool:
-    return not (isinstance(record.args, Mapping) and record.args.get("U") == "/health")
+    return not (isinstance(record.args, Mapping) and record.args.get("U") in _WATCHED)
 
 
 #: What tells a worker to stop.

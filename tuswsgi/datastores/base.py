@@ -114,6 +114,12 @@ class DataStore(ABC):
     def close(self) -> None:
         """Release what this process holds. The store may be used again afterwards."""
 
+    def check(self) -> None:
+        """Find out, at little cost, whether bytes can be kept now. May be called often.
+
+        :raises Exception: if they cannot.
+        """
+
     def place(self, info: FileInfo) -> Storage:
         """Return where ``create`` will keep a new upload: at its path, if that was chosen.
 

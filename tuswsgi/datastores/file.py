@@ -25,6 +25,7 @@ from tuswsgi.errors import (
     ConfigurationError,
     OffsetMismatch,
     StorageFull,
+    Unavailable,
     UploadExists,
     UploadGone,
     UploadNotFound,
@@ -32,7 +33,7 @@ from tuswsgi.errors import (
 from tuswsgi.extensions import OF_STORES, Extension
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
 from tuswsgi.options import MAIN, Mode, option
-from tuswsgi.paths import contained
+from tuswsgi.paths import contained, why_unwritable
 from tuswsgi.process import aside
 
 #: How much is copied at once: a copy can be interrupted between two slices.
@@ -88,6 +89,11 @@ class FileDataStore(DataStore):
                 f"dir_structure leads out of the data directory or to a hidden one: "
                 f"{self.dir_structure}"
             ) from None
+
+    def check(self) -> None:
+        error = aside(why_unwritable, self.data_dir)
+        if error is not None:
+            raise Unavailable from error
 
     def place(self, info: FileInfo) -> Storage:
         return Storage(self.type, contained(info.storage.path or self._relative_path(info)))

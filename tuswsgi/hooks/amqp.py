@@ -172,6 +172,14 @@ class AmqpHook(Hook):
         finally:
             broker.close()
 
+    def check(self) -> None:
+        from tuswsgi.connections.amqp_connection import PublishFailed
+
+        try:
+            self._broker.get().declare(self.timeout)
+        except PublishFailed as error:
+            raise HookFailed from error
+
     def close(self) -> None:
         broker = self._broker.pop()
         if broker is not None:

@@ -217,6 +217,12 @@ class Hook(ABC):
         :raises ConfigurationError: if the transport cannot work as it is configured.
         """
 
+    def check(self) -> None:
+        """Find out, at little cost, whether hooks can be sent now. May be called often.
+
+        :raises Exception: if they cannot.
+        """
+
     @abstractmethod
     def send(self, request: HookRequest) -> HookResponse | None:
         """Send one hook and return the answer, ``None`` if there is nothing to say.

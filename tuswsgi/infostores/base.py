@@ -10,8 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from tuswsgi.errors import UploadNotFound
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State
+
+#: The id of no upload.
+_NOBODY = "tuswsgi-check"
 
 
 class InfoStore(ABC):
@@ -34,6 +38,16 @@ class InfoStore(ABC):
 
     def close(self) -> None:
         """Release what this process holds. The store may be used again afterwards."""
+
+    def check(self) -> None:
+        """Find out, at little cost, whether the store can be used now. May be called often.
+
+        :raises Exception: if it cannot.
+        """
+        try:
+            self.load(_NOBODY)
+        except UploadNotFound:
+            pass
 
     @abstractmethod
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:

@@ -37,8 +37,8 @@ from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.markers import PendingMarkers, WaitingMarkers
 from tuswsgi.infostores.outbox import Kept
 from tuswsgi.options import option
-from tuswsgi.paths import inside
-from tuswsgi.process import let_others_run
+from tuswsgi.paths import inside, why_unwritable
+from tuswsgi.process import aside, let_others_run
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,11 @@ class FileInfoStore(InfoStore):
             raise ConfigurationError(
                 f"The directory {self._directory} cannot be used for records: {error}"
             ) from error
+
+    def check(self) -> None:
+        error = aside(why_unwritable, self._directory)
+        if error is not None:
+            raise Unavailable from error
 
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
         path, kept = self._path(info.id), Kept(info)

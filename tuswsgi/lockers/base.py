@@ -10,6 +10,7 @@ by ``tuswsgi.testing.lockers``.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from abc import ABC, abstractmethod
@@ -71,6 +72,17 @@ class Locker(ABC, Generic[H]):
 
     def close(self) -> None:
         """Release what this process holds. The locker may be used again afterwards."""
+
+    def check(self) -> None:
+        """Find out, at little cost, whether locks can be had now. May be called often.
+
+        :raises Exception: if they cannot.
+        """
+        try:
+            with self.try_lock(f"tuswsgi-check-{os.getpid()}"):
+                pass
+        except UploadLocked:
+            pass  # another host has a process of this number
 
     @contextmanager
     def lock(

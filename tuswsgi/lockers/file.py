@@ -37,8 +37,8 @@ from tuswsgi.errors import (
     UploadNotFound,
 )
 from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
-from tuswsgi.paths import contained
-from tuswsgi.process import PerProcess
+from tuswsgi.paths import contained, why_unwritable
+from tuswsgi.process import PerProcess, aside
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,11 @@ class FileLocker(Locker[Held]):
             raise ConfigurationError(
                 f"The directory {self.directory} cannot be used for locks: {error}"
             ) from error
+
+    def check(self) -> None:
+        error = aside(why_unwritable, self.directory)
+        if error is not None:
+            raise Unavailable from error
 
     def close(self) -> None:
         mailbox = self._mailbox.pop()

@@ -276,6 +276,11 @@ class ActiveReaders:
         finally:
             readers.discard(reader)
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopped
+
     def stop(self) -> None:
         """Interrupt every reader, now and from now on. Safe in a signal handler."""
         self._stopped = True

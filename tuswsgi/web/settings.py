@@ -1,4 +1,4 @@
-"""The settings of the HTTP edge: URLs, proxies and CORS."""
+"""The settings of the HTTP edge: URLs, proxies, CORS and what monitoring is told."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ class LocationForm(str, Enum):
     RELATIVE = "relative"
 
 
+#: The paths by which a server is watched; they are never those of uploads.
+HEALTH, READY, METRICS = "/health", "/ready", "/metrics"
+
 #: Stands for the peers of a unix socket, which have no address.
 UNIX = "unix"
 
@@ -36,6 +39,15 @@ def _networks(values: tuple[str, ...]) -> None:
 def _public_url(value: str) -> None:
     if not value.startswith(("http://", "https://")) or "?" in value or "#" in value:
         raise ValidationError("Not an absolute http or https URL without query.")
+
+
+@dataclass(frozen=True)
+class MonitoringSettings:
+    """What `/health`, `/ready` and `/metrics` tell."""
+
+    ready_needs_hooks: bool = option(
+        False, "Say at `/ready` that the server is not ready while the broker of hooks is away."
+    )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ class ShortCut:
         self._blueprint = blueprint
         self._path = prefix.rstrip("/")
         self._below = f"{self._path}/"
+        self._others = {
+            rule.rule for rule in app.url_map.iter_rules() if not self._is_of_uploads(rule)
+        }
         # Compared later: whoever adds to one of these wants Flask to ask it.
         self._asked = self._count_asked()
         self._known_routes = {rule.rule for rule in app.url_map.iter_rules()}
@@ -54,7 +57,7 @@ class ShortCut:
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         path: str = environ.get("PATH_INFO", "")
-        if path.startswith(self._below):
+        if path.startswith(self._below) and path not in self._others:
             id = path[len(self._below) :]
         elif path == self._path:
             id = ""
@@ -85,6 +88,9 @@ class ShortCut:
             + sum(map(len, app.url_value_preprocessors.values()))
             + len(app.teardown_appcontext_funcs)
         )
+
+    def _is_of_uploads(self, rule: Rule) -> bool:
+        return str(rule.endpoint).startswith(f"{self._blueprint.name}.")
 
     def _is_rival(self, rule: Rule) -> bool:
         """Return whether a route of somebody else's may be for one of our URLs."""
