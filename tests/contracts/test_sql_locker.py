@@ -6,13 +6,14 @@ import time
 
 import databases
 import pytest
+from private_servers import PrivateMariaDb, PrivatePostgres
 
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import connect
-from tuswsgi.errors import UploadLocked
+from tuswsgi.errors import LockLost, Unavailable, UploadLocked
 from tuswsgi.lockers.sql import SqlLocker
 from tuswsgi.testing.leases import LeaseContract
-from tuswsgi.testing.lockers import LockerContract, ignore
+from tuswsgi.testing.lockers import LockerContract, Requests, ignore
 
 
 def rows(dsn):
@@ -112,3 +113,31 @@ class TestSqlLeasesOnPostgres(Postgres, LeasesOnDatabase):
 
 class TestSqlLeasesOnMysql(Mysql, LeasesOnDatabase):
     pass
+
+
+@pytest.mark.parametrize("kind", [PrivatePostgres, PrivateMariaDb])
+def test_locks_are_lost_when_the_database_goes_and_work_when_it_is_back(kind, caplog):
+    server, lost = kind(), Requests()
+    try:
+        lockers = [
+            SqlLocker(dsn, lease=1.0, pool=PoolSettings(databases.POOL_SIZE, 2.0))
+            for dsn in (server.dsn, databases.other_spelling(server.dsn))
+        ]
+        for locker in lockers:
+            locker.prepare()
+        locker, other = lockers
+        with locker.lock("a", lost) as is_lost:
+            server.kill()
+            with pytest.raises(Unavailable), other.lock("b", ignore):
+                pytest.fail("locked")
+            lost.wait_for(LockLost)
+            assert is_lost()
+        server.start()
+        with other.lock("a", ignore):
+            pass
+        TestSqlLockerOnSqlite().test_other_instances_share_the_locks(locker, other)
+        for locker in lockers:
+            locker.close()
+    finally:
+        server.remove()
+    assert not [record for record in caplog.records if record.exc_info]

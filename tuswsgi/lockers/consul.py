@@ -15,7 +15,6 @@ from tuswsgi.connections import consul
 from tuswsgi.connections.addresses import Addresses
 from tuswsgi.connections.consul import PORT, SHORTEST_SESSION, ConsulConnection
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import ConfigurationError, Unavailable
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.session import SessionGone, SessionLocker
 from tuswsgi.process import PerProcess
@@ -62,11 +61,15 @@ class ConsulLocker(SessionLocker):
         super().prepare()
         try:
             self._connection.get().check()
-        except Unavailable:
-            raise ConfigurationError("The locker's Consul does not answer.") from None
+        finally:
+            # Whoever prepares may fork then, and connections do not survive that.
+            self._disconnect()
 
     def close(self) -> None:
         super().close()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         connection = self._connection.pop()
         if connection is not None:
             connection.close()
