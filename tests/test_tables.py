@@ -6,16 +6,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import databases
 import pytest
+from click.testing import CliRunner
 
+from tuswsgi.cli import main
 from tuswsgi.connections.sql import SqlConnection, connect
 from tuswsgi.connections.tables import SCHEMA, prepare_tables, version
 from tuswsgi.errors import ConfigurationError
 
 
+@pytest.fixture(params=["sqlite", *databases.SERVERS])
+def dsn(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/tables.sqlite3"
+    else:
+        with databases.SERVERS[request.param]() as dsn:
+            yield dsn
+
+
 @pytest.fixture
-def connection(tmp_path: Path) -> Iterator[SqlConnection]:
-    connection = connect(f"sqlite:///{tmp_path}/tables.sqlite3")
+def connection(dsn: str) -> Iterator[SqlConnection]:
+    connection = connect(dsn)
     connection.prepare()
     yield connection
     connection.close()
@@ -70,3 +82,41 @@ def test_newer_tables_are_left_alone(connection: SqlConnection) -> None:
     with pytest.raises(ConfigurationError, match=f"version 99.*needs version {SCHEMA}"):
         prepare_tables(connection)
     assert version(connection) == 99
+
+
+def db(command: str, *flags: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, ["db", command, *flags])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_an_operator_sees_the_version_and_upgrades(connection: SqlConnection, dsn: str) -> None:
+    flags = ("--info-db-dsn", dsn)
+    needed = f"this program needs version {SCHEMA}."
+    assert db("version", *flags) == f"{connection}: no tables; {needed}\n"
+    for _ in range(2):
+        assert db("upgrade", *flags) == f"{connection}: tables of version {SCHEMA}.\n"
+    assert db("version", *flags) == f"{connection}: tables of version {SCHEMA}; {needed}\n"
+    run(connection, "UPDATE tuswsgi_schema SET version = 99")
+    assert "tables of version 99" in db("version", *flags)
+    assert "a newer tuswsgi made" in db("upgrade", *flags, code=1)
+
+
+def test_the_locks_may_have_a_database_of_their_own(tmp_path: Path) -> None:
+    locks = f"sqlite:///{tmp_path}/locks.sqlite3"
+    flags = ("--data-dir", str(tmp_path), "--locker", "db-locker", "--locker-dsn", locks)
+    assert len(db("upgrade", *flags).splitlines()) == 2
+    assert version(connect(locks)) == SCHEMA
+    only = ("--info-storage", "file-info-storage")
+    assert db("version", *flags, *only).count("\n") == 1
+
+
+def test_without_a_database_there_is_nothing_to_upgrade(tmp_path: Path) -> None:
+    flags = ("--data-dir", str(tmp_path), "--info-storage", "file-info-storage")
+    assert "No SQL database" in db("upgrade", *flags, code=1)
+
+
+def test_a_database_that_is_away_is_said_without_secrets() -> None:
+    dsn = "postgres://me:secret@127.0.0.1:1/db"
+    assert "cannot be used now" in (output := db("upgrade", "--info-db-dsn", dsn, code=1))
+    assert "secret" not in output

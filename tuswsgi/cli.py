@@ -1,4 +1,4 @@
-"""The command line: ``tuswsgi serve``, ``config``, ``hooks`` and ``upload``.
+"""The command line: ``tuswsgi serve``, ``config``, ``hooks``, ``db`` and ``upload``.
 
 It owns flags, output and exit codes (2 for a wrong configuration, 1 for everything else
 that fails) and no behaviour. Whatever is slow to import is imported by the command that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import click
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
+    from tuswsgi.connections.sql import SqlConnection
     from tuswsgi.infostores.base import InfoStore
     from tuswsgi.options import Option
 
@@ -238,6 +239,57 @@ def _events(load: Callable[[], Config]) -> Iterator[InfoStore]:
             yield infos
     except Unavailable as error:
         raise click.ClickException(str(error)) from error
+
+
+@main.group()
+def db() -> None:
+    """Look after the tables of the SQL databases that are configured.
+
+    The server makes and upgrades them by itself when it starts.
+    """
+
+
+@db.command("version", cls=ConfiguredCommand)
+@_config_option
+def db_version(load: Callable[[], Config]) -> None:
+    """Say of which version the tables are, and which one this program needs."""
+    from tuswsgi.connections.tables import SCHEMA, version
+
+    with _databases(load) as databases:
+        for database in databases:
+            database.prepare()
+            found = version(database)
+            tables = f"tables of version {found}" if found else "no tables"
+            click.echo(f"{database}: {tables}; this program needs version {SCHEMA}.")
+
+
+@db.command(cls=ConfiguredCommand)
+@_config_option
+def upgrade(load: Callable[[], Config]) -> None:
+    """Create the tables, or bring older ones up to date. Newer ones are left alone."""
+    from tuswsgi.connections.tables import SCHEMA, prepare_tables
+
+    with _databases(load) as databases:
+        for database in databases:
+            prepare_tables(database)
+            click.echo(f"{database}: tables of version {SCHEMA}.")
+
+
+@contextmanager
+def _databases(load: Callable[[], Config]) -> Iterator[Sequence[SqlConnection]]:
+    with _failing(exit_code=2):
+        configuration = load()
+    from tuswsgi import registry
+    from tuswsgi.errors import Unavailable
+
+    try:
+        with _failing(exit_code=1):
+            databases = registry.databases(configuration)
+            if not databases:
+                raise click.ClickException("No SQL database is configured.")
+            yield databases
+    except Unavailable as error:
+        raise click.ClickException("The database cannot be used now; the log says why.") from error
 
 
 @main.command()

@@ -25,6 +25,7 @@ from tuswsgi.options import MAIN, Duration, option
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
+    from tuswsgi.connections.sql import SqlConnection
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +258,19 @@ def _lease_locker(config: Config, backends: Backends, beside: Locker[Any]) -> Lo
     from tuswsgi.lockers.etcd import EtcdLocker
 
     return EtcdLocker(**_given(dsn=backends.locker_dsn), **common)
+
+
+def databases(config: Config) -> list[SqlConnection]:
+    """Return the SQL databases that the configured backends use; nothing is opened yet."""
+    from tuswsgi.connections.sql import connect
+
+    backends, dsns = config.build(Backends), []
+    if backends.info_storage is InfoStoreName.SQL:
+        dsns.append(backends.database)
+    if backends.chosen_locker is LockerName.SQL:
+        dsns.append(backends.locker_dsn or backends.database)
+    pool, durable = config.build(PoolSettings), backends.force_fsync
+    return [connect(dsn, durable=durable, pool=pool) for dsn in dict.fromkeys(dsns)]
 
 
 def hooks(config: Config) -> list[Hook]:

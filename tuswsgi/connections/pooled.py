@@ -72,6 +72,9 @@ class PooledConnection(SqlConnection):
         self._settings = settings
         self._pool: PerProcess[Pool[Database]] = PerProcess(self._make_pool)
 
+    def __str__(self) -> str:
+        return str(self._address)
+
     def prepare(self) -> None:
         """There is nothing to do but for the tables."""
 
@@ -181,7 +184,7 @@ class PooledConnection(SqlConnection):
 
     def _told(self, error: PeeweeException, trouble: Trouble) -> TusError:
         text = " ".join(str(error).split())
-        log.error("The database %s failed: %s: %s", self._address, type(error).__name__, text)
+        log.error("The database %s failed: %s: %s", self, type(error).__name__, text)
         return StorageFull() if trouble is Trouble.FULL else Unavailable()
 
 

@@ -66,6 +66,10 @@ class SqlConnection(ABC):
         return sql.replace("?", self.placeholder)
 
     @abstractmethod
+    def __str__(self) -> str:
+        """Return what people call the database; no secrets."""
+
+    @abstractmethod
     def prepare(self) -> None:
         """Make the database ready for use. May be called by several processes at once.
 

@@ -55,6 +55,9 @@ class SqliteConnection(SqlConnection):
         self._durable = durable
         self._handles: PerProcess[_Handles] = PerProcess(self._make_handles)
 
+    def __str__(self) -> str:
+        return str(self._path)
+
     def prepare(self) -> None:
         database = _database(self._path, durable=self._durable)
         try:
