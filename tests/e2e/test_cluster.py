@@ -75,6 +75,7 @@ def strike(cluster: Cluster) -> str:
     return what
 
 
+@pytest.mark.slow
 def test_uploads_survive_everything(cluster: Cluster) -> None:
     sizes = [random.choice([0, 1, 5_000, 200_000, 1_000_000, 3_000_000]) for _ in range(UPLOADS)]
     uploaders = [
@@ -128,6 +129,7 @@ class Writer:
             assert answer.status in PASSING
 
 
+@pytest.mark.slow
 def test_one_of_many_writers_wins(cluster: Cluster) -> None:
     """Eight clients write at one offset, over and over; each byte is its writer's."""
     path = cluster.any_client().create(2 * 10**9)
