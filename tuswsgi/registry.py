@@ -196,24 +196,61 @@ def info_store(config: Config) -> InfoStore:
     if backends.info_storage is InfoStoreName.FILE:
         from tuswsgi.infostores.file import FileInfoStore
 
-        values = _filled(config.values(FileInfoStore), info_dir=backends.own_dir / "info")
-        return FileInfoStore(force_fsync=backends.force_fsync, **values)
+        directory = config.values(FileInfoStore)["info_dir"] or backends.own_dir / "info"
+        return _file_info_store(directory, config)
     if backends.info_storage is InfoStoreName.REDIS:
-        from tuswsgi.infostores.redis import RedisInfoStore
+        return _redis_info_store(_named(backends.info_db_dsn, "info_db_dsn"), config)
+    return _sql_info_store(backends.database, config)
 
-        return RedisInfoStore(
-            _named(backends.info_db_dsn, "info_db_dsn"),
-            **config.values(RedisInfoStore),
-            pool=config.build(PoolSettings),
-            settings=config.build(RedisSettings),
-        )
+
+def info_store_at(dsn: str, config: Config) -> InfoStore:
+    """Return the info store of a DSN; nothing is opened yet.
+
+    :param dsn: ``file:///directory``, or as ``info_db_dsn`` takes it.
+    :raises ConfigurationError: if there is no such kind of store.
+    """
+    scheme = dsn.partition(":")[0]
+    if scheme == "file":
+        return _file_info_store(directory_of(dsn), config)
+    if scheme == "unix" or scheme.startswith("redis"):
+        return _redis_info_store(dsn, config)
+    return _sql_info_store(dsn, config)
+
+
+def directory_of(dsn: str) -> Path:
+    """Return the directory that is written as ``file:///directory``.
+
+    :raises ConfigurationError: if it is written in another way.
+    """
+    path = Path(dsn.removeprefix("file://"))
+    if not path.is_absolute():
+        raise ConfigurationError("The directory of records is not written as file:///directory.")
+    return path
+
+
+def _file_info_store(directory: Path, config: Config) -> InfoStore:
+    from tuswsgi.infostores.file import FileInfoStore
+
+    values = {**config.values(FileInfoStore), "info_dir": directory}
+    return FileInfoStore(**values, force_fsync=config.build(Backends).force_fsync)
+
+
+def _redis_info_store(dsn: str, config: Config) -> InfoStore:
+    from tuswsgi.infostores.redis import RedisInfoStore
+
+    return RedisInfoStore(
+        dsn,
+        **config.values(RedisInfoStore),
+        pool=config.build(PoolSettings),
+        settings=config.build(RedisSettings),
+    )
+
+
+def _sql_info_store(dsn: str, config: Config) -> InfoStore:
     from tuswsgi.infostores.sql import SqlInfoStore
 
-    return SqlInfoStore(
-        backends.database,
-        force_fsync=backends.force_fsync,
-        pool=config.build(PoolSettings),
-    )
+    force_fsync = config.build(Backends).force_fsync
+    return SqlInfoStore(dsn, force_fsync=force_fsync, pool=config.build(PoolSettings))
 
 
 def locker(config: Config) -> Locker[Any]:
@@ -358,11 +395,6 @@ def option_groups() -> list[type]:
         *(transport for transport, _ in _transports()),
         DeliverySettings,
     ]
-
-
-def _filled(values: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """Return `values` with `defaults` where they are unset."""
-    return values | {key: default for key, default in defaults.items() if values[key] is None}
 
 
 def _named(dsn: str | None, option: str) -> str:

@@ -231,6 +231,15 @@ class OutboxContract:
         store.settle(first)
         assert list(store.outbox(dead=True)) == []
 
+    def test_dead_events_may_come_with_a_record(self, store: InfoStore) -> None:
+        info = upload()
+        dead = event(info, transport="http", dead=True, attempts=9, error="no more")
+        store.create(info, [dead, told := event(info, transport="http", attempts=2)])
+        assert list(store.outbox(dead=True)) == [dead]
+        assert list(claim(store)) == [told]
+        store.put_back(again := replace(dead, dead=False))
+        assert list(store.events(info.id)) == [again, told]
+
     def test_a_dead_event_may_be_tried_again(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
         dead = replace(first, dead=True)
