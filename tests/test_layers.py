@@ -46,6 +46,7 @@ ROWS = {
     "tuswsgi.app": 6,
     "tuswsgi.cli": 6,
     "tuswsgi.client": 6,
+    "tuswsgi.copying": 6,
     "tuswsgi.http1": 6,
     "tuswsgi.master": 6,
     "tuswsgi.outbox": 6,

@@ -1,4 +1,4 @@
-"""The command line: ``tuswsgi serve``, ``config``, ``hooks``, ``db`` and ``upload``.
+"""The command line: ``tuswsgi serve``, ``config``, ``hooks``, ``info``, ``db`` and ``upload``.
 
 It owns flags, output and exit codes (2 for a wrong configuration, 1 for everything else
 that fails) and no behaviour. Whatever is slow to import is imported by the command that
@@ -290,6 +290,59 @@ def _databases(load: Callable[[], Config]) -> Iterator[Sequence[SqlConnection]]:
             yield databases
     except Unavailable as error:
         raise click.ClickException("The database cannot be used now; the log says why.") from error
+
+
+@main.group()
+def info() -> None:
+    """Look after the records of uploads."""
+
+
+@info.command(cls=ConfiguredCommand)
+@_config_option
+@click.option("--from", "source", metavar="DSN", help="Where the records are.")
+@click.option("--to", "target", metavar="DSN", help="Where they shall be.")
+@click.option("--overwrite", is_flag=True, help="Replace what differs there, with its post-hooks.")
+@click.option(
+    "--without-files",
+    is_flag=True,
+    help="Take finished uploads of rustus also if their files are gone.",
+)
+def copy(
+    load: Callable[[], Config],
+    source: str | None,
+    target: str | None,
+    overwrite: bool,
+    without_files: bool,
+) -> None:
+    """Copy the records of all uploads, with post-hooks that are not delivered, to another store.
+
+    A DSN is file:///directory, one of --info-db-dsn, or the place of a rustus' records:
+    rustus+file:///info-dir or rustus+redis://host:6379, with rustus' data directory as
+    --data-dir. Without one it is the configured store. Stop the servers first. Nothing is
+    changed in the source, and what was cut off is continued by doing it again.
+    """
+    if source == target:
+        raise click.UsageError("Say --from or --to, or both: there and here are the same.")
+    with _failing(exit_code=2):
+        configuration = load()
+    from tuswsgi import copying
+    from tuswsgi.errors import TusError
+
+    click.echo("The servers of both stores must be stopped until this ends.", err=True)
+    try:
+        with (
+            _failing(exit_code=1),
+            copying.opened(
+                configuration, source, target, overwrite=overwrite, without_files=without_files
+            ) as one,
+        ):
+            try:
+                one.run(lambda ids, name: click.progressbar(ids, label=name, file=sys.stderr))
+            finally:
+                click.echo("\n".join(one.report.lines()))
+    except TusError as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(0 if one.report.is_complete else 1)
 
 
 @main.command()

@@ -1,0 +1,274 @@
+"""Records that rustus wrote, as records of ours: to be read, never to be written.
+
+This file owns rustus' JSON, where its releases from 0.1 to 1.1 keep it, and what becomes of
+each field. The bytes stay where rustus put them: the records that come out of here belong to
+files below the same data directory. Source: rustus, ``src/file_info.rs``,
+``src/info_storage/impls`` and ``src/data_storage/impls/file_storage.rs``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
+
+from tuswsgi.errors import ConfigurationError, InvalidMetadata, Unavailable, UploadNotFound
+from tuswsgi.info import MAX_SIZE, FileInfo, Metadata, State, Storage, check_id
+from tuswsgi.paths import contained
+
+if TYPE_CHECKING:
+    import redis
+
+#: What rustus' file storage calls itself, and the only one before 0.4, which has no name.
+_FILE_STORAGE = "file_storage"
+
+_SUFFIX = ".info"
+
+#: What rustus names uploads: UUIDs, without hyphens in its first releases. Its Redis may hold
+#: keys of others too.
+_UUID = re.compile(rb"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}")
+
+#: Seconds that a Redis may take to answer.
+_PATIENCE = 10.0
+
+_size = validate.Range(0, MAX_SIZE)
+
+
+class NotConvertible(Exception):
+    """A record that cannot become one of ours, with a sentence that says why."""
+
+
+class RustusRecord(Schema):
+    """The JSON of a record. 0.1 to 0.3 did not write all of it."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    id = fields.String(required=True)
+    offset = fields.Integer(required=True, strict=True, validate=_size)
+    length = fields.Integer(required=True, strict=True, validate=_size, allow_none=True)
+    path = fields.String(required=True, allow_none=True)
+    created_at = fields.Integer(required=True, strict=True)
+    is_partial = fields.Boolean(load_default=False)
+    is_final = fields.Boolean(load_default=False)
+    parts = fields.List(fields.String(), load_default=None, allow_none=True)
+    storage = fields.String(load_default=_FILE_STORAGE)
+    metadata = fields.Dict(fields.String(), fields.String(), required=True)
+
+
+_schema = RustusRecord()
+
+
+class RustusTexts(ABC):
+    """Where rustus keeps the JSON of its records."""
+
+    @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """Return the ids of all records, sorted.
+
+        :raises ConfigurationError: if there is no such place.
+        :raises Unavailable: if it cannot be read now.
+        """
+
+    @abstractmethod
+    def text(self, id: str) -> bytes:
+        """Return the JSON of a record.
+
+        :raises UploadNotFound: if there is none.
+        :raises Unavailable: if it cannot be read now.
+        """
+
+    def close(self) -> None:
+        """Release what this process holds."""
+
+
+class RustusFiles(RustusTexts):
+    """The directory of rustus' ``file-info-storage``, with a file ``<id>.info`` each."""
+
+    def __init__(self, info_dir: Path) -> None:
+        self._directory = info_dir
+
+    def ids(self) -> Sequence[str]:
+        try:
+            names = os.listdir(self._directory)
+        except OSError as error:
+            raise ConfigurationError(
+                f"The directory {self._directory} cannot be read: {error.strerror}."
+            ) from error
+        return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
+
+    def text(self, id: str) -> bytes:
+        try:
+            return (self._directory / f"{id}{_SUFFIX}").read_bytes()
+        except FileNotFoundError:
+            raise UploadNotFound from None
+        except OSError as error:
+            raise NotConvertible(f"Its record cannot be read: {error.strerror}.") from error
+
+
+class RustusRedis(RustusTexts):
+    """The database of rustus' ``redis-info-storage``, with a key that is the id each."""
+
+    def __init__(self, dsn: str) -> None:
+        import redis
+
+        try:
+            self._redis: redis.Redis = redis.Redis.from_url(
+                dsn, socket_timeout=_PATIENCE, socket_connect_timeout=_PATIENCE
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"The DSN of rustus' Redis is wrong: {error}") from error
+
+    def ids(self) -> Sequence[str]:
+        with _trouble():
+            keys = {*self._redis.scan_iter(count=1000, _type="string")}
+        return sorted(key.decode() for key in keys if _UUID.fullmatch(key))
+
+    def text(self, id: str) -> bytes:
+        with _trouble():
+            text = self._redis.get(id)
+        if text is None:
+            raise UploadNotFound
+        assert isinstance(text, bytes)
+        return text
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+class RustusRecords:
+    """The records of a rustus, converted.
+
+    :param data_dir: rustus' data directory, which is to be that of this server.
+    :param url: the path of uploads, for the URLs of a final upload's parts.
+    :param without_files: convert finished uploads also if their bytes are not there (an
+        application may have moved them away); a download is answered 410 then.
+    """
+
+    def __init__(
+        self, texts: RustusTexts, data_dir: Path, url: str, *, without_files: bool = False
+    ) -> None:
+        self._texts = texts
+        self._data_dir = data_dir.absolute()
+        self._url = url.rstrip("/")
+        self._without_files = without_files
+
+    def ids(self) -> Sequence[str]:
+        """Return the ids of all records, sorted.
+
+        :raises ConfigurationError: if there is no place of that kind.
+        :raises Unavailable: if it cannot be read now.
+        """
+        return self._texts.ids()
+
+    def read(self, id: str) -> FileInfo:
+        """Return a record.
+
+        :raises UploadNotFound: if there is none.
+        :raises NotConvertible: if it cannot become one of ours.
+        :raises Unavailable: if it cannot be read now.
+        """
+        data = _parse(id, self._texts.text(id))
+        if data["storage"] != _FILE_STORAGE:
+            raise NotConvertible(f"Its bytes are not in files but in {data['storage']}.")
+        path, stat = self._find(id, data["path"] or "")
+        is_finished = data["length"] is not None and data["offset"] == data["length"]
+        if stat is None and not (is_finished and self._without_files):
+            raise NotConvertible(
+                f"Its file {data['path']} is not below the data directory {self._data_dir}."
+            )
+        self._check(data, stat, is_finished)
+        written_at = float(data["created_at"]) if stat is None else stat.st_mtime
+        return FileInfo(
+            id=id,
+            size=data["length"],
+            offset=data["length"] if stat is None else stat.st_size,
+            metadata=_metadata(data["metadata"]),
+            is_partial=data["is_partial"],
+            is_final=data["is_final"],
+            concat=self._concat(data),
+            partial_uploads=tuple(data["parts"] or ()),
+            storage=Storage(_FILE_STORAGE, path),
+            state=State.FINISHED if is_finished else State.RECEIVING,
+            created_at=float(data["created_at"]),
+            last_byte_at=written_at,
+            finished_at=written_at if is_finished else None,
+        )
+
+    def close(self) -> None:
+        """Release what this process holds."""
+        self._texts.close()
+
+    def _check(self, data: dict[str, Any], stat: os.stat_result | None, is_finished: bool) -> None:
+        """Refuse what rustus itself left in disorder."""
+        if data["is_final"] and not is_finished:
+            raise NotConvertible("It is a final upload that was never made of its parts.")
+        if stat is None or data["length"] is None:
+            return
+        # rustus has no locks: two requests at once make a file longer than was promised.
+        if stat.st_size > data["length"] or (is_finished and stat.st_size != data["length"]):
+            raise NotConvertible(
+                f"Its file has {stat.st_size} bytes where the upload has {data['length']}."
+            )
+
+    def _find(self, id: str, path: str) -> tuple[str, os.stat_result | None]:
+        """Return where below the data directory an upload's file is, and what it is like.
+
+        rustus keeps absolute paths. The directory may have moved since, or be mounted
+        elsewhere: it is the end of the path that counts, and a file has its upload's id for
+        a name, which no other upload has.
+        """
+        parts = PurePosixPath(path).parts
+        if parts and parts[-1] == id:
+            for start in range(len(parts)):
+                relative = "/".join(parts[start:])
+                try:
+                    file = self._data_dir / contained(relative)
+                except UploadNotFound:
+                    continue
+                if file.is_file():
+                    return relative, file.stat()
+        return id, None
+
+    def _concat(self, data: dict[str, Any]) -> str | None:
+        """Return what the client said in ``Upload-Concat``, as far as rustus remembers it."""
+        if data["is_final"]:
+            return "final;" + " ".join(f"{self._url}/{part}" for part in data["parts"] or ())
+        return "partial" if data["is_partial"] else None
+
+
+def _parse(id: str, text: bytes) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = _schema.loads(text.decode())
+    except (ValueError, ValidationError) as error:
+        raise NotConvertible(f"It is no record of rustus: {error}") from error
+    if data["id"] != id:
+        raise NotConvertible(f"It is the record of {data['id']}.")
+    try:
+        check_id(id)
+    except UploadNotFound:
+        raise NotConvertible("No upload can have such an id.") from None
+    return data
+
+
+def _metadata(values: dict[str, str]) -> Metadata:
+    try:
+        return Metadata.of(values)
+    except (InvalidMetadata, UnicodeEncodeError) as error:
+        raise NotConvertible(f"Its metadata cannot be sent: {error}") from error
+
+
+@contextmanager
+def _trouble() -> Iterator[None]:
+    import redis
+
+    try:
+        yield
+    except redis.RedisError as error:
+        raise Unavailable(f"rustus' Redis does not answer: {error}") from error
