@@ -59,6 +59,9 @@ class Answer:
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         start_response(self.status_line, self.headers)
+        if environ["REQUEST_METHOD"] == "HEAD":
+            # gunicorn would leave it out as well, and complain each time.
+            return _sent((), self.request_body, environ, start_response)
         content = (self.content,) if isinstance(self.content, bytes) else self.content
         return _sent(content, self.request_body, environ, start_response)
 
@@ -92,6 +95,8 @@ class TusResponse(Response):
             start_response(self.status, self.headers.to_wsgi_list())
             passed = cast("Iterable[bytes]", self.response)
             content = passed if self.direct_passthrough else self.iter_encoded()
+            if environ["REQUEST_METHOD"] == "HEAD":
+                content = ()
         else:
             content = super().__call__(environ, start_response)
         return _sent(content, self.request_body, environ, start_response)
