@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,18 +152,47 @@ def quiet_loggers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("quiet_loggers")
-def test_the_log_follows_the_settings_also_at_a_reload() -> None:
+def test_the_log_follows_the_settings_also_at_a_reload(monkeypatch: pytest.MonkeyPatch) -> None:
     def logs(level: int) -> bool:
         return logging.getLogger("tuswsgi.x").isEnabledFor(level)
 
-    told(log_level="warn")["on_starting"](None)
-    assert logs(logging.WARNING)
-    assert not logs(logging.INFO)
-    told(log_level="TRACE")["on_reload"](None)
-    assert logs(logging.DEBUG)
-    told(log_level="OFF")["on_reload"](None)
-    assert not logs(logging.CRITICAL)
-    assert len(logging.getLogger("tuswsgi").handlers) == 1
+    with monkeypatch.context() as patch:
+        # pytest has put its own there.
+        patch.setattr(logging.getLogger(), "handlers", [])
+        told(log_level="warn")["on_starting"](None)
+        assert logs(logging.WARNING)
+        assert not logs(logging.INFO)
+        told(log_level="TRACE")["on_reload"](None)
+        assert logs(logging.DEBUG)
+        told(log_level="OFF")["on_reload"](None)
+        assert not logs(logging.CRITICAL)
+        assert len(logging.getLogger().handlers) == 1
+
+
+@pytest.mark.usefixtures("quiet_loggers")
+def test_a_log_that_somebody_else_has_set_up_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = logging.NullHandler()
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [own])
+        told()["on_starting"](None)
+        assert logging.getLogger().handlers == [own]
+
+
+def test_reports_without_sentry_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentry_sdk.utils", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'tuswsgi\[sentry\]'"):
+        told(sentry_dsn="https://key@example.org/1")
+
+
+def test_reports_to_what_is_no_dsn() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        told(sentry_dsn="https://secret@/x")
+    assert "sentry" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="between 0 and 1"):
+        told(sentry_sample_rate="2")
 
 
 @pytest.mark.usefixtures("quiet_loggers")

@@ -129,6 +129,7 @@ class Tus:
             owner=self._owner,
             before_first=self.start,
             methods=methods,
+            tells_request_id=self.config.build(ServerSettings).access_log,
         )
 
     def monitoring_blueprint(self) -> MonitoringBlueprint:

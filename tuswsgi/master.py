@@ -17,7 +17,7 @@ from gunicorn.errors import AppImportError
 from tuswsgi import registry
 from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError
-from tuswsgi.server import ServerSettings, check_listening, gunicorn_settings
+from tuswsgi.server import ServerSettings, check_listening, gunicorn_settings, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class Master(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
 
         :raises ConfigurationError: if the server cannot start on this host.
         """
+        set_up_logging(self.config.build(ServerSettings))
         registry.prepare(self.config)
         if not _inherits_sockets():
             check_listening(self.config.build(ServerSettings))

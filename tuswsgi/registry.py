@@ -376,6 +376,7 @@ def option_groups() -> list[type]:
     from tuswsgi.infostores.file import FileInfoStore
     from tuswsgi.infostores.redis import RedisInfoStore
     from tuswsgi.protocol.settings import UploadSettings
+    from tuswsgi.sentry import SentrySettings
     from tuswsgi.server import ServerSettings
     from tuswsgi.web.settings import MonitoringSettings, WebSettings
 
@@ -394,6 +395,7 @@ def option_groups() -> list[type]:
         HookSettings,
         *(transport for transport, _ in _transports()),
         DeliverySettings,
+        SentrySettings,
     ]
 
 

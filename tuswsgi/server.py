@@ -24,13 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from marshmallow import ValidationError
 
+from tuswsgi import sentry
 from tuswsgi.errors import ConfigurationError
+from tuswsgi.logs import LogFormat, formatter
 from tuswsgi.options import MAIN, Duration, KiB, option
 from tuswsgi.registry import Backends
+from tuswsgi.sentry import SentrySettings
 from tuswsgi.web.settings import HEALTH, METRICS, READY
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
+
+log = logging.getLogger(__name__)
 
 
 _WATCHED = (HEALTH, READY, METRICS)
@@ -108,6 +113,9 @@ class ServerSettings:
     log_level: LogLevel = option(
         LogLevel.INFO, "How much is logged (also rustus' `WARN`).", rustus="LOG_LEVEL"
     )
+    log_format: LogFormat = option(
+        LogFormat.TEXT, "Lines of text, or one JSON object on each line."
+    )
     access_log: bool = option(False, "Log a line for each request to the standard output.")
     disable_health_access_log: bool = option(
         False,
@@ -126,16 +134,27 @@ _LEVELS = {
     LogLevel.TRACE: logging.DEBUG,
 }
 
-_LOG_FORMAT = "%(asctime)s [%(process)d] [%(levelname)s] %(message)s"
-_LOG_TIME = "[%Y-%m-%d %H:%M:%S %z]"
+_LOGS = {
+    LogFormat.TEXT: "tuswsgi.gunicorn_log.TextLog",
+    LogFormat.JSON: "tuswsgi.gunicorn_log.JsonLog",
+}
+
+#: Apache's combined format, then milliseconds and the request's id.
+_ACCESS_FORMAT = (
+    '%(h)s %(l)s %(u)s %(t)s "%(r)s" %(s)s %(b)s "%(f)s" "%(a)s" %(M)s %({x-request-id}o)s'
+)
+
+#: Takes what all loggers of this process say, but for gunicorn's, who has handlers of its own.
+_handler = logging.StreamHandler()
 
 
 def gunicorn_settings(config: Config) -> dict[str, Any]:
     """Return what gunicorn is to be told, by the names of its settings.
 
-    :raises ConfigurationError: if options contradict each other.
+    :raises ConfigurationError: if options contradict each other, or an extra is missing.
     """
-    settings = config.build(ServerSettings)
+    settings, reports = config.build(ServerSettings), config.build(SentrySettings)
+    sentry.check(reports)
     return {
         "bind": _bind(settings),
         "reuse_port": settings.reuse_port,
@@ -146,11 +165,13 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "worker_connections": settings.worker_connections,
         "graceful_timeout": math.ceil(settings.graceful_timeout),
         "loglevel": logging.getLevelName(_level(settings)).lower(),
+        "logger_class": _LOGS[settings.log_format],
         "accesslog": "-" if settings.access_log else None,
+        "access_log_format": _ACCESS_FORMAT,
         **_FIXED,
         "on_starting": lambda arbiter: _prepare_process(settings),
         "on_reload": lambda arbiter: _prepare_process(settings),
-        "post_fork": _hold_signals,
+        "post_fork": lambda arbiter, worker: _enter(reports, arbiter),
         "post_worker_init": lambda worker: _begin(settings, worker),
         "worker_exit": lambda arbiter, worker: _end(worker),
     }
@@ -285,17 +306,24 @@ def _processors() -> int:
 def _prepare_process(settings: ServerSettings) -> None:
     """Get the process ready that will fork the workers."""
     _raise_file_limit()
-    logging.disable(logging.CRITICAL if settings.log_level is LogLevel.OFF else logging.NOTSET)
-    logger = logging.getLogger("tuswsgi")
-    logger.setLevel(_level(settings))
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(_LOG_FORMAT, _LOG_TIME))
-        logger.addHandler(handler)
+    set_up_logging(settings)
     access = logging.getLogger("gunicorn.access")
     access.removeFilter(_is_not_health)
     if settings.disable_health_access_log:
         access.addFilter(_is_not_health)
+
+
+def set_up_logging(settings: ServerSettings) -> None:
+    """Make this process log as it is configured; also after a reload.
+
+    Handlers that somebody else has given to the root logger are left alone.
+    """
+    logging.disable(logging.CRITICAL if settings.log_level is LogLevel.OFF else logging.NOTSET)
+    logging.getLogger("tuswsgi").setLevel(_level(settings))
+    _handler.setFormatter(formatter(settings.log_format))
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(_handler)
 
 
 def _raise_file_limit() -> None:
@@ -310,14 +338,21 @@ def _raise_file_limit() -> None:
 
 
 def _is_not_health(record: logging.LogRecord) -> bool:
-    return not (isinstance(record.args, Mapping) and record.args.get("U") in _WATCHED)
+    said = record.args.get("U") if isinstance(record.args, Mapping) else None
+    return getattr(record, "path", said) not in _WATCHED
 
 
 #: What tells a worker to stop.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
-def _hold_signals(arbiter: Any, worker: Any) -> None:
+def _enter(reports: SentrySettings, arbiter: Any) -> None:
+    """Make the process of a new worker its own."""
+    _hold_signals(arbiter)
+    sentry.start(reports)
+
+
+def _hold_signals(arbiter: Any) -> None:
     """Keep signals for a new worker until it can handle them.
 
     Until then the handlers are the master's. A worker that was told to stop just after it
@@ -341,7 +376,11 @@ def _begin(settings: ServerSettings, worker: Any) -> None:
     # forks says it: its sockets listen already, and workers after it (also after a reload)
     # are not news.
     if worker.age == 1:
-        print(ready_line(settings, worker.sockets[0].getsockname()), flush=True)
+        line = ready_line(settings, worker.sockets[0].getsockname())
+        if settings.log_format is LogFormat.JSON:
+            log.info("%s", line)
+        else:
+            print(line, flush=True)
 
 
 def _end(worker: Any) -> None:
@@ -349,3 +388,4 @@ def _end(worker: Any) -> None:
     tus = getattr(getattr(worker, "wsgi", None), "extensions", {}).get("tuswsgi")
     if tus is not None:
         tus.drain(_DRAIN_TIME)
+    sentry.stop()

@@ -31,6 +31,7 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
 from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.logs import current_request
 from tuswsgi.process import let_others_run
 from tuswsgi.web.gunicorn_body import missing_internals
 
@@ -296,6 +297,7 @@ class _Idle:
         self._greenlet = gevent.getcurrent()
 
     def __enter__(self) -> None:
+        current_request.set(None)
         self._idle[self._greenlet] = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:

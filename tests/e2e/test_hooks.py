@@ -230,6 +230,18 @@ esac
 """
 
 
+def test_the_id_of_a_request_reaches_the_application(
+    serve: Serve, application: Application
+) -> None:
+    server = start(serve, application)
+    for headers in ({"X-Request-ID": "from-a-proxy"}, {}):
+        id = post(server, 5, b"hello", **headers).headers["x-request-id"]
+        assert id == headers.get("X-Request-ID", id)
+        # What is told later, by whatever worker, still says which request it comes of.
+        for heard in (application.next("pre-create"), application.next("post-finish")):
+            assert heard.headers["X-Request-ID"] == id
+
+
 def program(directory: Path, pre_create: str = ":") -> tuple[Path, Path]:
     """Write a hook, and return it and its log."""
     hook, log = directory / "hook.sh", directory / "hook.log"

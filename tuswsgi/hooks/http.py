@@ -175,6 +175,8 @@ class HttpHook(Hook):
             "Hook-Sequence": str(request.sequence),
             "Idempotency-Key": request.id,
         }
+        if id := request.request.headers.get("x-request-id"):
+            own["X-Request-ID"] = id
         if self.secret:
             now = str(int(time.time()))
             signed = hmac.digest(self.secret.encode(), now.encode() + b"." + body, hashlib.sha256)

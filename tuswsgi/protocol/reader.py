@@ -38,9 +38,11 @@ class Body(ABC):
     """The body of a request, as ``web`` gets it from the WSGI server.
 
     :ivar length: its announced length in bytes; ``None`` where it is chunked.
+    :ivar received: how many of its bytes were taken as an upload's.
     """
 
     length: int | None = 0
+    received: int = 0
 
     @abstractmethod
     def receive(self, n: int) -> memoryview | bytes:
@@ -216,7 +218,7 @@ class UploadReader:
         if n == 0:
             self._ended = not self._has_lost_lock() and self.error is None
             return
-        self.received += n
+        self.received = self._body.received = self.received + n
         self.last_progress = time.monotonic()
 
     def _progressed(self) -> None:

@@ -7,7 +7,7 @@ ours and carries the headers that tus and browsers need.
 from __future__ import annotations
 
 import errno
-import logging
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
@@ -16,26 +16,24 @@ from flask.sansio.blueprints import BlueprintSetupState
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter, Rule
 
-from tuswsgi.errors import (
-    BodyIncomplete,
-    MethodNotAllowed,
-    ReadTimeout,
-    StorageFull,
-    TusError,
-    Unavailable,
-)
+from tuswsgi.errors import MethodNotAllowed, TusError, Unavailable
 from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
 from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.web.body import body_of
 from tuswsgi.web.cors import Cors
 from tuswsgi.web.request_body import RequestBody
+from tuswsgi.web.request_log import log_answer, log_failure
 from tuswsgi.web.responses import Answer, Headers, TusResponse, error_response
 from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import origin_of, request_uri
 from tuswsgi.web.views import Call, Views
 
-log = logging.getLogger(__name__)
+_REQUEST_ID_HEADER = "X-Request-ID"
+
+#: The longest id of an upload that logs show: none is longer.
+_SHOWN = 128
 
 #: Returns who sends a request, ``None`` for nobody in particular.
 OwnerFunction = Callable[[flask.Request], "str | None"]
@@ -58,6 +56,8 @@ class TusBlueprint(flask.Blueprint):
 
     :param before_first: called before each request is looked at.
     :param methods: the methods to take, ``None`` for all.
+    :param tells_request_id: whether every answer says its request's id; those say it in any
+        case whose client sent one, or of which the log has told.
     """
 
     def __init__(
@@ -69,12 +69,14 @@ class TusBlueprint(flask.Blueprint):
         owner: OwnerFunction | None = None,
         before_first: Callable[[], None] = lambda: None,
         methods: Collection[str] | None = None,
+        tells_request_id: bool = False,
     ) -> None:
         super().__init__(name, __name__)
         self._uploads = uploads
         self._settings = settings
         self._owner = owner
         self._before_first = before_first
+        self._tells_request_id = tells_request_id
         self._methods = None if methods is None else {method.upper() for method in methods}
         self._views = Views(uploads, settings, self._methods)
         self._cors = Cors(settings)
@@ -107,31 +109,51 @@ class TusBlueprint(flask.Blueprint):
 
     def answer(self, environ: dict[str, Any], tus_id: str) -> Answer:
         """Return the answer to a request for an upload, for the collection if there is no id."""
-        common = self._common_headers(environ)
-        body: RequestBody | None = None
+        token = current_request.set(environ)
         try:
-            body = body_of(environ)
-            self._before_first()
-            return self._answer(environ, tus_id.removesuffix("/"), body, common)
-        except TusError as error:
-            _log_error(environ, error)
-            return error_response(error, common, body)
-        except HTTPException:
-            raise  # the application's own: its ``owner`` function aborts with 401
-        except Exception as error:
-            log.exception("%s %s failed", environ["REQUEST_METHOD"], environ.get("PATH_INFO"))
-            # Too many open files is trouble that passes.
-            passes = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-            return error_response(Unavailable() if passes else TusError(), common, body)
+            return self._logged_answer(environ, tus_id.removesuffix("/"))
+        finally:
+            current_request.reset(token)
 
-    def _answer(
-        self, environ: dict[str, Any], id: str, body: RequestBody, common: Headers
-    ) -> Answer:
-        headers = TusHeaders(environ)
+    def _logged_answer(self, environ: dict[str, Any], id: str) -> Answer:
+        began, common = time.monotonic(), self._common_headers(environ)
+        is_told = REQUEST_ID in environ
+        if len(id) <= _SHOWN and id.isascii() and id.isprintable():
+            environ[UPLOAD_ID] = id
+        body: RequestBody | None = None
         # "The X-HTTP-Method-Override request header MUST be a string which MUST be
         # interpreted as the request's method by the Server [...]. The actual method of
         # the request MUST be ignored."
+        headers = TusHeaders(environ)
         method = (headers.get(METHOD_OVERRIDE) or environ["REQUEST_METHOD"]).strip().upper()
+        try:
+            body = body_of(environ)
+            self._before_first()
+            answer = self._answer(environ, method, id, headers, body, common)
+            log_answer(environ, method, answer.status, body, began)
+        except TusError as error:
+            answer = error_response(error, common, body)
+            log_answer(environ, method, answer.status, body, began, error)
+        except HTTPException:
+            raise  # the application's own: its ``owner`` function aborts with 401
+        except Exception as error:
+            # Too many open files is trouble that passes.
+            passes = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+            answer = error_response(Unavailable() if passes else TusError(), common, body)
+            log_failure(environ, method, answer.status, body, began, error)
+        if REQUEST_ID in environ and not is_told:
+            answer.headers.append((_REQUEST_ID_HEADER, request_id(environ)))
+        return answer
+
+    def _answer(
+        self,
+        environ: dict[str, Any],
+        method: str,
+        id: str,
+        headers: TusHeaders,
+        body: RequestBody,
+        common: Headers,
+    ) -> Answer:
         methods = self._views.methods(id)
         if method not in methods:
             raise MethodNotAllowed(tuple(methods))
@@ -140,8 +162,9 @@ class TusBlueprint(flask.Blueprint):
         request = self._request_info(environ, method)
         return methods[method](Call(environ, id, headers, body, request, common))
 
-    def _request_info(self, environ: Mapping[str, Any], method: str) -> RequestInfo:
+    def _request_info(self, environ: dict[str, Any], method: str) -> RequestInfo:
         origin = origin_of(environ, self._settings)
+        environ[CLIENT] = origin.client
         owner = self._owner(flask.request) if self._owner is not None else None
         if not self._uploads.hooks.hooks:
             return RequestInfo(method, owner=owner)
@@ -151,14 +174,18 @@ class TusBlueprint(flask.Blueprint):
             request_uri(environ),
             origin.client,
             int(port) if port.isdecimal() else None,
-            _headers(environ),
+            # The id as if the client had sent it, so that every transport can pass it on.
+            _headers(environ) | {"x-request-id": request_id(environ)},
             owner,
         )
 
-    def _common_headers(self, environ: Mapping[str, Any]) -> Headers:
+    def _common_headers(self, environ: dict[str, Any]) -> Headers:
         # "The Tus-Resumable header MUST be included in every request and response except
         # for OPTIONS requests."
-        return [(TUS_RESUMABLE, VERSION), *self._cors.headers(environ)]
+        headers = [(TUS_RESUMABLE, VERSION), *self._cors.headers(environ)]
+        if self._tells_request_id or "HTTP_X_REQUEST_ID" in environ or REQUEST_ID in environ:
+            headers.append((_REQUEST_ID_HEADER, request_id(environ)))
+        return headers
 
     def _complete(self, response: flask.Response) -> flask.Response:
         """Complete an answer that the embedding application gave in our place."""
@@ -183,19 +210,3 @@ def _headers(environ: Mapping[str, Any]) -> dict[str, str]:
     names = {key: key[5:] for key in environ if key.startswith("HTTP_")}
     names |= {key: key for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)}
     return {name.replace("_", "-").lower(): environ[key] for key, name in names.items()}
-
-
-def _log_error(environ: Mapping[str, Any], error: TusError) -> None:
-    # Clients that go away or fall silent are what this protocol is made for.
-    is_ours = error.status >= 500 and not isinstance(error, (BodyIncomplete, ReadTimeout))
-    # Where in the code a disk turned out to be full is of no use to anybody.
-    is_puzzling = is_ours and not isinstance(error, StorageFull)
-    log.log(
-        logging.WARNING if is_ours else logging.DEBUG,
-        "%s %s: %s %s",
-        environ["REQUEST_METHOD"],
-        environ.get("PATH_INFO"),
-        error.code,
-        error.message,
-        exc_info=error.__cause__ if is_puzzling else None,
-    )

@@ -33,6 +33,7 @@ _EXPOSED = (
     "Content-Range",
     "Accept-Ranges",
     "ETag",
+    "X-Request-ID",
     *RESPONSE_HEADERS,
 )
 

@@ -14,6 +14,7 @@ import flask
 from flask import signals
 from werkzeug.routing import Rule
 
+from tuswsgi.logs import current_request
 from tuswsgi.web.blueprint import TusBlueprint
 
 _WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -56,6 +57,8 @@ class ShortCut:
     def answer(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
+        # Until the next one: the server has something to say of a request, too.
+        current_request.set(environ)
         path: str = environ.get("PATH_INFO", "")
         if path.startswith(self._below) and path not in self._others:
             id = path[len(self._below) :]

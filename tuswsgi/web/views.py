@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tuswsgi.errors import ExtensionDisabled, InvalidUploadLength
 from tuswsgi.extensions import Extension
 from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.logs import UPLOAD_ID
 from tuswsgi.protocol import headers as tus
 from tuswsgi.protocol.checksum import ALGORITHMS
 from tuswsgi.protocol.creating import Creation
@@ -83,6 +84,7 @@ class Views:
             # header." (Creation With Upload)
             call.headers.check_content_type()
         info, answer = self._uploads.create(creation, chunk, call.request)
+        call.environ[UPLOAD_ID] = info.id
         location = upload_url(call.environ, info.id, self._settings)
         self._mixed_content.look(call.environ, location)
         headers = [*call.common, ("Location", location), *tus.describe(info, full=False)]

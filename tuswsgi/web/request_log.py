@@ -1,0 +1,125 @@
+"""What the log tells of a request for an upload: one line, once its answer is known.
+
+Requests that bring bytes, make an upload or end one are told of at INFO, and so is why one of
+them broke off. Whoever only asks is told of at DEBUG, and a fault of ours at WARNING. Lines
+carry no header but the offset, no metadata and no query, which may hold secrets.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tuswsgi.errors import (
+    BodyIncomplete,
+    MethodNotAllowed,
+    ReadTimeout,
+    ServerShutdown,
+    StorageFull,
+    TusError,
+    UnsupportedVersion,
+    UploadNotFound,
+)
+from tuswsgi.logs import CLIENT, UPLOAD_ID
+from tuswsgi.web.request_body import RequestBody
+from tuswsgi.web.urls import request_uri
+
+log = logging.getLogger(__name__)
+
+#: Methods that change nothing.
+_ASKING = ("HEAD", "OPTIONS", "GET")
+
+#: What ends requests every day: this protocol and a deploy are made for it.
+_EVERYDAY = (BodyIncomplete, ReadTimeout, ServerShutdown)
+
+#: What strangers meet who try URLs.
+_ASTRAY = (UploadNotFound, MethodNotAllowed, UnsupportedVersion)
+
+#: The most characters that are shown of what a client or an application says.
+_SHOWN = 200
+
+
+def log_answer(
+    environ: Mapping[str, Any],
+    method: str,
+    status: int,
+    body: RequestBody | None,
+    began: float,
+    error: TusError | None = None,
+) -> None:
+    """Tell of a request and its answer.
+
+    :param began: on the monotonic clock.
+    :param error: what is answered, if that is an error.
+    """
+    if error is not None and error.status >= 500 and not isinstance(error, _EVERYDAY):
+        level = logging.WARNING
+    elif body is not None and body.length != 0:
+        level = logging.INFO
+    else:
+        level = logging.DEBUG if method in _ASKING or isinstance(error, _ASTRAY) else logging.INFO
+    if log.isEnabledFor(level):
+        # Where in the code a disk turned out to be full is of no use to anybody.
+        is_puzzling = level == logging.WARNING and not isinstance(error, StorageFull)
+        cause = error.__cause__ if error is not None and is_puzzling else None
+        _tell(level, _fields(environ, method, status, body, began, error), cause)
+
+
+def log_failure(
+    environ: Mapping[str, Any],
+    method: str,
+    status: int,
+    body: RequestBody | None,
+    began: float,
+    error: Exception,
+) -> None:
+    """Tell of a request that met a mistake of ours, with the traceback."""
+    _tell(logging.ERROR, _fields(environ, method, status, body, began), error)
+
+
+def _fields(
+    environ: Mapping[str, Any],
+    method: str,
+    status: int,
+    body: RequestBody | None,
+    began: float,
+    error: TusError | None = None,
+) -> dict[str, Any]:
+    """Return what a line tells, by name."""
+    fields: dict[str, Any] = {
+        "method": _shown(method),
+        "path": _shown(request_uri(environ).partition("?")[0]),
+        "status": status,
+        "duration": round(time.monotonic() - began, 6),
+        "upload_id": environ.get(UPLOAD_ID) or None,
+        "client": environ.get(CLIENT) or environ.get("REMOTE_ADDR") or None,
+    }
+    if error is not None:
+        fields |= {"code": error.code, "reason": _shown(error.message)}
+    if body is not None and body.length != 0:
+        offset = environ.get("HTTP_UPLOAD_OFFSET", "0")
+        is_number = offset.isdecimal() and len(offset) < 20
+        fields |= {"bytes": body.received, "offset": int(offset) if is_number else None}
+    return fields
+
+
+def _tell(level: int, fields: dict[str, Any], cause: BaseException | None) -> None:
+    line = f"{fields['method']} {fields['upload_id'] or fields['path']}: {fields['status']}"
+    if "code" in fields:
+        line += f" {fields['code']}"
+    if "bytes" in fields:
+        line += f", {fields['bytes']} bytes"
+        if fields["offset"] is not None:
+            line += f" at offset {fields['offset']}"
+    line += f" in {fields['duration']:.2f} s from {fields['client'] or 'a unix socket'}"
+    if "reason" in fields:
+        line += f": {fields['reason']}"
+    log.log(level, "%s", line, exc_info=cause, extra=fields)
+
+
+def _shown(text: str) -> str:
+    """Return a text of somebody else's on one line, shortened."""
+    text = " ".join(text[:_SHOWN].split())
+    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
