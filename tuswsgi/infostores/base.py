@@ -13,9 +13,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from tuswsgi.errors import UploadNotFound
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State
+from tuswsgi.process import let_others_run
 
 #: The id of no upload.
 _NOBODY = "tuswsgi-check"
+
+#: How many records a scan reads before it lets others run.
+_PAGE = 100
 
 
 class InfoStore(ABC):
@@ -86,6 +90,16 @@ class InfoStore(ABC):
         return self.save(info.but(state=state, deleted_at=now), events)
 
     @abstractmethod
+    def forget(self, info: FileInfo) -> bool:
+        """Remove a tombstone for good, so that its id was never there.
+
+        That is done only if the record is still this one, by its sequence, is a tombstone,
+        and has no events, not even dead ones.
+
+        :returns: whether it was done.
+        """
+
+    @abstractmethod
     def list(
         self, states: Collection[State] | None = None, *, after: str = "", limit: int = 1000
     ) -> Sequence[FileInfo]:
@@ -94,6 +108,17 @@ class InfoStore(ABC):
         :param states: the states to look for; ``None`` for all, tombstones included.
         :param after: only ids greater than this one, to go on where a page ended.
         """
+
+    def scan(self, state: State) -> Iterator[FileInfo]:
+        """Yield all records in one state in the order of their ids, and let others run.
+
+        A record that comes into the state or leaves it meanwhile may be among them or not.
+        """
+        after = ""
+        while page := self.list({state}, after=after, limit=_PAGE):
+            yield from page
+            after = page[-1].id
+            let_others_run()
 
     @abstractmethod
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
@@ -112,11 +137,12 @@ class InfoStore(ABC):
     # them for a while: a claim that ran out, because its process died, is nobody's.
 
     @abstractmethod
-    def events(self, id: str) -> Sequence[Event]:
+    def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
         """Return the events of an upload that are not delivered yet, in their order.
 
         That is the order of their sequence, and where that is equal, of their writing.
-        Dead ones are not among them.
+
+        :param dead: those that were given up, instead of those that are to be delivered.
         """
 
     @abstractmethod

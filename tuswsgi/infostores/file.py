@@ -134,6 +134,23 @@ class FileInfoStore(InfoStore):
                     self._waiting.remove(check_id(part), old.id)
         return saved
 
+    def forget(self, info: FileInfo) -> bool:
+        path = self._path(info.id)
+        try:
+            with _trouble(path), _locked(path) as text:
+                if not _parse(info.id, text).is_over(info.sequence):
+                    return False
+                # A marker stays: it may be that of a new upload with this id, whose record
+                # comes next.
+                path.unlink()
+                self._sync(self._directory)
+        except UploadNotFound:
+            return False
+        except record.CorruptRecord as error:
+            self._skip(info.id, error)
+            return False
+        return True
+
     def load(self, id: str) -> FileInfo:
         return self._read(id).info
 
@@ -142,6 +159,10 @@ class FileInfoStore(InfoStore):
     ) -> Sequence[FileInfo]:
         found = (info for info in self._scan(after) if states is None or info.state in states)
         return [*islice(found, limit)]
+
+    def scan(self, state: State) -> Iterator[FileInfo]:
+        # Page by page the directory would be read again and again.
+        return (info for info in self._scan() if info.state is state)
 
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
         found = (info.id for info in self._scan() if info.has_expired(now) and not info.is_gone)
@@ -154,8 +175,8 @@ class FileInfoStore(InfoStore):
             return []
         return [info.id for info in self._infos(finals) if info.state is State.WAITING]
 
-    def events(self, id: str) -> Sequence[Event]:
-        return [event for event in self._read(id).events if not event.dead]
+    def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
+        return self._read(id).undelivered(dead=dead)
 
     def claim(
         self,
@@ -370,6 +391,8 @@ def _try_lock(path: Path) -> int | None:
             return fd
     except BlockingIOError:
         pass
+    except FileNotFoundError:
+        pass  # it was forgotten a moment ago: the next attempt finds what is there now
     except BaseException:
         os.close(fd)
         raise

@@ -41,6 +41,14 @@ class MemoryInfoStore(InfoStore):
             kept.add(events)
             return kept.info
 
+    def forget(self, info: FileInfo) -> bool:
+        with self._lock:
+            kept = self._kept.get(info.id)
+            if kept is None or not kept.is_over(info.sequence):
+                return False
+            del self._kept[info.id]
+            return True
+
     def load(self, id: str) -> FileInfo:
         return self._of(id).info
 
@@ -65,10 +73,10 @@ class MemoryInfoStore(InfoStore):
             if info.state is State.WAITING and part in info.partial_uploads
         ]
 
-    def events(self, id: str) -> Sequence[Event]:
+    def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
         with self._lock:
             kept = self._kept.get(id)
-            return [event for event in kept.events if not event.dead] if kept else []
+            return kept.undelivered(dead=dead) if kept else []
 
     def claim(
         self,

@@ -57,6 +57,14 @@ class Kept:
         """Add new events, each where its sequence wants it to be."""
         self.events = sorted([*self.events, *events], key=lambda event: event.sequence)
 
+    def undelivered(self, *, dead: bool) -> list[Event]:
+        """Return the events that were given up, or those that were not."""
+        return [event for event in self.events if event.dead is dead]
+
+    def is_over(self, sequence: int) -> bool:
+        """Return whether this is the tombstone with this sequence, without any event."""
+        return self.info.is_gone and self.info.sequence == sequence and not self.events
+
     def free(self, now: float, transport: str | None = None) -> list[Event]:
         """Return the events that can be claimed at the time `now`."""
         return [

@@ -36,14 +36,16 @@ T = TypeVar("T")
 
 #: Puts a text in the place of another one, and members into sorted sets or out of them.
 #: KEYS: the text's, and those of the sets. ARGV: the version that the text must have, its new
-#: version, the new text ('': it stays), its time to live in milliseconds ('': for ever), and
-#: for each set a score ('': out) and a member. It returns 1, or the text that is there instead.
-#: A text begins with its version. A new one is found where this is run for a second time.
+#: version, the new text ('': it stays, '-': it goes), its time to live in milliseconds ('': for
+#: ever), and for each set a score ('': out) and a member. It returns 1, or the text that is there
+#: instead. A text begins with its version. A new one is found where this is run for a second time.
 _SWAP = Script("""
 local found = redis.call('GETRANGE', KEYS[1], 0, 15)
 if found == ARGV[2] then return 1 end
 if found ~= ARGV[1] then return redis.call('GET', KEYS[1]) or '' end
-if ARGV[3] ~= '' then
+if ARGV[3] == '-' then
+    redis.call('DEL', KEYS[1])
+elseif ARGV[3] ~= '' then
     if ARGV[4] ~= '' then
         redis.call('SET', KEYS[1], ARGV[2] .. ARGV[3], 'PX', ARGV[4])
     else
@@ -134,6 +136,16 @@ class RedisInfoStore(InfoStore):
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
         return self._change(info.id, partial(self._run_save, info, events))
 
+    def forget(self, info: FileInfo) -> bool:
+        text = self._server.call("GET", self._key_of(info.id))
+        if text is None:
+            return False
+        kept = _parse(text)
+        # A script that is run again after a broken connection finds what it left: nothing.
+        return kept.is_over(info.sequence) and not self._swap(
+            info.id, text[:_VERSION], None, _found_by(kept)
+        )
+
     def load(self, id: str) -> FileInfo:
         text = self._server.call("GET", self._key_of(id))
         if text is None:
@@ -167,12 +179,12 @@ class RedisInfoStore(InfoStore):
         pairs = [(id, name) for id in self._ids(name)]
         return [info.id for info in self._right(pairs, lambda _, info: part in _parts(info))]
 
-    def events(self, id: str) -> Sequence[Event]:
+    def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
         try:
             text = self._server.call("GET", self._key_of(id))
         except UploadNotFound:
             return []
-        return [] if text is None else [event for event in _parse(text).events if not event.dead]
+        return [] if text is None else _parse(text).undelivered(dead=dead)
 
     def claim(
         self,
@@ -267,20 +279,23 @@ class RedisInfoStore(InfoStore):
         except UploadNotFound:
             return None
 
-    def _swap(self, id: str, version: bytes | str, kept: Kept, before: _Found) -> bytes | None:
-        """Write what is kept if the version is still this one; else return the text that is
-        there, which may be empty.
+    def _swap(
+        self, id: str, version: bytes | str, kept: Kept | None, before: _Found
+    ) -> bytes | None:
+        """Write what is to be kept, if the version is still this one; else return the text
+        that is there, which may be empty.
+
+        :param kept: ``None`` for nothing.
         """
-        after = _found_by(kept)
+        after = {} if kept is None else _found_by(kept)
         keys, values = [self._key_of(id)], []
         for name in {**before, **after}:
             if before.get(name) != after.get(name):
                 keys.append(self._prefix + name)
                 values += [after.get(name, ""), id]
         new = secrets.token_hex(_VERSION // 2)
-        answer = self._server.call(
-            *_SWAP.on(keys, version, new, kept.encode(), self._life(kept), *values)
-        )
+        text, life = ("-", "") if kept is None else (kept.encode(), self._life(kept))
+        answer = self._server.call(*_SWAP.on(keys, version, new, text, life, *values))
         return None if answer == 1 else bytes(answer)
 
     def _life(self, kept: Kept) -> int | str:

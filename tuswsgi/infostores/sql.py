@@ -35,6 +35,11 @@ UPDATE tuswsgi_uploads
 SET state = ?, sequence = ?, expires_at = ?, finished_at = ?, deleted_at = ?, record = ?
 WHERE id = ? AND sequence = ?
 """
+_FORGET = """
+DELETE FROM tuswsgi_uploads
+WHERE id = ? AND sequence = ? AND deleted_at IS NOT NULL
+AND NOT EXISTS (SELECT 1 FROM tuswsgi_events WHERE upload = ?)
+"""
 _EXPIRED = """
 SELECT id FROM tuswsgi_uploads WHERE expires_at <= ? ORDER BY expires_at LIMIT ?
 """
@@ -47,6 +52,10 @@ INSERT INTO tuswsgi_events ({_EVENT}, claimed_until) VALUES ({", ".join("?" * 11
 _EVENTS = f"""
 SELECT {_EVENT} FROM tuswsgi_events
 WHERE upload = ? AND NOT dead ORDER BY sequence, number
+"""
+_DEAD_EVENTS = f"""
+SELECT {_EVENT} FROM tuswsgi_events
+WHERE upload = ? AND dead ORDER BY sequence, number
 """
 _OUTBOX = f"SELECT {_EVENT} FROM tuswsgi_events WHERE dead = ? ORDER BY number LIMIT ?"
 _CLAIM = """
@@ -95,8 +104,9 @@ class SqlInfoStore(InfoStore):
         self._connection = connect(self.info_db_dsn, durable=self.force_fsync, pool=self.pool)
         text = self._connection.statement
         self._create, self._exists, self._load = text(_CREATE), text(_EXISTS), text(_LOAD)
-        self._save, self._expired = text(_SAVE), text(_EXPIRED)
+        self._save, self._expired, self._forget = text(_SAVE), text(_EXPIRED), text(_FORGET)
         self._add_event, self._events, self._outbox = map(text, (_ADD_EVENT, _EVENTS, _OUTBOX))
+        self._dead_events = text(_DEAD_EVENTS)
         self._claim, self._renew, self._settle = text(_CLAIM), text(_RENEW), text(_SETTLE)
         self._put_back, self._first = text(_PUT_BACK), text(_FIRST)
         self._free, self._free_no_more = text(_FREE), text(_FREE_NO_MORE)
@@ -117,6 +127,12 @@ class SqlInfoStore(InfoStore):
         saved = info.but(sequence=info.sequence + 1)
         self._connection.write(partial(self._run_save, saved, events))
         return saved
+
+    def forget(self, info: FileInfo) -> bool:
+        values = (info.id, info.sequence, info.id)
+        return self._connection.write(
+            lambda database: bool(database.execute_sql(self._forget, values).rowcount)
+        )
 
     def load(self, id: str) -> FileInfo:
         row = self._one(self._load, (id,))
@@ -144,8 +160,9 @@ class SqlInfoStore(InfoStore):
     def finals_waiting_for(self, part: str) -> Sequence[str]:
         return [row[0] for row in self._all(self._waiting_for, (part,))]
 
-    def events(self, id: str) -> Sequence[Event]:
-        return [_event(row) for row in self._all(self._events, (id,))]
+    def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
+        events = self._dead_events if dead else self._events
+        return [_event(row) for row in self._all(events, (id,))]
 
     def claim(
         self,

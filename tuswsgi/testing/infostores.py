@@ -137,6 +137,60 @@ class InfoStoreContract(OutboxContract):
         with pytest.raises(InfoConflict):
             store.delete(info, [], state=state, now=10.5)
 
+    def test_a_tombstone_is_forgotten(self, store: InfoStore) -> None:
+        info = upload(size=3, expires_at=1.0)
+        store.create(info)
+        gone = store.delete(info, [], state=State.EXPIRED, now=9.5)
+        assert store.forget(gone)
+        with pytest.raises(UploadNotFound):
+            store.load(info.id)
+        assert not store.list()
+        assert not store.expired(10.0)
+        assert not store.forget(gone)
+        store.create(info)
+        assert store.load(info.id) == info
+
+    def test_only_this_tombstone_is_forgotten(self, store: InfoStore) -> None:
+        info = upload()
+        assert not store.forget(info)
+        store.create(info)
+        assert not store.forget(info)
+        gone = store.delete(info, [], state=State.TERMINATED, now=9.5)
+        for sequence in (info.sequence, gone.sequence + 1):
+            assert not store.forget(replace(gone, sequence=sequence))
+        assert store.load(info.id) == gone
+
+    def test_an_upload_that_has_the_id_again_is_not_forgotten(self, store: InfoStore) -> None:
+        info = upload()
+        store.create(info)
+        gone = store.delete(info, [], state=State.TERMINATED, now=9.5)
+        assert store.forget(gone)
+        store.create(info)
+        saved = store.save(info)
+        assert saved.sequence == gone.sequence
+        assert not store.forget(gone)
+        assert store.load(info.id) == saved
+
+    @pytest.mark.parametrize("dead", [False, True])
+    def test_a_tombstone_with_events_is_not_forgotten(self, store: InfoStore, dead: bool) -> None:
+        info = upload()
+        store.create(info)
+        told = event(info, sequence=1, transport="http")
+        gone = store.delete(info, [told], state=State.TERMINATED, now=9.5)
+        if dead:
+            store.put_back(told := replace(told, dead=True))
+        assert not store.forget(gone)
+        assert list(store.outbox(dead=dead)) == [told]
+        store.settle(told)
+        assert store.forget(gone)
+
+    def test_an_id_that_was_forgotten_has_events_again(self, store: InfoStore) -> None:
+        info = upload()
+        store.create(info)
+        assert store.forget(store.delete(info, [], state=State.TERMINATED, now=9.5))
+        store.create(info, [told := event(info, transport="http")])
+        assert list(store.claim("a", 10.0, 20.0)) == [told]
+
     # --- events ---
 
     def test_events_come_back_as_they_were(self, store: InfoStore) -> None:
@@ -163,6 +217,14 @@ class InfoStoreContract(OutboxContract):
         store.create(neighbour, [event(neighbour)])
         assert list(store.events(info.id)) == []
 
+    def test_dead_events_are_told_apart(self, store: InfoStore) -> None:
+        info = upload()
+        first, second = (event(info, sequence=n, transport="http") for n in range(2))
+        store.create(info, [first, second])
+        store.put_back(first := replace(first, dead=True))
+        assert list(store.events(info.id)) == [second]
+        assert list(store.events(info.id, dead=True)) == [first]
+
     # --- searching ---
 
     def test_list_is_ordered_and_paged(self, store: InfoStore) -> None:
@@ -185,6 +247,20 @@ class InfoStoreContract(OutboxContract):
         assert {info.id for info in store.list(wanted)} == {infos[state].id for state in wanted}
         assert list(store.list([])) == []
         assert list(store.list([State.FINISHED], after=infos[State.FINISHED].id)) == []
+
+    def test_a_scan_finds_all_of_a_state(self, store: InfoStore) -> None:
+        ids = sorted(new_id() for _ in range(230))
+        for number, id in enumerate(ids):
+            store.create(upload(id, state=State.WAITING if number % 3 == 0 else State.FINISHED))
+        assert [info.id for info in store.scan(State.WAITING)] == ids[::3]
+        assert list(store.scan(State.RECEIVING)) == []
+
+    def test_a_scan_goes_on_while_records_leave(self, store: InfoStore) -> None:
+        for _ in range(120):
+            store.create(upload())
+        for info in store.scan(State.RECEIVING):
+            store.delete(info, [], state=State.EXPIRED, now=2.0)
+        assert list(store.scan(State.RECEIVING)) == []
 
     def test_list_sees_changes(self, store: InfoStore) -> None:
         info = upload()
