@@ -149,12 +149,14 @@ class ExternalPeer(Peer):
 
 
 def ours(cache: Path) -> Peer:
-    """Return this checkout's server, with its default configuration."""
+    """Return this checkout's server, with its default configuration but as silent as the
+    others are: none of them logs requests.
+    """
 
     def command(launch: Launch) -> list[str]:
         command = ["env", f"PYTHONPATH={_ROOT}", sys.executable, "-m", "tuswsgi", "serve"]
         command += ["--host", _HOST, "--port", str(launch.port)]
-        command += ["--workers", str(launch.workers)]
+        command += ["--workers", str(launch.workers), "--log-level", "warning"]
         command += ["--data-dir", str(launch.directory / "data")]
         if launch.certificate:
             command += ["--certfile", str(launch.certificate.certificate)]
