@@ -193,7 +193,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if self.cfg.is_ssl:
             tls = {"ssl_context": ssl_context(self.cfg), "do_handshake_on_connect": False}
         pool = Pool(self.worker_connections)
-        server = StreamServer(listener, partial(self.handle, listener), spawn=pool, **tls)
+        handle = partial(self.handle, _Name(listener.getsockname()))
+        server = StreamServer(listener, handle, spawn=pool, **tls)
         if self.cfg.workers > 1:
             server.max_accept = 1  # the next one is for another worker
         server.start()
@@ -276,6 +277,19 @@ def _is_ordinary(cfg: Any) -> bool:
         and not os.environ.get("SCRIPT_NAME")
         and getattr(cfg, "http_protocols", "h1") in ("h1", ["h1"])
     )
+
+
+class _Name:
+    """A listener's name, in its stead.
+
+    At SIGTERM listeners are closed, and connections that were just accepted begin after that.
+    """
+
+    def __init__(self, name: Any) -> None:
+        self._name = name
+
+    def getsockname(self) -> Any:
+        return self._name
 
 
 class _Silence(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import ssl
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from threading import Event
 
 import pytest
 
-from e2e.client import TUS, Connection, Response, content, wait_until
+from e2e.client import TUS, Connection, Origin, Response, content, wait_until
 from e2e.conftest import Serve, Server
 from tuswsgi.lockers.file import is_locked
 
@@ -175,3 +176,31 @@ def test_a_request_before_the_end_of_another_is_answered(serve: Serve) -> None:
     assert server.wait() == 0
     with pytest.raises(ConnectionRefusedError):
         server.client.connect()
+
+
+def test_a_connection_that_begins_as_the_server_stops(
+    serve: Serve, tls_flags: tuple[list[str], ssl.SSLContext]
+) -> None:
+    """It was accepted, so it is served: it does not fail since the listener is gone."""
+    flags, context = tls_flags
+    server = serve(*flags, tls=context)
+    address = server.client.origin.address
+    with Connection(Origin(address)) as connection:
+        wait_until(lambda: server.worker_of(connection), "a worker")
+        server.signal(signal.SIGTERM)
+        wait_until(lambda: refuses(server), "the end of the listeners")
+        try:
+            connection.sock = context.wrap_socket(connection.sock, server_hostname="127.0.0.1")
+            assert connection.request("OPTIONS", "/files/", {}).status == 204
+        except OSError:
+            # On a busy machine the last call was over. What matters is in the server's log.
+            pass
+    assert server.wait() == 0
+
+
+def refuses(server: Server) -> bool:
+    try:
+        Connection(Origin(server.client.origin.address)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
