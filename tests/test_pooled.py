@@ -360,9 +360,10 @@ connection.close()
 """
 
 
-def test_the_hub_is_not_blocked(dsn: str) -> None:
+@pytest.mark.parametrize("before", ["", "import peewee, tuswsgi.connections.sql; "])
+def test_the_hub_is_not_blocked(dsn: str, before: str) -> None:
     sql = SLEEP[connect(dsn).kind].format(1.5)
-    run_python(TICKING, dsn, sql)
+    run_python(before + TICKING.strip(), dsn, sql)
 
 
 def run_python(code: str, *args: str) -> None:

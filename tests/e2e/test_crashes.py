@@ -6,7 +6,9 @@ import hashlib
 import os
 import random
 import signal
+from collections.abc import Iterator
 
+import databases
 import pytest
 
 from e2e.client import MB, Connection, content, sha1, sha256_of, wait_until
@@ -70,6 +72,16 @@ def test_kills_with_force_fsync(serve: Serve) -> None:
 
 def test_kills_with_info_files(serve: Serve) -> None:
     upload_with_kills(serve("--info-storage", "file-info-storage"), 10 * MB, 5)
+
+
+@pytest.fixture(params=databases.SERVERS)
+def dsn(request: pytest.FixtureRequest) -> Iterator[str]:
+    with databases.SERVERS[request.param]() as dsn:
+        yield dsn
+
+
+def test_kills_with_records_on_a_server(dsn: str, serve: Serve) -> None:
+    upload_with_kills(serve("--info-db-dsn", dsn, "--pool-size", "3"), 10 * MB, 5)
 
 
 def start_checked(server: Server, path: str, offset: int, data: bytes) -> Connection:

@@ -16,7 +16,7 @@ from pymysql.constants import CLIENT, CR, ER
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pooled import PooledConnection, Trouble
 from tuswsgi.connections.sql import Database
-from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.errors import ConfigurationError
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class MysqlConnection(PooledConnection):
             f"SELECT GET_LOCK({_TABLES_LOCK}, {_LOCK_TIMEOUT})"
         ).fetchone()
         if not locked:
-            raise Unavailable
+            raise OperationalError(f"Others change the tables for more than {_LOCK_TIMEOUT} s")
         try:
             return fn(database)
         finally:

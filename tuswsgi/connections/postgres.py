@@ -13,10 +13,12 @@ from typing import Any, TypeVar, cast
 
 import psycopg
 from peewee import InternalError, PeeweeException, PostgresqlDatabase
+from psycopg import waiting
 
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pooled import PooledConnection, Trouble
 from tuswsgi.connections.sql import Database
+from tuswsgi.process import is_cooperative
 
 T = TypeVar("T")
 
@@ -25,6 +27,9 @@ _TABLES_LOCK = int.from_bytes(b"tuswsgi", "big")
 
 #: Seconds that a server has to say itself that something took too long.
 _GRACE = 1.0
+
+#: Seconds between two looks at the clock while nothing arrives.
+_INTERVAL = 0.1
 
 #: Classes of errors, or errors, by the standard's codes and PostgreSQL's own.
 _TROUBLES = {
@@ -120,12 +125,15 @@ class _Connection(psycopg.Connection[Any]):
     patience = math.inf
 
     def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
-        deadline = time.monotonic() + self.patience
-        return super().wait(_until(deadline, gen), *args, **kwargs)
+        gen = _until(time.monotonic() + self.patience, gen)
+        if is_cooperative():
+            # The driver decides when it is imported, which may be before gevent patches.
+            return waiting.wait_poll(gen, self.fileno(), _INTERVAL)
+        return super().wait(gen, *args, **kwargs)
 
 
 def _until(deadline: float, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Go on with a generator of psycopg's, which is told ten times a second that nothing is
+    """Go on with a generator of psycopg's, which is told some times a second that nothing is
     ready.
     """
     try:
