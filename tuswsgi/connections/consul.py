@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from tuswsgi.connections.addresses import Addresses, HttpServer
 from tuswsgi.connections.http import HttpAnswer
+from tuswsgi.connections.http_server import Addresses, HttpServer
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.errors import ConfigurationError, Unavailable
 

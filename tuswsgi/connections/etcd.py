@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from tuswsgi.connections.addresses import Addresses, HttpServer
+from tuswsgi.connections.http_server import Addresses, HttpServer
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.errors import ConfigurationError, Unavailable
 

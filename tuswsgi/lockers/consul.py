@@ -12,8 +12,8 @@ from collections.abc import Collection
 from typing import Any
 
 from tuswsgi.connections import consul
-from tuswsgi.connections.addresses import Addresses
 from tuswsgi.connections.consul import PORT, SHORTEST_SESSION, ConsulConnection
+from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.session import SessionGone, SessionLocker

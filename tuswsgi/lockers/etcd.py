@@ -10,8 +10,8 @@ from collections.abc import Collection
 from contextlib import closing
 from typing import Any
 
-from tuswsgi.connections.addresses import Addresses
 from tuswsgi.connections.etcd import PORT, Compacted, EtcdConnection, LeaseGone
+from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.session import SessionGone, SessionLocker

@@ -190,7 +190,7 @@ class LeaseLocker(Locker[Lease]):
             if token is None:
                 return
             keeper = self._keeper.get()
-            worker = _worker_of(token)
+            worker = worker_of(token)
             if worker == keeper.worker:
                 keeper.call(token)
             else:
@@ -354,7 +354,8 @@ class Keeper:
         self._locker._hear_no_more(self.worker)
 
 
-def _worker_of(token: str) -> str:
+def worker_of(token: str) -> str:
+    """Return the worker whose token this is."""
     return token.rpartition(".")[0]
 
 

@@ -34,14 +34,15 @@ class Session:
 
     :ivar renewed_at: since when it runs at the least, on ``clock``.
     :ivar tokens: what holds which lock by it, by the locks' ids.
-    :ivar returned: which locks are to be free but may not be, by the tokens that held them.
-        They would be held for as long as this process lives.
+    :ivar doubtful: tokens that hold nothing as far as this process is concerned, but nobody
+        has said so: the lock's id of each, and since when it is so. What the server does with
+        them late would be held for as long as this process lives.
     """
 
     name: str
     renewed_at: float
     tokens: dict[str, str] = field(default_factory=dict)
-    returned: dict[str, str] = field(default_factory=dict)
+    doubtful: dict[str, tuple[str, float]] = field(default_factory=dict)
 
 
 class Sessions:
@@ -123,29 +124,38 @@ class SessionLocker(LeaseLocker):
         """
 
     def _take(self, id: str, token: str) -> bool:
-        session = self._session()
+        try:
+            return self._take_in(self._session(), id, token)
+        except SessionGone:
+            pass  # the next one is new
+        try:
+            return self._take_in(self._session(), id, token)
+        except SessionGone:
+            raise Unavailable from None
+
+    def _take_in(self, session: Session, id: str, token: str) -> bool:
         try:
             taken = self._create(session.name, id, token)
         except SessionGone:
             self._sessions.get().drop(session)
-            session = self._session()
-            try:
-                taken = self._create(session.name, id, token)
-            except SessionGone:
-                raise Unavailable from None
+            raise
+        except BaseException:
+            session.doubtful[token] = id, clock()
+            raise
         if taken:
             session.tokens[id] = token
         return taken
 
     def _give_back(self, id: str, token: str) -> None:
         session = self._sessions.get().present
-        if session is not None:
-            session.returned[token] = id
-            if session.tokens.get(id) == token:
-                del session.tokens[id]
-        self._remove(id, token)
-        if session is not None:
-            session.returned.pop(token, None)
+        if session is not None and session.tokens.get(id) == token:
+            del session.tokens[id]
+        try:
+            self._remove(id, token)
+        except BaseException:
+            if session is not None:
+                session.doubtful[token] = id, clock()
+            raise
 
     def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
         session = self._sessions.get().present
@@ -185,7 +195,7 @@ class SessionLocker(LeaseLocker):
             sessions.opening.release()
 
     def _renew(self, session: Session) -> bool:
-        self._return_again(session)
+        self._clear_up(session)
         began = clock()
         if self._renew_session(session.name):
             session.renewed_at = began
@@ -193,15 +203,18 @@ class SessionLocker(LeaseLocker):
         self._sessions.get().drop(session)
         return False
 
-    def _return_again(self, session: Session) -> None:
-        """Free the locks that should be free, most of which are: their holders might not
-        have known whether they had got them.
-        """
-        returned = dict(session.returned)
-        if not returned:
+    def _clear_up(self, session: Session) -> None:
+        """Free the locks of doubtful tokens, most of which never came to hold one."""
+        for token, (_, since) in list(session.doubtful.items()):
+            if clock() - since > self.session_length:
+                # No request is under way for so long.
+                session.doubtful.pop(token, None)
+        doubtful = {
+            token: id for token, (id, _) in session.doubtful.items() if id not in session.tokens
+        }
+        if not doubtful:
             return
-        held = set(self._still_there(session.name, set(returned.values())))
-        for token, id in returned.items():
+        held = set(self._still_there(session.name, set(doubtful.values())))
+        for token, id in doubtful.items():
             if id in held:
                 self._remove(id, token)
-            session.returned.pop(token, None)

@@ -18,7 +18,7 @@ from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import Database, connect
 from tuswsgi.connections.tables import prepare_tables
 from tuswsgi.lockers.base import Locker
-from tuswsgi.lockers.lease import LeaseLocker
+from tuswsgi.lockers.lease import LeaseLocker, worker_of
 
 #: Seconds between two looks for who waits.
 _HEARING_PAUSE = 0.25
@@ -85,7 +85,7 @@ class SqlLocker(LeaseLocker):
         if not rows:
             return self._create(id, token)
         former, is_over = rows[0]
-        values = (token, _worker_of(token), self.lease, id, former)
+        values = (token, worker_of(token), self.lease, id, former)
         return bool(is_over) and self._change(_TAKE_OVER, *values) == 1
 
     def _create(self, id: str, token: str) -> bool:
@@ -93,7 +93,7 @@ class SqlLocker(LeaseLocker):
 
         def insert(database: Database) -> None:
             try:
-                database.execute_sql(sql, (id, token, _worker_of(token), self.lease))
+                database.execute_sql(sql, (id, token, worker_of(token), self.lease))
             except peewee.IntegrityError:
                 raise _Taken from None
 
@@ -108,7 +108,7 @@ class SqlLocker(LeaseLocker):
 
     def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
         kept: set[str] = set()
-        for worker in {_worker_of(token) for token in held}:
+        for worker in {worker_of(token) for token in held}:
             self._change(_PROLONG, self.lease, worker)
             kept.update(token for (token,) in self._rows(_HELD, worker))
         return kept
@@ -152,7 +152,3 @@ class SqlLocker(LeaseLocker):
 
 class _Taken(Exception):
     """Another process was faster."""
-
-
-def _worker_of(token: str) -> str:
-    return token.rpartition(".")[0]
