@@ -22,6 +22,7 @@ class Line:
         #: How many connections there were, and which there are.
         self.accepted = 0
         self.open: list[socket.socket] = []
+        self.loses_answer = False
         self._flows = threading.Event()
         self._flows.set()
         self._is_there = True
@@ -39,6 +40,10 @@ class Line:
     def block(self) -> None:
         """The server hangs: nothing arrives any more."""
         self._flows.clear()
+
+    def lose_answer(self) -> None:
+        """The server's next answer gets lost, and its connection with it."""
+        self.loses_answer = True
 
     def unblock(self) -> None:
         self._flows.set()
@@ -79,14 +84,24 @@ class Line:
         client.close()
 
     def _downwards(self, client: socket.socket, server: socket.socket) -> None:
-        self._copy(server, client)
+        self._copy(server, client, is_answer=True)
         server.close()
 
-    def _copy(self, source: socket.socket, target: socket.socket, *, record: bool = False) -> None:
+    def _copy(
+        self,
+        source: socket.socket,
+        target: socket.socket,
+        *,
+        record: bool = False,
+        is_answer: bool = False,
+    ) -> None:
         try:
             while data := source.recv(65536):
                 if record:
                     self.sent += data
+                if is_answer and self.loses_answer:
+                    self.loses_answer = False
+                    break
                 self._flows.wait()
                 target.sendall(data)
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import redis
 import services
@@ -17,6 +18,11 @@ def url() -> str:
     return services.find("REDIS_URL", "redis://127.0.0.1:6379")
 
 
+def settings_of(directory: Path) -> RedisSettings:
+    """Return a prefix that belongs to the directory of a test, also in other processes."""
+    return RedisSettings(f"tuswsgi-test-{directory}:")
+
+
 @contextmanager
 def own_keys() -> Iterator[RedisSettings]:
     """Yield a prefix of the test's own, below which nothing stays."""
@@ -24,6 +30,11 @@ def own_keys() -> Iterator[RedisSettings]:
     try:
         yield settings
     finally:
-        with redis.Redis.from_url(url()) as client:
-            for key in client.scan_iter(f"{settings.redis_prefix}*", count=1000):
-                client.delete(key)
+        remove_keys(settings)
+
+
+def remove_keys(settings: RedisSettings) -> None:
+    """Remove all keys below a prefix."""
+    with redis.Redis.from_url(url()) as client:
+        for key in client.scan_iter(f"{settings.redis_prefix}*", count=1000):
+            client.delete(key)

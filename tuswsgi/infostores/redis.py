@@ -63,10 +63,8 @@ end
 return 1
 """)
 
-#: The length of a version.
+#: The length of a version, and what is none.
 _VERSION = 16
-
-#: No text has it.
 _NO_VERSION = "-"
 
 #: How many texts are read at once.
@@ -75,7 +73,7 @@ _PAGE = 100
 #: How often claims look for more where others were faster.
 _ROUNDS = 10
 
-#: Seconds after which claims look again at a record that they could not read.
+#: Seconds after which claims and the clean-up look again at a record that cannot be read.
 _UNREADABLE = 60.0
 
 #: Seconds until somebody gives up who always finds a text changed by others.
@@ -167,7 +165,7 @@ class RedisInfoStore(InfoStore):
         found: list[str] = []
         while ids := self._ids("expires", now, offset=len(found), limit=limit - len(found)):
             pairs = [(id, "expires") for id in ids]
-            right = self._right(pairs, lambda _, info: _expiry(info) is not None)
+            right = self._right(pairs, lambda _, info: _expiry(info) is not None, now)
             found += [info.id for info in right]
         return found
 
@@ -215,7 +213,7 @@ class RedisInfoStore(InfoStore):
                     claimed += self._change_if_there(id, claim, text) or []
                 except record.CorruptRecord as error:
                     self._skip(id, error)
-                    self._server.call("ZADD", self._prefix + name, "XX", now + _UNREADABLE, id)
+                    self._postpone(id, name, now)
                 if not text:
                     self._remove(id, text, name)
         return claimed
@@ -353,23 +351,33 @@ class RedisInfoStore(InfoStore):
                 self._skip(id, error)
 
     def _right(
-        self, pairs: Sequence[tuple[str, str]], is_right: Callable[[str, FileInfo], bool]
+        self,
+        pairs: Sequence[tuple[str, str]],
+        is_right: Callable[[str, FileInfo], bool],
+        now: float | None = None,
     ) -> Iterator[FileInfo]:
         """Yield the records of uploads that are in the right set, and take the others out:
         Redis has forgotten those, or their ids are others' now.
 
         :param pairs: ids, each with the name of the set where it was found.
+        :param now: the time, where scores are times.
         """
         for (id, text), (_, name) in zip(self._texts([id for id, _ in pairs]), pairs, strict=True):
             try:
                 info = record.load(record.decode(text[_VERSION:])) if text else None
             except record.CorruptRecord as error:
                 self._skip(id, error)
+                if now is not None:
+                    self._postpone(id, name, now)
                 continue
             if info is not None and is_right(name, info):
                 yield info
             else:
                 self._remove(id, text, name)
+
+    def _postpone(self, id: str, name: str, now: float) -> None:
+        """Look later again at what cannot be read, or it would always be the first."""
+        self._server.call("ZADD", self._prefix + name, "XX", now + _UNREADABLE, id)
 
     @staticmethod
     def _skip(id: str, error: record.CorruptRecord) -> None:
