@@ -61,14 +61,19 @@ class RedisServer:
             self._looked = True
             self._tell_what_is_lacking(told)
 
-    def call(self, *command: Any) -> Any:
-        """Run a command or a script and return its answer: text as bytes."""
-        return self.calls([command])[0]
+    def call(self, *command: Any, again: Command | None = None) -> Any:
+        """Run a command or a script and return its answer: text as bytes.
+
+        :param again: what to send instead where a connection broke before the answer came, for
+            who wants to tell both times apart.
+        """
+        with self._trouble():
+            return self._run([command], [again or command])[0]
 
     def calls(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands together, no scripts among them, and return their answers."""
         with self._trouble():
-            return self._run(commands)
+            return self._run(commands, commands)
 
     def subscribe(self, channel: str) -> Subscription:
         """Return what hears the messages of a channel, by a connection of its own."""
@@ -100,7 +105,7 @@ class RedisServer:
     def _info(self) -> dict[str, str]:
         with self._trouble():
             try:
-                (text,) = self._run([("INFO", "everything")])
+                (text,) = self._run([("INFO", "everything")], [("INFO", "everything")])
             except redis.exceptions.NoPermissionError:
                 return {}
             except redis.AuthenticationError as error:
@@ -110,9 +115,9 @@ class RedisServer:
         lines = text.decode(errors="replace").splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
-    def _run(self, commands: Sequence[Command]) -> list[Any]:
+    def _run(self, commands: Sequence[Command], again: Sequence[Command]) -> list[Any]:
         with self._pool.get().connection() as line:
-            return line.run(commands)
+            return line.run(commands, again)
 
     def _make_pool(self) -> Pool[Line]:
         return Pool(self._settings, lambda: Line(self.connection), Line.close)
@@ -141,13 +146,13 @@ class Line:
         self._make = make
         self._connection: Connection | None = None
 
-    def run(self, commands: Sequence[Command]) -> list[Any]:
+    def run(self, commands: Sequence[Command], again: Sequence[Command]) -> list[Any]:
         try:
             return self._try(commands)
         except redis.AuthenticationError:
             raise
         except _BROKEN:
-            return self._try(commands)
+            return self._try(again)
 
     def close(self) -> None:
         connection, self._connection = self._connection, None

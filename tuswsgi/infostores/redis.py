@@ -37,12 +37,16 @@ T = TypeVar("T")
 #: Puts a text in the place of another one, and members into sorted sets or out of them.
 #: KEYS: the text's, and those of the sets. ARGV: the version that the text must have, its new
 #: version, the new text ('': it stays, '-': it goes), its time to live in milliseconds ('': for
-#: ever), and for each set a score ('': out) and a member. It returns 1, or the text that is there
-#: instead. A text begins with its version. A new one is found where this is run for a second time.
+#: ever), whether this may have been run before (1), and for each set a score ('': out) and a
+#: member. It returns 1, or the text that is there instead, or 0 where that may have taken the
+#: place of the new one. A text begins with its version.
 _SWAP = Script("""
 local found = redis.call('GETRANGE', KEYS[1], 0, 15)
 if found == ARGV[2] then return 1 end
-if found ~= ARGV[1] then return redis.call('GET', KEYS[1]) or '' end
+if found ~= ARGV[1] then
+    if ARGV[5] == '1' and found ~= '' then return 0 end
+    return redis.call('GET', KEYS[1]) or ''
+end
 if ARGV[3] == '-' then
     redis.call('DEL', KEYS[1])
 elseif ARGV[3] ~= '' then
@@ -53,7 +57,7 @@ elseif ARGV[3] ~= '' then
     end
 end
 for place = 2, #KEYS do
-    local score, member = ARGV[2 * place + 1], ARGV[2 * place + 2]
+    local score, member = ARGV[2 * place + 2], ARGV[2 * place + 3]
     if score ~= '' then
         redis.call('ZADD', KEYS[place], score, member)
     else
@@ -284,6 +288,8 @@ class RedisInfoStore(InfoStore):
         that is there, which may be empty.
 
         :param kept: ``None`` for nothing.
+        :raises Unavailable: also if nobody can tell whether it was written: the answer got
+            lost, and others have written since.
         """
         after = {} if kept is None else _found_by(kept)
         keys, values = [self._key_of(id)], []
@@ -293,7 +299,12 @@ class RedisInfoStore(InfoStore):
                 values += [after.get(name, ""), id]
         new = secrets.token_hex(_VERSION // 2)
         text, life = ("-", "") if kept is None else (kept.encode(), self._life(kept))
-        answer = self._server.call(*_SWAP.on(keys, version, new, text, life, *values))
+        texts = (version, new, text, life)
+        answer = self._server.call(
+            *_SWAP.on(keys, *texts, 0, *values), again=_SWAP.on(keys, *texts, 1, *values)
+        )
+        if answer == 0:
+            raise Unavailable
         return None if answer == 1 else bytes(answer)
 
     def _life(self, kept: Kept) -> int | str:
@@ -304,7 +315,7 @@ class RedisInfoStore(InfoStore):
     def _remove(self, id: str, text: bytes, name: str) -> None:
         """Take an upload out of a set where its text, or that it has none, says so."""
         keys = [self._key_of(id), self._prefix + name]
-        self._server.call(*_SWAP.on(keys, text[:_VERSION], _NO_VERSION, "", "", "", id))
+        self._server.call(*_SWAP.on(keys, text[:_VERSION], _NO_VERSION, "", "", 0, "", id))
 
     # --- finding ----------------------------------------------------------------------
 
