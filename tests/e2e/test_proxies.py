@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from urllib.parse import urlsplit
 
 import pytest
@@ -227,6 +228,38 @@ def test_a_stop(tmp_path: Path, tls_flags: tuple[list[str], ssl.SSLContext]) -> 
         assert answer.status == 503
         assert int(answer.headers["retry-after"]) > 0
         assert front.server.wait() == 0
+
+
+def test_reloads(tmp_path: Path, tls_flags: tuple[list[str], ssl.SSLContext]) -> None:
+    """No 502: the connections that nginx keeps are closed when it does not use them."""
+    data, done = content(600_000), Event()
+
+    def upload(client: Client) -> Counter[int]:
+        statuses: Counter[int] = Counter()
+        while not done.is_set():
+            path, offset = client.create(len(data)), 0
+            while offset < len(data):
+                answer = client.patch(path, offset, data[offset : offset + 250_000])
+                statuses[answer.status] += 1
+                if answer.status != 204:
+                    answer = client.head(path)
+                    statuses[answer.status] += 1
+                offset = answer.offset if answer.status in (200, 204) else offset
+        return statuses
+
+    with fronted("nginx", tmp_path, tls_flags) as front, ThreadPoolExecutor(6) as pool:
+        loads = [pool.submit(upload, front.client) for _ in range(6)]
+        try:
+            for _ in range(3):
+                old = set(front.server.workers())
+                front.server.signal(signal.SIGHUP)
+                wait_until(lambda old=old: old.isdisjoint(front.server.workers()), "new workers")
+        finally:
+            done.set()
+        statuses = sum((load.result() for load in loads), Counter[int]())
+    print(f"answers during three reloads: {dict(statuses)}")
+    assert set(statuses) <= {200, 204, 423, 503}
+    assert statuses[204] > 0
 
 
 def test_ranges(front: Front) -> None:
