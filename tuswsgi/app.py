@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flask
 
@@ -39,6 +39,9 @@ from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
 from tuswsgi.web.monitoring import MonitoringBlueprint
 from tuswsgi.web.settings import MonitoringSettings, WebSettings
 from tuswsgi.web.shortcut import ShortCut
+
+if TYPE_CHECKING:
+    from tuswsgi.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +116,8 @@ class Tus:
         number = next(_count)
         self._name = name or ("tus" if number == 1 else f"tus_{number}")
         self._started = PerProcess(self._start)
+        #: ``None`` if they are switched off.
+        self.metrics = self._make_metrics()
         self._start_again_at = 0.0
 
     def blueprint(self, methods: Collection[str] | None = None) -> TusBlueprint:
@@ -133,15 +138,27 @@ class Tus:
         )
 
     def monitoring_blueprint(self) -> MonitoringBlueprint:
-        """Return a blueprint with `/health` and `/ready`, to be registered where they shall be.
+        """Return a blueprint with `/health` and `/ready`, to be registered where they shall be,
+        and with `/metrics` if that is switched on.
 
         `/health` says that the process answers, and `/ready` whether uploads can be taken.
+        The metrics are those of all workers where the environment variable
+        ``PROMETHEUS_MULTIPROC_DIR`` names an empty directory, as our own settings for gunicorn
+        do; elsewhere they are those of the process that is asked.
         """
         needed = []
         if self.config.build(MonitoringSettings).ready_needs_hooks:
             needed = self.hooks.hooks
         readiness = Readiness(self.uploads, self.start, needed)
-        return MonitoringBlueprint(f"{self._name}_monitoring", readiness, None)
+        exposition = None if self.metrics is None else self.metrics.exposition
+        return MonitoringBlueprint(f"{self._name}_monitoring", readiness, exposition)
+
+    def _make_metrics(self) -> Metrics | None:
+        if not self.config.build(MonitoringSettings).metrics:
+            return None
+        from tuswsgi.metrics import Metrics
+
+        return Metrics(self.uploads, self.start)
 
     def _make_hooks(self, own: list[Hook], data: DataStore) -> HookManager:
         settings = self.config.build(HookSettings)

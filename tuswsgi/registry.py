@@ -142,6 +142,11 @@ class Backends:
         return (self.runtime_dir or self.own_dir) / "locks"
 
     @property
+    def metrics_dir(self) -> Path:
+        """The directory where this host's servers count for their metrics."""
+        return (self.runtime_dir or self.own_dir) / "metrics"
+
+    @property
     def database(self) -> str:
         """The DSN of the info store's database, if it is one."""
         return self.info_db_dsn or f"sqlite:///{self.own_dir.absolute()}/info.sqlite3"

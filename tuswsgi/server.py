@@ -24,21 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from marshmallow import ValidationError
 
-from tuswsgi import sentry
+from tuswsgi import metrics_directory, sentry
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.logs import LogFormat, formatter
 from tuswsgi.options import MAIN, Duration, KiB, option
 from tuswsgi.registry import Backends
 from tuswsgi.sentry import SentrySettings
-from tuswsgi.web.settings import HEALTH, METRICS, READY
+from tuswsgi.web.settings import WATCHED, MonitoringSettings
 
 if TYPE_CHECKING:
     from tuswsgi.config import Config
 
 log = logging.getLogger(__name__)
-
-
-_WATCHED = (HEALTH, READY, METRICS)
 
 
 class LogLevel(str, Enum):
@@ -65,7 +62,7 @@ def _port(value: int) -> None:
 def _path(value: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._~/-]*", value):
         raise ValidationError("Not a path such as /files.")
-    if "/" + value.strip("/") in _WATCHED:
+    if "/" + value.strip("/") in WATCHED:
         raise ValidationError("This path is taken by the server itself.")
 
 
@@ -155,12 +152,16 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
     """
     settings, reports = config.build(ServerSettings), config.build(SentrySettings)
     sentry.check(reports)
+    backends = config.build(Backends)
+    counted = backends.metrics_dir if config.build(MonitoringSettings).metrics else None
+    if counted is not None:
+        metrics_directory.check_installed()
     return {
         "bind": _bind(settings),
         "reuse_port": settings.reuse_port,
         "certfile": _text(settings.certfile),
         "keyfile": _text(settings.keyfile),
-        "workers": _worker_count(settings, config.build(Backends)),
+        "workers": _worker_count(settings, backends),
         "worker_class": "tuswsgi.worker.TusWorker",
         "worker_connections": settings.worker_connections,
         "graceful_timeout": math.ceil(settings.graceful_timeout),
@@ -169,11 +170,13 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "accesslog": "-" if settings.access_log else None,
         "access_log_format": _ACCESS_FORMAT,
         **_FIXED,
-        "on_starting": lambda arbiter: _prepare_process(settings),
-        "on_reload": lambda arbiter: _prepare_process(settings),
+        "on_starting": lambda arbiter: _prepare_process(settings, counted, arbiter),
+        "on_reload": lambda arbiter: _prepare_process(settings, counted, arbiter),
+        "on_exit": lambda arbiter: metrics_directory.close_directory(),
         "post_fork": lambda arbiter, worker: _enter(reports, arbiter),
         "post_worker_init": lambda worker: _begin(settings, worker),
         "worker_exit": lambda arbiter, worker: _end(worker),
+        "child_exit": lambda arbiter, worker: metrics_directory.forget_worker(worker.pid),
     }
 
 
@@ -303,10 +306,16 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _prepare_process(settings: ServerSettings) -> None:
-    """Get the process ready that will fork the workers."""
+def _prepare_process(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
+    """Get the process ready that will fork the workers.
+
+    :param counted: where metrics are to be put together, ``None`` for no metrics.
+    """
     _raise_file_limit()
     set_up_logging(settings)
+    if counted is not None:
+        # While one gunicorn replaces another (SIGUSR2), that one still counts.
+        metrics_directory.open_directory(counted, is_successor=bool(arbiter.master_pid))
     access = logging.getLogger("gunicorn.access")
     access.removeFilter(_is_not_health)
     if settings.disable_health_access_log:
@@ -339,7 +348,7 @@ def _raise_file_limit() -> None:
 
 def _is_not_health(record: logging.LogRecord) -> bool:
     said = record.args.get("U") if isinstance(record.args, Mapping) else None
-    return getattr(record, "path", said) not in _WATCHED
+    return getattr(record, "path", said) not in WATCHED
 
 
 #: What tells a worker to stop.

@@ -52,6 +52,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         #: Since when greenlets wait for a request, on the monotonic clock.
         self._idle: dict[Any, float] = {}
         self._stopping = Event()
+        self._servers: list[StreamServer] = []
         #: The module ``http1``, ``None`` where everything is left to gunicorn.
         self._plain: ModuleType | None = None
 
@@ -81,7 +82,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def run(self) -> None:
         # gunicorn's own looks each second whether to stop. Until then it takes connections
         # that another worker would serve, only to tell their uploads to come back.
-        servers = [self._serve(listener) for listener in self.sockets]
+        servers = self._servers = [self._serve(listener) for listener in self.sockets]
         while self.alive:
             self._tick()
             self._stopping.wait(1.0)
@@ -223,6 +224,9 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         """Do what is to be done each second."""
         self.notify()
         self._close_idle(self.cfg.keepalive)
+        if self._tus is not None and self._tus.metrics is not None:
+            number = sum(len(server.pool) for server in self._servers)
+            self._tus.metrics.set_open_connections(number)
         try:
             self._start_tus()
         except ConfigurationError as error:

@@ -6,6 +6,7 @@ transports. How they look in JSON is the business of payload formats.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,9 @@ from enum import Enum
 from typing import Any, ClassVar
 from uuid import uuid4
 
+from tuswsgi.errors import HookRefusal
 from tuswsgi.info import FileInfo, Metadata, Storage
+from tuswsgi.telemetry import hook_sent, report
 
 
 class HookType(str, Enum):
@@ -238,6 +241,29 @@ class Hook(ABC):
             its ``__cause__`` or its message for the log.
         :raises Exception: as ``HookFailed``, for everything that nobody thought of.
         """
+
+    def call(self, request: HookRequest) -> HookResponse | None:
+        """Do as ``send``, and tell those of it who count."""
+        if not hook_sent.receivers:
+            return self.send(request)
+        began, outcome = time.monotonic(), "failed"
+        try:
+            answer = self.send(request)
+            outcome = "refused" if answer is not None and answer.reject else "ok"
+            return answer
+        except HookRefusal as refusal:
+            if request.type.blocking and refusal.status < 500:
+                outcome = "refused"
+            raise
+        finally:
+            report(
+                hook_sent,
+                self,
+                type=request.type,
+                transport=self.name,
+                seconds=time.monotonic() - began,
+                outcome=outcome,
+            )
 
     def close(self) -> None:
         """Release what this process holds. The transport may be used again afterwards."""

@@ -296,7 +296,7 @@ class _Dispatcher:
         hook = next(hook for hook in self._hooks if hook.name == event.transport)
         try:
             request = request_of(event)
-            answer = hook.send(request)
+            answer = hook.call(request)
         except Exception as error:
             event = self._failed(event, error)
             self._put_back(event)
@@ -359,7 +359,7 @@ class _Dispatcher:
             if once.is_progress and self._infos.events(request.info.id):
                 log.debug("Progress of %s is dropped for its events", request.info.id)
                 return
-            answer = hook.send(request)
+            answer = hook.call(request)
         except Exception as error:
             name = _name_of(hook, request)
             log.warning("%s failed: %s", name, _cause(error), exc_info=_surprise(error))

@@ -142,7 +142,7 @@ class HookManager:
 
     def _send(self, hook: Hook, sent: HookRequest) -> HookResponse | None:
         try:
-            answer = hook.send(sent)
+            answer = hook.call(sent)
         except HookRefusal as refusal:
             refusal.headers = check_response(refusal.status, refusal.headers)
             raise

@@ -9,11 +9,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from tuswsgi.errors import UploadNotFound
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State
 from tuswsgi.process import let_others_run
+
+
+@dataclass(frozen=True)
+class Census:
+    """How many uploads and events there are.
+
+    :param unfinished: uploads that wait for bytes or parts, expired ones included until they
+        are removed.
+    :param stalled: those of them that wait for bytes, and have waited for long.
+    :param pending: events that are to be delivered.
+    :param dead: events that were given up.
+    :param oldest: when the oldest event that is to be delivered was written, about.
+    """
+
+    unfinished: int = 0
+    stalled: int = 0
+    pending: int = 0
+    dead: int = 0
+    oldest: float | None = None
+
+
+#: More events than anybody counts.
+_MANY = 100_000
 
 #: The id of no upload.
 _NOBODY = "tuswsgi-check"
@@ -131,6 +155,26 @@ class InfoStore(ABC):
     def finals_waiting_for(self, part: str) -> Sequence[str]:
         """Return the ids of ``WAITING`` final uploads that have `part` among their parts."""
 
+    def census(self, stalled_before: float) -> Census:
+        """Count uploads and events, for monitoring; other greenlets go on meanwhile.
+
+        A store that can count without reading all of them does.
+
+        :param stalled_before: an upload is stalled whose last byte, or whose creation if there
+            was none, was not later than this.
+        """
+        unfinished = stalled = 0
+        after = ""
+        while page := self.list({State.RECEIVING, State.WAITING}, after=after):
+            unfinished += len(page)
+            stalled += sum(is_stalled(info, stalled_before) for info in page)
+            after = page[-1].id
+            let_others_run()
+        pending = self.outbox(dead=False, limit=_MANY)
+        dead = self.outbox(dead=True, limit=_MANY)
+        oldest = pending[0].created_at if pending else None
+        return Census(unfinished, stalled, len(pending), len(dead), oldest)
+
     # --- the outbox ------------------------------------------------------------------
     #
     # Events are kept until somebody delivered them. Whoever is about to do so claims
@@ -194,6 +238,11 @@ class InfoStore(ABC):
 
         :param dead: those that were given up, instead of those that are to be delivered.
         """
+
+
+def is_stalled(info: FileInfo, before: float) -> bool:
+    """Whether an unfinished upload waits for bytes of which the last one came before a time."""
+    return info.state is State.RECEIVING and (info.last_byte_at or info.created_at) <= before
 
 
 def first_events(events: Iterable[Event]) -> Iterator[Event]:

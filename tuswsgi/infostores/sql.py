@@ -21,7 +21,7 @@ from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType
 from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores import record
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import Census, InfoStore
 
 _CREATE = """
 INSERT INTO tuswsgi_uploads
@@ -83,6 +83,22 @@ _FREE_NO_MORE = """
 UPDATE tuswsgi_events SET free_at = NULL
 WHERE upload = ? AND transport = ? AND number <> ? AND free_at IS NOT NULL
 """
+_COUNT_STATES = "SELECT COUNT(*) FROM tuswsgi_uploads WHERE state IN (?, ?)"
+#: In pages, since SQLite blocks the process for as long as a statement runs.
+_COUNT_STALLED = """
+SELECT MAX(id), SUM(CASE WHEN {last} <= ? THEN 1 ELSE 0 END) FROM (
+    SELECT id, created_at, record FROM tuswsgi_uploads
+    WHERE state = ? AND id > ? ORDER BY id LIMIT 2000
+) AS page
+"""
+#: When the last byte came, of which only the record tells.
+_LAST_BYTE = {
+    "sqlite": "COALESCE(json_extract(record, '$.last_byte_at'), created_at)",
+    "postgres": "COALESCE(CAST(CAST(record AS json)->>'last_byte_at' AS float8), created_at)",
+    "mysql": "COALESCE(JSON_VALUE(record, '$.last_byte_at') + 0.0, created_at)",
+}
+_COUNT_EVENTS = "SELECT COUNT(*) FROM tuswsgi_events WHERE dead = ?"
+_OLDEST = "SELECT created_at FROM tuswsgi_events WHERE dead = ? ORDER BY number LIMIT 1"
 _WAIT = "INSERT INTO tuswsgi_waiting (part, final) VALUES (?, ?)"
 _WAIT_NO_MORE = "DELETE FROM tuswsgi_waiting WHERE final = ?"
 _WAITING_FOR = "SELECT final FROM tuswsgi_waiting WHERE part = ? ORDER BY final"
@@ -113,6 +129,9 @@ class SqlInfoStore(InfoStore):
         self._lock = text(_EXISTS) + self._connection.for_update
         self._wait, self._wait_no_more = text(_WAIT), text(_WAIT_NO_MORE)
         self._waiting_for = text(_WAITING_FOR)
+        self._count_states, self._count_events = text(_COUNT_STATES), text(_COUNT_EVENTS)
+        self._count_stalled = text(_COUNT_STALLED.format(last=_LAST_BYTE[self._connection.kind]))
+        self._oldest = text(_OLDEST)
 
     def prepare(self) -> None:
         prepare_tables(self._connection)
@@ -159,6 +178,22 @@ class SqlInfoStore(InfoStore):
 
     def finals_waiting_for(self, part: str) -> Sequence[str]:
         return [row[0] for row in self._all(self._waiting_for, (part,))]
+
+    def census(self, stalled_before: float) -> Census:
+        states = (State.RECEIVING.value, State.WAITING.value)
+        stalled, after = 0, ""
+        while after is not None:
+            values = (stalled_before, State.RECEIVING.value, after)
+            after, found = self._one(self._count_stalled, values)
+            stalled += int(found or 0)
+        oldest = self._one(self._oldest, (False,))
+        return Census(
+            self._one(self._count_states, states)[0],
+            stalled,
+            self._one(self._count_events, (False,))[0],
+            self._one(self._count_events, (True,))[0],
+            None if oldest is None else oldest[0],
+        )
 
     def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
         events = self._dead_events if dead else self._events

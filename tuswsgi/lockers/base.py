@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from tuswsgi.errors import TusError, UploadLocked
+from tuswsgi.telemetry import lock_waited, report
 
 #: Called with the reason when a holder shall let go. It is called in another greenlet or
 #: thread, maybe several times and maybe a moment after the release, and must not block.
@@ -120,21 +121,29 @@ class Locker(ABC, Generic[H]):
             self._release(id, held)
 
     def _acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H:
-        deadline = time.monotonic() + self.timeout
+        began = time.monotonic()
+        deadline = began + self.timeout
         pause = self.first_pause
         next_request = 0.0
         while True:
             held = self._try_acquire(id, on_release_request)
             if held is not None:
+                if next_request and lock_waited.receivers:
+                    self._report_wait(began, acquired=True)
                 return held
             now = time.monotonic()
             if now >= next_request:
                 self._request_release(id)
                 next_request = now + self.request_pause
             if now >= deadline:
+                if lock_waited.receivers:
+                    self._report_wait(began, acquired=False)
                 raise UploadLocked
             time.sleep(min(pause * random.uniform(0.5, 1.0), deadline - now))
             pause = min(pause * 2, self.longest_pause)
+
+    def _report_wait(self, began: float, *, acquired: bool) -> None:
+        report(lock_waited, self, seconds=time.monotonic() - began, acquired=acquired)
 
     def _is_lost(self, held: H) -> IsLost | None:
         """Return what tells whether the lock was lost; ``None`` if it cannot be."""

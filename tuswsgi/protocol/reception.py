@@ -18,6 +18,7 @@ from tuswsgi.errors import (
     StorageFull,
     TusError,
     Unavailable,
+    UploadInterrupted,
     UploadLocked,
     UploadSizeExceeded,
     UploadStopped,
@@ -27,12 +28,16 @@ from tuswsgi.info import FileInfo
 from tuswsgi.protocol.checksum import Checksum
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reader import Body, UploadReader
+from tuswsgi.telemetry import bytes_received, report, upload_taken_over
 
 #: Errors after which the client shall go on from where the upload stands.
 _PASSING = (Unavailable, StorageFull, UploadLocked)
 
 #: The most seconds between two looks at how far a body has come.
 _LOOK_INTERVAL = 1.0
+
+#: Seconds after which a record says anew that bytes still arrive.
+_REFRESH = 600.0
 
 #: Called with an upload as it is now.
 OnProgress = Callable[[FileInfo], None]
@@ -69,7 +74,7 @@ class Reception:
         self._failure: TusError | None = None
         self._info: FileInfo | None = None
         self._on_progress: OnProgress = lambda info: None
-        self._start = 0
+        self._start = self._reported = 0
         self._told_at = self._looked_at = time.monotonic()
         self.reader = UploadReader(
             chunk.body,
@@ -186,6 +191,11 @@ class Reception:
         except (StorageFull, Unavailable) as failure:
             self._failure = failure
             return data.offset(info)
+        finally:
+            if bytes_received.receivers:
+                self._report_bytes()
+            if isinstance(self.reader.error, UploadInterrupted) and upload_taken_over.receivers:
+                report(upload_taken_over, self._finisher.sender)
 
     def _touched(self, info: FileInfo, **changes: Any) -> FileInfo:
         now = time.time()
@@ -194,18 +204,35 @@ class Reception:
     def _progressed(self) -> None:
         """Tell how far it has come, and let it not expire meanwhile."""
         now = self.reader.last_progress
-        if self._info is None or now - self._looked_at < min(self._interval, _LOOK_INTERVAL):
+        if now - self._looked_at < min(self._interval, _LOOK_INTERVAL):
             return
         self._looked_at = now
+        if bytes_received.receivers:
+            self._report_bytes()
+        if self._info is None:
+            return
         info = self._info.but(offset=self._start + self.reader.received)
         if self._is_ageing(info):
-            info = self._info = self._finisher.infos.save(self._touched(info))
+            try:
+                info = self._info = self._finisher.infos.save(self._touched(info))
+            except Unavailable:
+                pass  # the bytes still come; it is tried again in a moment
         if now - self._told_at >= self._interval:
             self._told_at = now
             self._on_progress(info)
 
+    def _report_bytes(self) -> None:
+        size = self.reader.received - self._reported
+        if size:
+            self._reported += size
+            report(bytes_received, self._finisher.sender, size=size)
+
     def _is_ageing(self, info: FileInfo) -> bool:
-        """Whether a quarter of the time to its expiry has passed since that was renewed."""
+        """Whether it must be written that bytes arrive: an operator wants to know which uploads
+        do not stand still, or a quarter of the time to its expiry has passed.
+        """
+        if time.time() - (info.last_byte_at or info.created_at) > _REFRESH:
+            return True
         expiration = self._settings.expiration
         if info.expires_at is None or expiration is None:
             return False

@@ -15,7 +15,7 @@ import pytest
 from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import HookType
 from tuswsgi.info import MAX_SIZE, FileInfo, Metadata, State, new_id
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import Census, InfoStore
 from tuswsgi.testing.outbox import OutboxContract
 from tuswsgi.testing.records import event, full, together, upload
 
@@ -290,6 +290,27 @@ class InfoStoreContract(OutboxContract):
         store.delete(deleted, [], state=State.EXPIRED, now=2.0)
         assert list(store.expired(2.0)) == []
         assert list(store.expired(3.0)) == [renewed.id]
+
+    def test_a_census_counts_what_is_unfinished(self, store: InfoStore) -> None:
+        assert store.census(10.0) == Census()
+        for at in (None, 10.0, 10.5):
+            store.create(upload(last_byte_at=at))
+        store.create(upload(state=State.WAITING, is_final=True))
+        gone = upload()
+        store.create(gone)
+        assert store.census(10.0) == Census(unfinished=5, stalled=3)
+        store.delete(gone, [], state=State.TERMINATED, now=2.0)
+        store.create(upload(state=State.FINISHED, finished_at=1.0))
+        assert store.census(10.0) == Census(unfinished=4, stalled=2)
+        assert store.census(1.0) == Census(unfinished=4, stalled=0)
+
+    def test_a_census_counts_events(self, store: InfoStore) -> None:
+        told = [event(info := upload(state=State.FINISHED), transport="t", created_at=3.0)]
+        told += [event(info, transport=transport, created_at=4.0) for transport in "uv"]
+        store.create(info, told)
+        assert store.census(0.0) == Census(pending=3, oldest=3.0)
+        store.put_back(replace(told[0], dead=True))
+        assert store.census(0.0) == Census(pending=2, dead=1, oldest=4.0)
 
     def test_finals_are_found_by_their_parts(self, store: InfoStore) -> None:
         a, b, c = "a" * 32, "b" * 32, "c" * 32

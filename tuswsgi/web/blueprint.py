@@ -21,6 +21,7 @@ from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
 from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
+from tuswsgi.telemetry import report, request_answered
 from tuswsgi.web.body import body_of
 from tuswsgi.web.cors import Cors
 from tuswsgi.web.request_body import RequestBody
@@ -34,6 +35,9 @@ _REQUEST_ID_HEADER = "X-Request-ID"
 
 #: The longest id of an upload that logs show: none is longer.
 _SHOWN = 128
+
+#: The code of an error that the application answers itself.
+_ABORTED = "ERR_ABORTED"
 
 #: Returns who sends a request, ``None`` for nobody in particular.
 OwnerFunction = Callable[[flask.Request], "str | None"]
@@ -121,6 +125,7 @@ class TusBlueprint(flask.Blueprint):
         if len(id) <= _SHOWN and id.isascii() and id.isprintable():
             environ[UPLOAD_ID] = id
         body: RequestBody | None = None
+        code: str | None = None
         # "The X-HTTP-Method-Override request header MUST be a string which MUST be
         # interpreted as the request's method by the Server [...]. The actual method of
         # the request MUST be ignored."
@@ -132,18 +137,28 @@ class TusBlueprint(flask.Blueprint):
             answer = self._answer(environ, method, id, headers, body, common)
             log_answer(environ, method, answer.status, body, began)
         except TusError as error:
-            answer = error_response(error, common, body)
+            code, answer = error.code, error_response(error, common, body)
             log_answer(environ, method, answer.status, body, began, error)
-        except HTTPException:
-            raise  # the application's own: its ``owner`` function aborts with 401
+        except HTTPException as error:
+            # The application's own: its ``owner`` function aborts with 401.
+            if request_answered.receivers:
+                self._report(method, error.code or 500, _ABORTED)
+            raise
         except Exception as error:
             # Too many open files is trouble that passes.
             passes = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-            answer = error_response(Unavailable() if passes else TusError(), common, body)
+            failure = Unavailable() if passes else TusError()
+            code, answer = failure.code, error_response(failure, common, body)
             log_failure(environ, method, answer.status, body, began, error)
+        if request_answered.receivers:
+            self._report(method, answer.status, code)
         if REQUEST_ID in environ and not is_told:
             answer.headers.append((_REQUEST_ID_HEADER, request_id(environ)))
         return answer
+
+    def _report(self, method: str, status: int, code: str | None) -> None:
+        sender = self._uploads.finisher.sender
+        report(request_answered, sender, method=method, status=status, code=code)
 
     def _answer(
         self,

@@ -19,7 +19,7 @@ class LocationForm(str, Enum):
 
 
 #: The paths by which a server is watched; they are never those of uploads.
-HEALTH, READY, METRICS = "/health", "/ready", "/metrics"
+WATCHED = HEALTH, READY, METRICS = ("/health", "/ready", "/metrics")
 
 #: Stands for the peers of a unix socket, which have no address.
 UNIX = "unix"
@@ -45,6 +45,11 @@ def _public_url(value: str) -> None:
 class MonitoringSettings:
     """What `/health`, `/ready` and `/metrics` tell."""
 
+    metrics: bool = option(
+        False,
+        "Serve metrics for Prometheus at `/metrics`, the sums of all workers. Needs "
+        "`tuswsgi[metrics]`.",
+    )
     ready_needs_hooks: bool = option(
         False, "Say at `/ready` that the server is not ready while the broker of hooks is away."
     )

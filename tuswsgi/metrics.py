@@ -1,0 +1,207 @@
+"""Metrics in Prometheus' form: what is counted, and what it looks like.
+
+What happens is counted by each process when it happens, and added up over all of them where
+``PROMETHEUS_MULTIPROC_DIR`` names a directory for that (``metrics_directory``). What is there
+- uploads, events, room - is taken from the stores when somebody asks, so that it cannot drift.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from tuswsgi import signals, telemetry
+from tuswsgi.info import FileInfo, State
+from tuswsgi.infostores.base import Census
+from tuswsgi.metrics_directory import DIRECTORY_VARIABLE, check_installed
+from tuswsgi.probe import Probe
+from tuswsgi.protocol.uploads import Uploads
+
+if TYPE_CHECKING:
+    from prometheus_client.core import GaugeMetricFamily, Metric
+
+log = logging.getLogger(__name__)
+
+#: Seconds without a byte after which an unfinished upload is stalled. A record says at the
+#: latest every ten minutes that bytes arrive.
+_STALLED = 3600.0
+
+#: How long a look into the stores may take, and for how long it is good (seconds).
+_PATIENCE, _FRESH = 8.0, 5.0
+
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST")
+
+#: Clients may call methods what they like.
+_OTHER_METHOD = "other"
+
+_SECONDS = (0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """The metrics of one server. What is counted is the same for all servers of a process.
+
+    :param start: makes the server ready in this process, as its first request does.
+    :raises ConfigurationError: if a library is missing.
+    """
+
+    def __init__(self, uploads: Uploads, start: Callable[[], None]) -> None:
+        check_installed()
+        self._counters = _counters()
+        self._uploads = uploads
+        self._start = start
+        self._census = Probe(self._look_into_infos, _PATIENCE, _FRESH)
+        self._free = Probe(uploads.data.free_space, _PATIENCE, _FRESH)
+
+    def set_open_connections(self, number: int) -> None:
+        """Tell how many connections this process has."""
+        self._counters.connections.set(number)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return all metrics as text, and its content type.
+
+        :param accept: what the asker takes, as in ``Accept``.
+        """
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = CollectorRegistry()
+        if DIRECTORY_VARIABLE in os.environ:
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        else:
+            registry.register(self._counters.registry)
+        registry.register(self)
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what the stores say; Prometheus' library calls it. What cannot be had is left
+        out, so that the rest can be.
+        """
+        census, free = self._seen(self._census), self._seen(self._free)
+        if census is not None:
+            yield _gauge("uploads_in_progress", "Unfinished uploads.", census.unfinished)
+            text = "Unfinished uploads without a byte for an hour."
+            yield _gauge("uploads_stalled", text, census.stalled)
+            yield _gauge("outbox_events", "Post-hooks that wait for delivery.", census.pending)
+            oldest = 0.0 if census.oldest is None else max(0.0, time.time() - census.oldest)
+            yield _gauge("outbox_oldest_seconds", "Age of the oldest one of them.", oldest)
+            text = "Post-hooks that were given up (dead letters)."
+            yield _gauge("outbox_dead_events", text, census.dead)
+        if free is not None:
+            yield _gauge("disk_free_bytes", "Room that is left in the data store.", free)
+
+    def _seen(self, probe: Probe[Any]) -> Any:
+        try:
+            return probe.get()
+        except Exception as error:
+            log.warning("A part of the metrics is missing: %r", error)
+            return None
+
+    def _look_into_infos(self) -> Census:
+        self._start()
+        return self._uploads.infos.census(stalled_before=time.time() - _STALLED)
+
+
+class _Counters:
+    """What a process counts, and the signals that it counts by."""
+
+    def __init__(self) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"tuswsgi_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(f"tuswsgi_{name}", text, labels, registry=registry, buckets=_SECONDS)
+
+        requests = counter("requests", "Requests for uploads that were answered.", "method")
+        # To find a child takes longer than to count by it.
+        self._requests = {name: requests.labels(name) for name in (*_METHODS, _OTHER_METHOD)}
+        self._errors = counter("errors", "Requests that failed.", "status", "code")
+        self._received = counter("received_bytes", "Bytes of uploads that have come.")
+        self._created = counter("uploads_created", "Uploads that were created.")
+        self._finished = counter("uploads_finished", "Uploads that were finished.")
+        text = "Uploads that clients, hooks or the application removed."
+        self._terminated = counter("uploads_terminated", text)
+        self._expired = counter("uploads_expired", "Uploads whose time was over.")
+        text = "Uploads that a request let go of for another one."
+        self._takeovers = counter("takeovers", text)
+        text = "Waits for the lock of an upload that another request held."
+        waits = histogram("lock_wait_seconds", text, "outcome")
+        self._waits = {True: waits.labels("acquired"), False: waits.labels("given up")}
+        self._hooks = histogram("hook_seconds", "Hooks that were sent.", "transport", "type")
+        text = "Hooks that could not be sent or were not understood."
+        self._hook_errors = counter("hook_errors", text, "transport", "type")
+        self._reclaimed = counter("reclaimed_bytes", "Bytes that the clean-up has removed.")
+        self.connections = Gauge(
+            "tuswsgi_open_connections",
+            "Connections of clients.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+
+    def connect(self) -> None:
+        """Count from now on."""
+        telemetry.request_answered.connect(self._on_answer)
+        telemetry.bytes_received.connect(self._on_bytes)
+        telemetry.upload_taken_over.connect(self._on_takeover)
+        telemetry.lock_waited.connect(self._on_wait)
+        telemetry.hook_sent.connect(self._on_hook)
+        telemetry.bytes_reclaimed.connect(self._on_reclaimed)
+        signals.upload_created.connect(self._on_created)
+        signals.upload_finished.connect(self._on_finished)
+        signals.upload_terminated.connect(self._on_terminated)
+
+    def _on_answer(self, sender: object, method: str, status: int, code: str | None) -> None:
+        (self._requests.get(method) or self._requests[_OTHER_METHOD]).inc()
+        if code is not None:
+            self._errors.labels(str(status), code).inc()
+
+    def _on_bytes(self, sender: object, size: int) -> None:
+        self._received.inc(size)
+
+    def _on_takeover(self, sender: object) -> None:
+        self._takeovers.inc()
+
+    def _on_wait(self, sender: object, seconds: float, acquired: bool) -> None:
+        self._waits[acquired].observe(seconds)
+
+    def _on_hook(
+        self, sender: object, transport: str, type: object, seconds: float, outcome: str
+    ) -> None:
+        self._hooks.labels(transport, str(type)).observe(seconds)
+        if outcome == "failed":
+            self._hook_errors.labels(transport, str(type)).inc()
+
+    def _on_reclaimed(self, sender: object, size: int) -> None:
+        self._reclaimed.inc(size)
+
+    def _on_created(self, sender: object, info: FileInfo) -> None:
+        self._created.inc()
+
+    def _on_finished(self, sender: object, info: FileInfo) -> None:
+        self._finished.inc()
+
+    def _on_terminated(self, sender: object, info: FileInfo) -> None:
+        (self._expired if info.state is State.EXPIRED else self._terminated).inc()
+
+
+@cache
+def _counters() -> _Counters:
+    """Return the only ones of this process: two would overwrite each other's numbers."""
+    counters = _Counters()
+    counters.connect()
+    return counters
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    from prometheus_client.core import GaugeMetricFamily
+
+    return GaugeMetricFamily(f"tuswsgi_{name}", text, value=value)
