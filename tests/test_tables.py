@@ -14,6 +14,8 @@ from tuswsgi.cli import main
 from tuswsgi.connections.sql import SqlConnection, connect
 from tuswsgi.connections.tables import SCHEMA, prepare_tables, version
 from tuswsgi.errors import ConfigurationError
+from tuswsgi.infostores.sql import SqlInfoStore
+from tuswsgi.testing.records import upload
 
 
 @pytest.fixture(params=["sqlite", *databases.SERVERS])
@@ -66,6 +68,33 @@ def test_older_tables_are_upgraded(connection: SqlConnection) -> None:
     sql = "SELECT * FROM tuswsgi_waiting"
     rows = connection.read(lambda database: database.execute_sql(sql).fetchall())
     assert [tuple(row) for row in rows] == [("part", "final")]
+
+
+def test_an_upgrade_tells_what_uploads_promise(connection: SqlConnection, dsn: str) -> None:
+    store = SqlInfoStore(dsn)
+    store.prepare()
+    for info in (upload(size=5), upload(size=None, offset=70), upload(size=600, deleted_at=1.0)):
+        store.create(info)
+    index = "tuswsgi_uploads_state_id"
+    end = " ON tuswsgi_uploads" if connection.kind == "mysql" else ""
+    run(
+        connection,
+        f"CREATE INDEX {index} ON tuswsgi_uploads (state, id)",
+        f"DROP INDEX {index}_promised{end}",
+        "ALTER TABLE tuswsgi_uploads DROP COLUMN promised",
+        "UPDATE tuswsgi_schema SET version = 2",
+    )
+    for _ in range(2):  # also after a death in between
+        prepare_tables(connection)
+        assert store.usage() == 75
+        run(connection, "UPDATE tuswsgi_schema SET version = 2")
+    sql = "INSERT INTO tuswsgi_uploads (id, state, sequence, created_at, record) VALUES "
+    run(connection, f"{sql} ('of-older', 'finished', 0, 0, '')")
+    indexes = connection.read(lambda database: database.get_indexes("tuswsgi_uploads"))
+    names = {found.name for found in indexes}
+    assert f"{index}_promised" in names
+    assert index not in names
+    store.close()
 
 
 def test_what_a_dead_maker_left_is_completed(connection: SqlConnection) -> None:

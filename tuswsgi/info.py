@@ -192,6 +192,7 @@ class FileInfo:
     :param owner: who created it, as the embedding application or a hook names them.
     :param response: the final response, once a hook gave one.
     :param digest: the checksum of the whole, as ``algorithm hex``, where it is known.
+    :param reserved: up to which offset room is held while the length is deferred.
     :param last_byte_at: when the last byte was kept.
     :param sequence: how often the record was written; an info store refuses to save
         over a sequence that is not this one.
@@ -210,6 +211,7 @@ class FileInfo:
     state: State = State.RECEIVING
     response: FinalResponse | None = None
     digest: str | None = None
+    reserved: int = 0
     created_at: float = 0.0
     last_byte_at: float | None = None
     expires_at: float | None = None
@@ -239,6 +241,13 @@ class FileInfo:
     def is_gone(self) -> bool:
         """A tombstone."""
         return self.deleted_at is not None
+
+    @property
+    def promised(self) -> int:
+        """How many bytes of room it may take, at least those that are kept; 0 once it is gone."""
+        if self.is_gone:
+            return 0
+        return max(self.offset, self.reserved) if self.size is None else self.size
 
     def has_expired(self, now: float) -> bool:
         """Whether its time is over; finished uploads have no such time."""

@@ -7,6 +7,7 @@ every program knows whether it and the tables go together.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -17,7 +18,7 @@ from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import ConfigurationError
 
 #: The version of the tables below.
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ _SCHEMA = _Table(
     """,
 )
 
-#: One record each. The columns beside it are what is searched for and compared. Nothing
-#: expires once the upload is finished or gone.
+#: One record each. The columns beside it are what is searched for, compared and added up.
+#: Nothing expires once the upload is finished or gone. The sum of what is promised is made of
+#: an index: records are long.
 _UPLOADS = _Table(
     "tuswsgi_uploads",
     """
@@ -116,10 +118,11 @@ _UPLOADS = _Table(
     expires_at DOUBLE PRECISION,
     finished_at DOUBLE PRECISION,
     deleted_at DOUBLE PRECISION,
+    promised BIGINT NOT NULL DEFAULT 0,
     record {text} NOT NULL
     """,
     (
-        _Index("state, id"),
+        _Index("state, id, promised"),
         # Most uploads are finished, or never expire.
         _Index("expires_at", where="expires_at IS NOT NULL"),
     ),
@@ -225,7 +228,7 @@ def _upgrade(database: Database, dialect: _Dialect) -> None:
     # again: so each step must work on what it has done before.
     for number, step in _UPGRADES.items():
         if 0 < found < number:
-            step(database)
+            step(database, dialect)
     for table in _TABLES:
         for statement in table.statements(dialect):
             database.execute_sql(statement)
@@ -244,7 +247,7 @@ def _exists(table: str, database: Database) -> bool:
     return bool(cast(peewee.Database, database).table_exists(table))
 
 
-def _drop_old_events(database: Database) -> None:
+def _drop_old_events(database: Database, dialect: _Dialect) -> None:
     """Make way for the table of events if there is one from before the first release."""
     columns = cast(peewee.Database, database).get_columns("tuswsgi_events")
     if not columns or "free_at" in {column.name for column in columns}:
@@ -257,6 +260,47 @@ def _drop_old_events(database: Database) -> None:
     database.execute_sql("DROP TABLE tuswsgi_events")
 
 
+def _add_promised(database: Database, dialect: _Dialect) -> None:
+    """Tell beside each record how much room it promises, which its text says too."""
+    table = cast(peewee.Database, database)
+    columns = {column.name for column in table.get_columns("tuswsgi_uploads")}
+    if not columns:
+        return
+    if "promised" not in columns:
+        database.execute_sql(
+            "ALTER TABLE tuswsgi_uploads ADD COLUMN promised BIGINT NOT NULL DEFAULT 0"
+        )
+    _tell_promised(database, table.param)
+    old = "tuswsgi_uploads_state_id"
+    if old not in {index.name for index in table.get_indexes("tuswsgi_uploads")}:
+        return
+    if dialect.inline:
+        database.execute_sql(
+            f"ALTER TABLE tuswsgi_uploads DROP INDEX {old}, "
+            f"ADD INDEX {old}_promised (state, id, promised)"
+        )
+    else:
+        database.execute_sql(f"DROP INDEX {old}")
+
+
+def _tell_promised(database: Database, mark: str) -> None:
+    page = (
+        "SELECT id, record FROM tuswsgi_uploads "
+        f"WHERE id > {mark} AND deleted_at IS NULL ORDER BY id LIMIT 1000"
+    )
+    update = f"UPDATE tuswsgi_uploads SET promised = {mark} WHERE id = {mark}"
+    after = ""
+    while rows := database.execute_sql(page, (after,)).fetchall():
+        for id, text in rows:
+            record = json.loads(text)
+            size = record.get("size")
+            database.execute_sql(update, (record["offset"] if size is None else size, id))
+            after = id
+
+
 #: What is to be done to tables of the version before, by the version that they have then.
 #: Tables that are new are created afterwards.
-_UPGRADES: dict[int, Callable[[Database], None]] = {2: _drop_old_events}
+_UPGRADES: dict[int, Callable[[Database, _Dialect], None]] = {
+    2: _drop_old_events,
+    3: _add_promised,
+}

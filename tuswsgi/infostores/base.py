@@ -144,6 +144,18 @@ class InfoStore(ABC):
             after = page[-1].id
             let_others_run()
 
+    def usage(self) -> int:
+        """Return the sum of what all uploads promise, ``FileInfo.promised``, in bytes.
+
+        Whatever is written before the call and stays counts; what is written meanwhile, may.
+        """
+        total, after = 0, ""
+        while page := self.list(after=after, limit=_PAGE):
+            total += sum(info.promised for info in page)
+            after = page[-1].id
+            let_others_run()
+        return total
+
     @abstractmethod
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
         """Return up to `limit` ids of unfinished uploads whose ``expires_at`` has come.

@@ -164,6 +164,9 @@ class FileInfoStore(InfoStore):
         # Page by page the directory would be read again and again.
         return (info for info in self._scan() if info.state is state)
 
+    def usage(self) -> int:
+        return sum(info.promised for info in self._scan())
+
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
         found = (info.id for info in self._scan() if info.has_expired(now) and not info.is_gone)
         return [*islice(found, limit)]

@@ -67,6 +67,20 @@ end
 return 1
 """)
 
+#: Adds up the scores of a sorted set, below 2**53 exactly. KEYS: the set's. ARGV: what the keys
+#: of texts begin with if Redis may have forgotten some, whose members go, else ''.
+_SUM = Script("""
+local sum, found = 0, redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')
+for place = 1, #found, 2 do
+    if ARGV[1] == '' or redis.call('EXISTS', ARGV[1] .. found[place]) == 1 then
+        sum = sum + tonumber(found[place + 1])
+    else
+        redis.call('ZREM', KEYS[1], found[place])
+    end
+end
+return string.format('%.0f', sum)
+""")
+
 #: The length of a version, and what is none.
 _VERSION = 16
 _NO_VERSION = "-"
@@ -164,6 +178,10 @@ class RedisInfoStore(InfoStore):
             found += self._right(pairs, lambda name, info: info.state is sets[name])
             after = pairs[-1][0]
         return found
+
+    def usage(self) -> int:
+        texts = "" if self.redis_info_expiration is None else f"{self._prefix}upload:"
+        return int(self._server.call(*_SUM.on([f"{self._prefix}promised"], texts)))
 
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
         found: list[str] = []
@@ -405,6 +423,8 @@ def _found_by(kept: Kept) -> _Found:
     found = {f"state:{info.state}": 0.0}
     if (expiry := _expiry(info)) is not None:
         found["expires"] = expiry
+    if info.promised:
+        found["promised"] = info.promised
     found.update({f"waiting:{part}": 0.0 for part in _parts(info)})
     if (free_at := kept.free_at()) is not None:
         found["pending"] = free_at

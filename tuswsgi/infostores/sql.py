@@ -25,20 +25,25 @@ from tuswsgi.infostores.base import Census, InfoStore
 
 _CREATE = """
 INSERT INTO tuswsgi_uploads
-(id, state, sequence, created_at, expires_at, finished_at, deleted_at, record)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+(id, state, sequence, created_at, expires_at, finished_at, deleted_at, promised, record)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _EXISTS = "SELECT 1 FROM tuswsgi_uploads WHERE id = ?"
 _LOAD = "SELECT record FROM tuswsgi_uploads WHERE id = ?"
 _SAVE = """
 UPDATE tuswsgi_uploads
-SET state = ?, sequence = ?, expires_at = ?, finished_at = ?, deleted_at = ?, record = ?
+SET state = ?, sequence = ?, expires_at = ?, finished_at = ?, deleted_at = ?, promised = ?,
+record = ?
 WHERE id = ? AND sequence = ?
 """
 _FORGET = """
 DELETE FROM tuswsgi_uploads
 WHERE id = ? AND sequence = ? AND deleted_at IS NOT NULL
 AND NOT EXISTS (SELECT 1 FROM tuswsgi_events WHERE upload = ?)
+"""
+# The sum of two large uploads may be more than a column holds: it is made of two sums.
+_USAGE = """
+SELECT SUM(promised >> 32), SUM(promised & 4294967295) FROM tuswsgi_uploads
 """
 _EXPIRED = """
 SELECT id FROM tuswsgi_uploads WHERE expires_at <= ? ORDER BY expires_at LIMIT ?
@@ -122,7 +127,7 @@ class SqlInfoStore(InfoStore):
         self._create, self._exists, self._load = text(_CREATE), text(_EXISTS), text(_LOAD)
         self._save, self._expired, self._forget = text(_SAVE), text(_EXPIRED), text(_FORGET)
         self._add_event, self._events, self._outbox = map(text, (_ADD_EVENT, _EVENTS, _OUTBOX))
-        self._dead_events = text(_DEAD_EVENTS)
+        self._dead_events, self._usage = text(_DEAD_EVENTS), text(_USAGE)
         self._claim, self._renew, self._settle = text(_CLAIM), text(_RENEW), text(_SETTLE)
         self._put_back, self._first = text(_PUT_BACK), text(_FIRST)
         self._free, self._free_no_more = text(_FREE), text(_FREE_NO_MORE)
@@ -172,6 +177,10 @@ class SqlInfoStore(InfoStore):
         )
         rows = self._all(sql, (*wanted, after, limit))
         return [record.load(record.decode(row[0])) for row in rows]
+
+    def usage(self) -> int:
+        high, low = self._one(self._usage, ())
+        return (int(high or 0) << 32) + int(low or 0)
 
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
         return [row[0] for row in self._all(self._expired, (now, limit))]
@@ -310,6 +319,7 @@ def _searched(info: FileInfo) -> tuple[Any, ...]:
         info.expires_at if unfinished else None,
         info.finished_at,
         info.deleted_at,
+        info.promised,
         record.encode(record.dump(info)),
     )
 

@@ -344,6 +344,38 @@ class InfoStoreContract(OutboxContract):
         store.create(info)
         return info
 
+    # --- room ---
+
+    def test_what_is_promised_is_added_up(self, store: InfoStore) -> None:
+        assert store.usage() == 0
+        infos = [upload(size=2**40 + n) for n in range(3)]
+        deferred = upload(size=None, offset=700)
+        for info in (*infos, deferred, upload(size=0), upload(size=5, state=State.FINISHED)):
+            store.create(info)
+        assert store.usage() == 3 * 2**40 + 3 + 700 + 5
+        deferred = store.save(replace(deferred, reserved=1000))
+        assert store.usage() == 3 * 2**40 + 3 + 1000 + 5
+        store.save(replace(deferred, size=800, reserved=0))
+        assert store.usage() == 3 * 2**40 + 3 + 800 + 5
+
+    def test_what_is_gone_promises_nothing(self, store: InfoStore) -> None:
+        info, stays = upload(size=10), upload(size=3)
+        store.create(info)
+        store.create(stays)
+        store.create(upload(size=7, state=State.EXPIRED, deleted_at=2.0))
+        gone = store.delete(info, [], state=State.TERMINATED, now=9.5)
+        assert store.usage() == 3
+        assert store.forget(gone)
+        assert store.usage() == 3
+
+    def test_many_and_large_promises_are_added_up(self, store: InfoStore) -> None:
+        for _ in range(230):
+            store.create(upload(size=10))
+        assert store.usage() == 2300
+        for _ in range(2):
+            store.create(upload(size=MAX_SIZE))
+        assert store.usage() == pytest.approx(2 * MAX_SIZE)
+
     # --- at the same time ---
 
     def test_many_uploads_are_saved_at_once(self, store: InfoStore) -> None:

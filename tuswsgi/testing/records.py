@@ -42,6 +42,7 @@ def full() -> FileInfo:
         state=State.REFUSED,
         response=FinalResponse(422, "Nein.\n", {"X-Reason": "virus"}),
         digest="sha256 " + "0" * 64,
+        reserved=9,
         created_at=1700000000.123456,
         last_byte_at=1700000001.1,
         expires_at=1700000002.2,
