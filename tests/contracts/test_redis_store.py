@@ -297,7 +297,7 @@ def test_a_full_server_changes_nothing(private, settings):
 
 def test_what_redis_forgot_promises_nothing(settings):
     store = RedisInfoStore(redis_service.url(), redis_info_expiration=0.05, settings=settings)
-    store.create(forgotten := upload(size=7))
+    store.create(upload(size=7))
     deadline = time.monotonic() + SOON
     while store.list() and time.monotonic() < deadline:
         time.sleep(0.01)
