@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 from tuswsgi import signals, telemetry
 from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores.base import Census
-from tuswsgi.metrics_directory import DIRECTORY_VARIABLE, check_installed
+from tuswsgi.metrics_directory import (
+    DIRECTORY_VARIABLE,
+    check_installed,
+    forget_the_dead,
+    slot,
+    use_slots,
+)
 from tuswsgi.probe import Probe
 from tuswsgi.protocol.uploads import Uploads
 
@@ -69,6 +75,8 @@ class Metrics:
         from prometheus_client.exposition import choose_encoder
         from prometheus_client.multiprocess import MultiProcessCollector
 
+        if use_slots():
+            forget_the_dead()
         registry = CollectorRegistry()
         if DIRECTORY_VARIABLE in os.environ:
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
@@ -196,6 +204,10 @@ class _Counters:
 @cache
 def _counters() -> _Counters:
     """Return the only ones of this process: two would overwrite each other's numbers."""
+    if use_slots():
+        from prometheus_client import values
+
+        values.ValueClass = values.MultiProcessValue(slot)  # type: ignore[no-untyped-call]
     counters = _Counters()
     counters.connect()
     return counters

@@ -15,11 +15,13 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.options import MAIN
+from tuswsgi.process import PerProcess
 
 #: Names the directory to Prometheus' library.
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -33,6 +35,9 @@ class _Own(NamedTuple):
 
 
 _own: _Own | None = None
+
+#: Whether ``open_directory`` was called, in this process or in the one that forked it.
+_is_open = False
 
 
 def check_installed() -> None:
@@ -56,9 +61,10 @@ def open_directory(parent: Path, *, is_successor: bool = False) -> None:
     :param is_successor: whether another master still uses what the environment names.
     :raises OSError: if there is no such place.
     """
-    global _own
-    if _own is not None:
+    global _own, _is_open
+    if _is_open:
         return
+    _is_open = True
     given = os.environ.get(DIRECTORY_VARIABLE)
     if given is not None:
         Path(given).mkdir(parents=True, exist_ok=True)
@@ -82,7 +88,8 @@ def open_directory(parent: Path, *, is_successor: bool = False) -> None:
 
 def close_directory() -> None:
     """Remove the directory, if this process has made it."""
-    global _own
+    global _own, _is_open
+    _is_open = False
     if _own is not None:
         shutil.rmtree(_own.path, ignore_errors=True)
         os.close(_own.fd)
@@ -90,12 +97,53 @@ def close_directory() -> None:
         del os.environ[DIRECTORY_VARIABLE]
 
 
-def forget_worker(pid: int) -> None:
-    """Take out of the sums what was true of a worker only while it lived."""
-    if DIRECTORY_VARIABLE in os.environ:
-        from prometheus_client.multiprocess import mark_process_dead
+def use_slots() -> bool:
+    """Whether the processes that count are to do so by ``slot``: it is our own directory."""
+    return _is_open
 
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+def slot() -> int:
+    """Return the number by which this process counts, and no other one that lives.
+
+    A process that is made anew takes over the number of one that died, and its files: there
+    are never more of them than processes at once.
+    """
+    return _slot.get()
+
+
+def forget_the_dead() -> None:
+    """Take out of the sums what was true of processes only while they lived."""
+    for file in _directory().glob("gauge_live*.db"):
+        number = file.stem.rpartition("_")[2]
+        if number.isdecimal() and (fd := _try_slot(int(number))) is not None:
+            file.unlink(missing_ok=True)
+            os.close(fd)
+
+
+def _take_slot() -> int:
+    # The descriptor stays open for as long as the process lives.
+    number = next(number for number in count() if _try_slot(number) is not None)
+    for file in _directory().glob(f"gauge_live*_{number}.db"):
+        file.unlink(missing_ok=True)
+    return number
+
+
+_slot = PerProcess(_take_slot)
+
+
+def _try_slot(number: int) -> int | None:
+    """Lock a number and return the descriptor that holds it, ``None`` if it is taken."""
+    fd = os.open(_directory() / f"{number}.slot", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _directory() -> Path:
+    return Path(os.environ[DIRECTORY_VARIABLE])
 
 
 @contextmanager

@@ -176,7 +176,6 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "post_fork": lambda arbiter, worker: _enter(reports, arbiter),
         "post_worker_init": lambda worker: _begin(settings, worker),
         "worker_exit": lambda arbiter, worker: _end(worker),
-        "child_exit": lambda arbiter, worker: metrics_directory.forget_worker(worker.pid),
     }
 
 

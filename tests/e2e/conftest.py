@@ -237,10 +237,11 @@ def _inode_of_peer(connection: Connection) -> str | None:
     return None
 
 
-def app_server(module: str, data_dir: Path, *flags: str) -> Server:
+def app_server(module: str, data_dir: Path, *flags: str, **options: str) -> Server:
     """Return a server of one worker, with our settings, for an application beside these tests.
 
     :param flags: gunicorn's, which win.
+    :param options: ours.
     """
     root = Path(__file__).parent.parent.parent
     environ = {
@@ -249,6 +250,7 @@ def app_server(module: str, data_dir: Path, *flags: str) -> Server:
         "TUSWSGI_PORT": "0",
         "TUSWSGI_WORKERS": "1",
         "PYTHONPATH": str(root),
+        **{f"TUSWSGI_{name.upper()}": value for name, value in options.items()},
     }
     command = [
         *(sys.executable, "-m", "gunicorn", "-c", str(root / "conf" / "gunicorn.conf.py")),

@@ -104,6 +104,9 @@ def test_what_a_killed_worker_has_counted_stays(serve: Serve) -> None:
         assert counted(server) == times(round)
         work(server)
     assert counted(server) == times(3)
+    # Another worker goes on with what the one before it has begun.
+    (directory,) = (server.data_dir / ".tuswsgi" / "metrics").iterdir()
+    assert len(list(directory.glob("counter_*.db"))) == 2
 
 
 def test_a_reload_goes_on_counting(serve: Serve) -> None:

@@ -22,6 +22,7 @@ from tuswsgi.hooks.base import Event, HookType
 from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import Census, InfoStore
+from tuswsgi.process import let_others_run
 
 _CREATE = """
 INSERT INTO tuswsgi_uploads
@@ -195,6 +196,7 @@ class SqlInfoStore(InfoStore):
             values = (stalled_before, State.RECEIVING.value, after)
             after, found = self._one(self._count_stalled, values)
             stalled += int(found or 0)
+            let_others_run()
         oldest = self._one(self._oldest, (False,))
         return Census(
             self._one(self._count_states, states)[0],
