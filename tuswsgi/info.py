@@ -21,6 +21,11 @@ from tuswsgi.errors import InvalidMetadata, UploadNotFound
 #: The largest length and offset: they are kept in signed 64-bit columns.
 MAX_SIZE = 2**63 - 1
 
+#: How many digits of a new id are its time, in milliseconds.
+_TIME_DIGITS = 12
+
+_NEW_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~-]{0,127}", re.ASCII)
 
 
@@ -30,7 +35,14 @@ def new_id() -> str:
     It begins with the time, so that records of uploads that come one after another lie
     beside each other in a database; 80 random bits follow, which nobody guesses.
     """
-    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+    return f"{time.time_ns() // 1_000_000:0{_TIME_DIGITS}x}{secrets.token_hex(10)}"
+
+
+def made_at(id: str) -> float | None:
+    """Return when ``new_id`` made an id, ``None`` if it did not make it for sure."""
+    if _NEW_ID.fullmatch(id) is None:
+        return None
+    return int(id[:_TIME_DIGITS], 16) / 1000
 
 
 def check_id(id: str) -> str:

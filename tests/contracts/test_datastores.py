@@ -27,6 +27,9 @@ from tuswsgi.info import FileInfo, Metadata, Storage
 from tuswsgi.paths import inside
 from tuswsgi.testing.datastores import LARGE, Blocks, DataStoreContract, content, created
 
+#: A time after which nothing was changed.
+LATER = 1e11
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -141,6 +144,37 @@ class TestFileDataStore(DataStoreContract):
         assert store.offset(info) == kept
         store.append(info, kept, Blocks(b"!"))
         assert content(store, info) == b"oldlost"[:kept] + b"!"
+
+    # --- what lies in the directory ---
+
+    def test_what_crashes_left_is_found(self, store):
+        info, gone = created(store), FileInfo(id="gone")
+        path = Path(store.location(info))
+        left = path.with_name(f".{path.name}.concat")
+        left.write_text("half")
+        stale = marker_of(path.with_name(gone.id))
+        stale.write_text("0\n")
+        marker_of(path).write_text("0\n")
+        found = {place.storage.path.rpartition("/")[2]: place for place in store.places(LATER)}
+        assert set(found) == {path.name, left.name, stale.name}
+        assert {place.upload for place in found.values() if place.is_temporary} == {
+            info.id,
+            gone.id,
+        }
+        for place in found.values():
+            assert store.clear(place)
+        assert files_below(store.data_dir) == [marker_of(path).name]
+
+    def test_what_is_hidden_is_nobodys_business(self, store):
+        for name in (".tuswsgi/info/x.info", ".note", ".git/objects/ab", "a/.b/c"):
+            (store.data_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (store.data_dir / name).write_text("mine")
+        (store.data_dir / "link").symlink_to("/etc/passwd")
+        (store.data_dir / "directory").symlink_to("/etc")
+        assert list(store.places(LATER)) == []
+
+    def test_a_directory_that_is_gone_has_no_places(self, tmp_path):
+        assert list(FileDataStore(tmp_path / "gone").places(LATER)) == []
 
     # --- where files are ---
 

@@ -8,7 +8,8 @@ files or objects, never sockets, headers or hooks. The contract is tested by
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from tuswsgi.extensions import Extension
@@ -62,6 +63,24 @@ class Readable(Protocol):
 
     def close(self) -> None:
         """Release what the reader holds."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Something that lies in a data store, whether anybody knows of it or not.
+
+    :param upload: what would be the id of the upload, as the name says it.
+    :param storage: where it is; the path is one that an operator can find.
+    :param size: how many bytes it takes.
+    :param changed_at: when it was changed the last time.
+    :param is_temporary: it is the store's own, and left there by a crash if it is old.
+    """
+
+    upload: str
+    storage: Storage
+    size: int
+    changed_at: float
+    is_temporary: bool = False
 
 
 class OpenPlace:
@@ -199,6 +218,22 @@ class DataStore(ABC):
     @abstractmethod
     def delete(self, info: FileInfo) -> None:
         """Remove the bytes and whatever belongs to them. What is not there is no error."""
+
+    def places(self, before: float) -> Iterator[Place]:
+        """Yield what was not changed since the time `before`, in any order.
+
+        That is the data of uploads, with and without a record, and what only a crash can
+        have left. A store that cannot tell yields nothing. Takes no lock, and lets others
+        run.
+        """
+        return iter(())
+
+    def clear(self, place: Place) -> bool:
+        """Remove what ``places`` found if it is still as it was then.
+
+        :returns: whether it was removed.
+        """
+        return False
 
     def location(self, info: FileInfo) -> str | None:
         """Return where an operator finds the bytes: an absolute path or a URL."""

@@ -20,7 +20,8 @@ from pathlib import Path
 from posix import close
 from typing import ClassVar
 
-from tuswsgi.datastores.base import DataStore, OpenPlace, Readable, Source
+from tuswsgi.datastores import places
+from tuswsgi.datastores.base import DataStore, OpenPlace, Place, Readable, Source
 from tuswsgi.errors import (
     ConfigurationError,
     OffsetMismatch,
@@ -182,6 +183,12 @@ class FileDataStore(DataStore):
         aside(_unlink, path, self._path(info, "unverified"), self._path(info, "concat"))
         if path.parent.exists():
             self._sync_directory(path.parent)
+
+    def places(self, before: float) -> Iterator[Place]:
+        return places.places(str(self.data_dir), self.type, before)
+
+    def clear(self, place: Place) -> bool:
+        return places.clear(str(self.data_dir), place)
 
     def location(self, info: FileInfo) -> str | None:
         return str(self._path(info).absolute())

@@ -6,10 +6,11 @@ It obeys the whole contract, so it stands in for real stores in tests of the pro
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from tuswsgi.datastores.base import DataStore, Readable, Source
+from tuswsgi.datastores.base import DataStore, Place, Readable, Source
 from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
 from tuswsgi.extensions import OF_STORES, Extension
 from tuswsgi.info import FileInfo, Storage
@@ -25,6 +26,7 @@ class MemoryDataStore(DataStore):
 
     def __init__(self) -> None:
         self._uploads: dict[str, bytes] = {}
+        self._changed_at: dict[str, float] = {}
 
     def prepare(self) -> None:
         pass
@@ -34,7 +36,7 @@ class MemoryDataStore(DataStore):
         key = _key(info.but(storage=storage))
         if key in self._uploads:
             raise UploadExists
-        self._uploads[key] = b""
+        self._put(key, b"")
         return storage
 
     def offset(self, info: FileInfo) -> int:
@@ -48,20 +50,48 @@ class MemoryDataStore(DataStore):
         while block := source.read(_BLOCK):
             arrived += block
             if not source.provisional:
-                self._uploads[_key(info)] = kept + arrived
+                self._put(_key(info), kept + arrived)
         if source.provisional and source.accepted(lambda: [bytes(arrived)]):
-            self._uploads[_key(info)] = kept + arrived
+            self._put(_key(info), kept + arrived)
         return len(self._bytes(info))
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
         self._bytes(info)
-        self._uploads[_key(info)] = b"".join(self._bytes(part) for part in parts)
+        self._put(_key(info), b"".join(self._bytes(part) for part in parts))
 
     def open(self, info: FileInfo, start: int = 0) -> Readable:
         return io.BytesIO(self._bytes(info)[start:])
 
     def delete(self, info: FileInfo) -> None:
-        self._uploads.pop(_key(info), None)
+        self._remove(_key(info))
+
+    def places(self, before: float) -> Iterator[Place]:
+        for key in tuple(self._uploads):
+            place = self._place(key)
+            if place is not None and place.changed_at < before:
+                yield place
+
+    def clear(self, place: Place) -> bool:
+        key = place.storage.path or ""
+        if self._place(key) != place:
+            return False
+        self._remove(key)
+        return True
+
+    def _place(self, key: str) -> Place | None:
+        kept = self._uploads.get(key)
+        if kept is None:
+            return None
+        name = key.rpartition("/")[2]
+        return Place(name, Storage(self.type, key), len(kept), self._changed_at[key])
+
+    def _put(self, key: str, data: bytes) -> None:
+        self._changed_at[key] = time.time()
+        self._uploads[key] = data
+
+    def _remove(self, key: str) -> None:
+        if self._uploads.pop(key, None) is not None:
+            del self._changed_at[key]
 
     def _bytes(self, info: FileInfo) -> bytes:
         try:

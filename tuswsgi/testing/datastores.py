@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -498,6 +499,43 @@ class DataStoreContract:
         assert store.append(again, 0, Blocks(b"good")) == 4
         assert store.offset(again) == 4
         assert content(store, again) == b"good"
+
+    # --- what lies in the store ---
+
+    @pytest.fixture
+    def listing(self, store: DataStore) -> None:
+        """For stores that tell what lies in them."""
+        if type(store).places is DataStore.places:
+            pytest.skip("the store does not tell what lies in it")
+
+    def test_places_are_told_by_their_age(self, store: DataStore, listing: None) -> None:
+        before = time.time() - 60
+        info, other = created(store), created(store)
+        store.append(info, 0, Blocks(b"bytes"))
+        assert list(store.places(before)) == []
+        found = {place.upload: place for place in store.places(time.time() + 60)}
+        assert set(found) == {info.id, other.id}
+        place = found[info.id]
+        assert (place.storage.path, place.size) == (info.storage.path, 5)
+        assert abs(place.changed_at - time.time()) < 60
+        assert not place.is_temporary
+
+    def test_a_place_is_cleared_once(self, store: DataStore, listing: None) -> None:
+        info, neighbour = created(store), created(store)
+        store.append(neighbour, 0, Blocks(b"bytes"))
+        (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
+        assert store.clear(place)
+        assert not store.clear(place)
+        with pytest.raises(UploadGone):
+            store.offset(info)
+        assert content(store, neighbour) == b"bytes"
+
+    def test_a_place_that_has_changed_is_not_cleared(self, store: DataStore, listing: None) -> None:
+        info = created(store)
+        (place,) = store.places(time.time() + 60)
+        store.append(info, 0, Blocks(b"bytes"))
+        assert not store.clear(place)
+        assert content(store, info) == b"bytes"
 
     # --- two processes ---
 

@@ -1,0 +1,81 @@
+"""Finds and removes what lies in a directory of uploads, whoever has left it there.
+
+This file owns which files are looked at: those of uploads, and the temporary ones that the
+file store puts beside them. Hidden directories and everything else that is hidden are never
+touched. Whether anybody needs what was found is not decided here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from tuswsgi.datastores.base import Place
+from tuswsgi.info import Storage
+from tuswsgi.process import aside, let_others_run
+
+#: Files beside that of an upload, by their purpose: ids never begin with a dot.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<purpose>concat|unverified)", re.DOTALL)
+
+#: How many files are looked at before others run.
+_PAGE = 100
+
+
+def places(directory: str, type: str, before: float) -> Iterator[Place]:
+    """Yield the files in a directory and those below it; see ``DataStore.places``.
+
+    :param type: the name of the data store.
+    """
+    for count, path in enumerate(_files(directory, "")):
+        if count % _PAGE == 0:
+            let_others_run()
+        if (place := _place(directory, path, type)) is not None and place.changed_at < before:
+            yield place
+
+
+def clear(directory: str, place: Place) -> bool:
+    """Remove a file that ``places`` found; see ``DataStore.clear``."""
+    if _place(directory, place.storage.path or "", place.storage.type) != place:
+        return False
+    try:
+        # To free the blocks of a huge file takes the kernel its time.
+        aside(os.unlink, f"{directory}/{place.storage.path}")
+    except FileNotFoundError:
+        return False  # another process was faster
+    return True
+
+
+def _files(directory: str, below: str) -> Iterator[str]:
+    """Yield the paths of files, each relative to `directory`; links are not followed."""
+    try:
+        entries = os.scandir(f"{directory}/{below}")
+    except FileNotFoundError:
+        return  # somebody removed it in the meantime
+    with entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                yield f"{below}{entry.name}"
+            elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                yield from _files(directory, f"{below}{entry.name}/")
+
+
+def _place(directory: str, path: str, type: str) -> Place | None:
+    """Return what a file is, ``None`` if it is nothing that may be looked at."""
+    folder, slash, name = path.rpartition("/")
+    temporary = _TEMPORARY.fullmatch(name)
+    if name.startswith(".") and temporary is None:
+        return None
+    upload = name if temporary is None else temporary["name"]
+    try:
+        if temporary is not None and temporary["purpose"] == "unverified":
+            try:
+                os.lstat(f"{directory}/{folder}{slash}{upload}")
+                return None  # it says which bytes of the upload do not count
+            except FileNotFoundError:
+                pass
+        found = os.lstat(f"{directory}/{path}")
+    except FileNotFoundError:
+        return None
+    storage = Storage(type, path)
+    return Place(upload, storage, found.st_size, found.st_mtime, temporary is not None)
