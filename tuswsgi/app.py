@@ -30,7 +30,7 @@ from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.process import PerProcess
 from tuswsgi.protocol.readiness import Readiness
-from tuswsgi.protocol.settings import UploadSettings
+from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.registry import LockerName
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from tuswsgi.metrics import Metrics
 
 log = logging.getLogger(__name__)
-
-#: Seconds between two sweeps of one process.
-_SWEEP_PAUSE = 600.0
 
 #: Seconds after a start that failed in which nobody tries again.
 _START_PAUSE = 1.0
@@ -111,6 +108,7 @@ class Tus:
             infos, self.hooks.hooks, config.build(DeliverySettings), self.uploads.answered
         )
         self.hooks.messenger = self._delivery
+        self._sweeper = PerProcess(lambda: Sweeper(self.uploads, config.build(CleanUpSettings)))
         self._functions = CallableHook()
         self._owner = owner
         number = next(_count)
@@ -226,10 +224,13 @@ class Tus:
     def drain(self, timeout: float = 10.0) -> None:
         """Wait for the post-hooks that are being delivered, and begin no more.
 
-        What is left is delivered by other workers, or by the next ones. May be called again.
+        What is left is delivered by other workers, or by the next ones, and one of them cleans
+        up from now on. May be called again.
 
         :param timeout: in seconds.
         """
+        if (sweeper := self._sweeper.peek()) is not None:
+            sweeper.stop()
         self._delivery.stop(timeout)
 
     def stop_uploads(self) -> None:
@@ -281,15 +282,7 @@ class Tus:
             hook.prepare()
 
     def _sweep(self) -> None:
-        sweeper = Sweeper(self.uploads)
-        while True:
-            try:
-                sweeper.sweep()
-            except TusError as error:
-                log.warning("The sweep ended and is tried again later: %s", error)
-            except Exception:
-                log.exception("The sweep failed; it is tried again later")
-            time.sleep(_SWEEP_PAUSE)
+        self._sweeper.get().run()
 
 
 def create_app(config: Config | None = None) -> flask.Flask:

@@ -380,7 +380,7 @@ def option_groups() -> list[type]:
     from tuswsgi.hooks.settings import EnabledHooks, HookSettings
     from tuswsgi.infostores.file import FileInfoStore
     from tuswsgi.infostores.redis import RedisInfoStore
-    from tuswsgi.protocol.settings import UploadSettings
+    from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
     from tuswsgi.sentry import SentrySettings
     from tuswsgi.server import ServerSettings
     from tuswsgi.web.settings import MonitoringSettings, WebSettings
@@ -400,6 +400,7 @@ def option_groups() -> list[type]:
         HookSettings,
         *(transport for transport, _ in _transports()),
         DeliverySettings,
+        CleanUpSettings,
         SentrySettings,
     ]
 

@@ -53,8 +53,12 @@ class InfoStore(ABC):
     crash there are both or neither. What a write returned is what every process reads
     from then on.
 
+    :ivar is_forgetful: records may go by themselves, while the bytes are to stay.
+
     A store that cannot be reached or that is too busy raises ``Unavailable``.
     """
+
+    is_forgetful: bool = False
 
     @abstractmethod
     def prepare(self) -> None:

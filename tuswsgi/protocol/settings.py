@@ -4,10 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
+
+from marshmallow import ValidationError
 
 from tuswsgi.extensions import OF_STORES, REQUIRES, Extension
 from tuswsgi.info import MAX_SIZE
 from tuswsgi.options import Duration, MiB, Size, option
+
+
+def _at_least_a_second(value: float) -> None:
+    if value < 1:
+        raise ValidationError("Not a duration of at least 1s.")
+
+
+@dataclass(frozen=True)
+class CleanUpSettings:
+    """What is removed without being asked for."""
+
+    section: ClassVar[str] = "gc"
+
+    unfinished_age: float | None = option(
+        None,
+        "How long an unfinished upload stays after its last byte. One with an `expiration`, which "
+        "its client was told, lives until that instead. Longer than any request lasts, e.g. `7d`. "
+        "Unset: for ever.",
+        kind=Duration,
+    )
+    finished_age: float | None = option(
+        None,
+        "How long an upload stays after it was finished, e.g. `30d`, and in any case until its "
+        "hooks are delivered; those that were given up count as not delivered. Unset: for ever.",
+        kind=Duration,
+    )
+    partial_age: float | None = option(
+        None,
+        "How long a partial upload stays after its last byte, instead of the two above, and in any "
+        "case while a final upload waits for it. Unset: for ever.",
+        kind=Duration,
+    )
+    tombstone_age: float | None = option(
+        7 * 86400.0,
+        "How long it is known that an upload was removed (410), and in any case until its hooks "
+        "are delivered; afterwards it was never there (404). Unset: for ever.",
+        kind=Duration,
+    )
+    grace: float | None = option(
+        86400.0,
+        "After how long without a change that is removed which only crashes leave behind: bytes "
+        "without a record, records of unfinished uploads without their bytes, temporary files. "
+        "Longer than any hook lasts. Unset: never.",
+        kind=Duration,
+    )
+    interval: float = option(
+        600.0,
+        "How often one of all workers and hosts looks for what is to be removed. What has to be "
+        "older than some age is looked for less often: it may stay for a 24th of its age more.",
+        kind=Duration,
+        validate=_at_least_a_second,
+    )
 
 
 @dataclass(frozen=True)

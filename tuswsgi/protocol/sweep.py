@@ -1,62 +1,153 @@
-"""Does what crashes left undone, and removes what has expired.
+"""Does what crashes left undone, and cleans up now and then.
 
 It runs beside the requests and never disturbs one: an upload in use is left for the next
-time. One process at a time sweeps for all.
+time. One process among all workers and hosts leads: it sweeps for all until it ends or loses
+the lock, and then another one follows.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from tuswsgi.errors import TusError, UploadLocked
+from tuswsgi.errors import LockLost, TusError, UploadLocked
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.info import State
+from tuswsgi.lockers.base import IsLost
+from tuswsgi.protocol.cleanup import CleanUp, Search, careful
+from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
-#: The lock of the one process that sweeps.
+#: The lock of the one process that leads.
 _LOCK = "tuswsgi-sweep"
+
+#: The lock of the one process that finishes uploads: a worker that starts does so too.
+_FINISHING = "tuswsgi-finishing"
+
+#: The most seconds until somebody follows a leader that has ended.
+_FOLLOW = 30.0
+
+#: How often a leader that rests looks whether it still is the leader, in seconds.
+_LOOK = 5.0
+
+#: By how much of their age things may be removed late: to look at everything takes its time.
+_LATE = 1 / 24
 
 #: Nobody asked for what a sweep does.
 _NOBODY = RequestInfo()
 
 
-class Sweeper:
-    """Sweeps through all uploads of a server."""
+class _Stopped(Exception):
+    """This process sweeps no more."""
 
-    def __init__(self, uploads: Uploads) -> None:
+
+class Sweeper:
+    """Sweeps through all uploads of a server, in one process.
+
+    :param settings: what is to be cleaned up, and how often.
+    """
+
+    def __init__(self, uploads: Uploads, settings: CleanUpSettings | None = None) -> None:
         self._uploads = uploads
+        self._settings = settings or CleanUpSettings()
+        self._stopping = threading.Event()
+        #: When each search is to be done again, on the monotonic clock.
+        self._due: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Sweep until ``stop``, as the leader or as soon as there is none."""
+        is_new = True
+        while not self._stopping.is_set():
+            self._lead_or_follow(is_new)
+            is_new = False
+            self._stopping.wait(min(self._settings.interval, _FOLLOW))
+
+    def _lead_or_follow(self, is_new: bool) -> None:
+        try:
+            try:
+                self.lead()
+            except UploadLocked:
+                log.debug("Another process sweeps")
+                if is_new:
+                    # It may be in place of one that was killed, and the leader may rest.
+                    self._finish_all(None)
+        except TusError as error:
+            log.warning("The sweep ended and is tried again later: %s", error)
+        except _Stopped:
+            log.debug("This process sweeps no more")
+        except Exception:
+            log.exception("The sweep failed; it is tried again later")
+
+    def stop(self) -> None:
+        """Let another process lead, after the upload that is being looked at. Does not wait."""
+        self._stopping.set()
+
+    def lead(self) -> None:
+        """Sweep again and again, as long as this process has the lock of the leader.
+
+        :raises UploadLocked: if another process has it.
+        :raises LockLost: if it was lost.
+        """
+        with self._uploads.locker.try_lock(_LOCK) as is_lost:
+            while not self._stopping.is_set():
+                self._sweep(is_lost)
+                self._rest(is_lost)
 
     def sweep(self) -> None:
-        """Sweep once, unless another process does so now."""
+        """Sweep once, unless another process leads."""
         try:
-            with self._uploads.locker.try_lock(_LOCK):
-                for id in self._unfinished():
-                    self._carefully(id, self._finish)
-                for id in self._uploads.infos.expired(time.time()):
-                    self._carefully(id, self._uploads.expire)
+            with self._uploads.locker.try_lock(_LOCK) as is_lost:
+                self._sweep(is_lost)
         except UploadLocked:
             log.debug("Another process sweeps")
 
-    def _unfinished(self) -> Iterator[str]:
-        after = ""
-        infos = self._uploads.infos
-        while page := infos.list({State.RECEIVING, State.WAITING}, after=after):
-            yield from (info.id for info in page if info.size is not None or info.is_final)
-            after = page[-1].id
+    def _sweep(self, is_lost: IsLost | None) -> None:
+        self._finish_all(is_lost)
+        clean_up = CleanUp(self._uploads, self._settings, on_look=lambda: self._check(is_lost))
+        for search in clean_up.searches():
+            if time.monotonic() >= self._due.get(search.name, 0.0):
+                self._clean_up(search)
 
-    def _carefully(self, id: str, step: Callable[[str], None]) -> None:
+    def _clean_up(self, search: Search) -> None:
+        removed = list(search.removals())
+        self._due[search.name] = time.monotonic() + search.age * _LATE
+        if removed:
+            total = sum(removal.bytes for removal in removed)
+            log.info("Cleaned up %s: %d removed, %d bytes", search.name, len(removed), total)
+
+    def _rest(self, is_lost: IsLost | None) -> None:
+        until = time.monotonic() + self._settings.interval
+        while not self._stopping.is_set() and (left := until - time.monotonic()) > 0:
+            self._stopping.wait(min(left, _LOOK))
+            self._check(is_lost)
+
+    def _check(self, is_lost: IsLost | None) -> None:
+        if is_lost is not None and is_lost():
+            raise LockLost
+        if self._stopping.is_set():
+            raise _Stopped
+
+    # --- what crashes left undone ------------------------------------------------------------
+
+    def _finish_all(self, is_lost: IsLost | None) -> None:
         try:
-            step(id)
+            with self._uploads.locker.try_lock(_FINISHING):
+                for id in self._unfinished():
+                    self._check(is_lost)
+                    with careful(id):
+                        self._finish(id)
         except UploadLocked:
-            log.debug("The upload %s is in use", id)
-        except TusError as error:
-            log.info("The upload %s stays as it is: %s", id, error)
-        except Exception:
-            log.exception("The upload %s could not be swept", id)
+            log.debug("Another process finishes uploads")
+
+    def _unfinished(self) -> Iterator[str]:
+        for state in (State.RECEIVING, State.WAITING):
+            for info in self._uploads.infos.scan(state):
+                if info.size is not None or info.is_final:
+                    yield info.id
 
     def _finish(self, id: str) -> None:
         uploads = self._uploads

@@ -317,6 +317,19 @@ class Uploads:
             self.finisher.remove(info, State.TERMINATED, RequestInfo())
         return True
 
+    def remove(self, id: str) -> FileInfo:
+        """Remove an upload for good, as its operator: no hook is asked. A holder of its lock
+        is asked to let go.
+
+        :returns: the tombstone.
+        :raises UploadGone: if it was removed before.
+        """
+        with self.locker.lock(check_id(id)):
+            info = self.infos.load(id)
+            if info.is_gone:
+                raise UploadGone
+            return self.finisher.remove(info, State.TERMINATED, RequestInfo())
+
     def answered(self, hook: HookRequest, answer: HookResponse) -> None:
         """Obey the answer to a post-hook: that to post-receive can stop the upload.
 
@@ -355,19 +368,6 @@ class Uploads:
         """Open the bytes of an upload that ``look`` returned."""
         return self.data.open(info, start)
 
-    # --- the clean-up --------------------------------------------------------------------
-
-    def expire(self, id: str) -> None:
-        """Remove an upload if its time is over.
-
-        :raises UploadLocked: if somebody uses it.
-        """
-        with self.locker.try_lock(id):
-            info = self.infos.load(id)
-            if not info.is_gone and self._has_expired(info):
-                self.finisher.remove(info, State.EXPIRED, RequestInfo())
-                log.info("The upload %s has expired", id)
-
     # --- shared steps ----------------------------------------------------------------------
 
     def _access(self, id: str, request: RequestInfo) -> FileInfo:
@@ -380,13 +380,17 @@ class Uploads:
         if info.owner is not None and info.owner != request.owner:
             # Whose upload it is is nobody else's business, and neither that it is there.
             raise UploadNotFound
-        if info.is_gone or self._has_expired(info):
+        if info.is_gone or self.has_expired(info):
             # "The latter one [410] SHOULD be used if the Server is keeping track of
             # expired uploads." (Expiration)
             raise UploadGone
         return info
 
-    def _has_expired(self, info: FileInfo) -> bool:
+    def has_expired(self, info: FileInfo) -> bool:
+        """Return whether the time of an unfinished upload is over.
+
+        :raises UploadGone: if it is a final upload of which a part is gone.
+        """
         now = time.time()
         if not info.has_expired(now):
             return False

@@ -1,0 +1,558 @@
+"""What the clean-up removes, and what it must not touch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.client import wait_until
+
+from protocol.client import Client, assert_refused, metadata, path_of
+from protocol.conftest import Clock, Serve
+from tuswsgi.errors import UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.hooks.base import ChangeFileInfo, HookResponse, HookType, RequestInfo
+from tuswsgi.info import FileInfo, State, made_at, new_id
+from tuswsgi.infostores.redis import RedisInfoStore
+from tuswsgi.protocol.cleanup import CleanUp, Reason, Removal
+from tuswsgi.protocol.settings import CleanUpSettings
+from tuswsgi.protocol.sweep import Sweeper
+from tuswsgi.signals import storage_reclaimed
+from tuswsgi.testing.datastores import Blocks
+
+HOUR, DAY = 3600, 86400
+
+
+def id_of(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def clean_up(client: Client, **options: Any) -> dict[str, Removal]:
+    """Do all searches once and return what was removed, by ids."""
+    settings = client.tus.config.build(CleanUpSettings)
+    searches = CleanUp(client.tus.uploads, settings, **options).searches()
+    found = [removal for search in searches for removal in search.removals()]
+    assert len({removal.id for removal in found}) == len(found)
+    return {removal.id: removal for removal in found}
+
+
+def reasons(client: Client, **options: Any) -> dict[str, Reason]:
+    return {id: removal.reason for id, removal in clean_up(client, **options).items()}
+
+
+def info_of(client: Client, url: str) -> FileInfo:
+    return client.tus.uploads.infos.load(id_of(url))
+
+
+def leave(client: Client, id: str | None = None) -> FileInfo:
+    """Leave bytes as a POST does that is killed in the middle."""
+    client.tus.start()
+    data, last = client.tus.uploads.data, made_at(new_id()) or 0.0
+    if id is None:
+        # Ids tell milliseconds, and this one is to be younger than what is there.
+        wait_until(lambda: (made_at(new_id()) or 0.0) > last, "the next millisecond")
+    info = FileInfo(id=id or new_id())
+    info = info.but(storage=data.create(info))
+    data.append(info, 0, Blocks(b"lost"))
+    return info
+
+
+@contextmanager
+def standing(clock: Clock) -> Iterator[None]:
+    """Let the server's time of day stand still."""
+    now, going = clock(), clock._time
+    clock._time = lambda: now - clock.ahead
+    yield
+    clock._time = going
+
+
+class TestUnfinished:
+    @pytest.fixture
+    def client(self, serve: Serve, clock: Clock) -> Client:
+        return serve(gc_unfinished_age="1d")
+
+    def test_it_goes_when_nothing_arrives_any_more(self, client: Client, clock: Clock) -> None:
+        old, busy, done = client.create(9, b"old"), client.create(9), client.create(3, b"all")
+        clock.ahead += DAY * 0.9
+        client.append(busy, b"hello", 0)
+        assert clean_up(client) == {}
+        clock.ahead += DAY * 0.2
+        (removal,) = clean_up(client).values()
+        assert (removal.reason, removal.id, removal.bytes) == (Reason.UNFINISHED, id_of(old), 3)
+        assert removal.age == pytest.approx(DAY * 1.1, abs=HOUR)
+        assert_refused(client.head(old), 410)
+        assert info_of(client, old).state is State.EXPIRED
+        assert client.offset(busy) == 5
+        assert client.content(done) == b"all"
+
+    def test_it_stays_without_an_age(self, serve: Serve, clock: Clock) -> None:
+        client = serve()
+        url = client.create(9, b"old")
+        clock.ahead += 10_000 * DAY
+        assert clean_up(client) == {}
+        assert client.offset(url) == 3
+
+    def test_what_a_client_was_told_of_its_expiry_holds(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_unfinished_age="1d", expiration="3d")
+        url = client.create(9, b"old")
+        clock.ahead += 2 * DAY
+        assert clean_up(client) == {}
+        assert client.offset(url) == 3
+        clock.ahead += 2 * DAY
+        assert reasons(client) == {id_of(url): Reason.EXPIRED}
+
+    def test_one_in_use_stays(self, client: Client, clock: Clock) -> None:
+        url = client.create(9, b"old")
+        clock.ahead += 2 * DAY
+        with client.tus.uploads.locker.lock(id_of(url), pytest.fail):
+            assert clean_up(client) == {}
+            assert clean_up(client, dry_run=True) == {}
+        assert client.offset(url) == 3
+
+    def test_it_is_looked_at_again_under_its_lock(self, client: Client, clock: Clock) -> None:
+        urls = sorted(client.create(9, b"old") for _ in range(5))
+        clock.ahead += 2 * DAY
+        settings = client.tus.config.build(CleanUpSettings)
+        unfinished = CleanUp(client.tus.uploads, settings).searches()[1]
+        removals = unfinished.removals()
+        # All of them were read by now.
+        assert next(removals).id == id_of(urls[0])
+        client.append(urls[3], b"new", 3)
+        client.delete(urls[4])
+        assert [removal.id for removal in removals] == [id_of(url) for url in urls[1:3]]
+        assert client.offset(urls[3]) == 6
+
+    def test_one_that_is_complete_waits_for_its_hook(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_unfinished_age="1d")
+        answers = [HookResponse(reject=True, status=503)]
+        client.tus.on("pre-finish")(lambda hook: answers[-1])
+        url = client.create(5)
+        assert_refused(client.patch(url, b"hello", 0), 503)
+        clock.ahead += 2 * DAY
+        assert clean_up(client) == {}
+        answers.append(HookResponse())
+        assert client.head(url).status_code == 200
+        assert client.content(url) == b"hello"
+
+    def test_a_final_upload_lives_as_long_as_its_parts(self, client: Client, clock: Clock) -> None:
+        done, undone = client.part(b"hello"), client.part(b"wor", 5)
+        final = path_of(client.final(done, undone))
+        clock.ahead += DAY * 0.9
+        client.append(undone, b"l", 3)
+        clock.ahead += DAY * 0.9
+        assert clean_up(client) == {}
+        clock.ahead += DAY * 0.2
+        assert reasons(client) == {id_of(final): Reason.UNFINISHED}
+
+    def test_a_final_upload_whose_part_is_gone(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_unfinished_age="1d", expiration="3d")
+        done, undone = client.part(b"hello"), client.part(b"wor", 5)
+        final = path_of(client.final(done, undone))
+        client.delete(done)
+        clock.ahead += 4 * DAY
+        assert reasons(client) == {id_of(url): Reason.EXPIRED for url in (final, undone)}
+
+
+class TestFinished:
+    @pytest.fixture
+    def client(self, serve: Serve, clock: Clock) -> Client:
+        return serve(gc_finished_age="1d")
+
+    def test_it_goes_in_time(self, client: Client, clock: Clock) -> None:
+        client.tus.on("pre-finish")(
+            lambda hook: HookResponse(reject=True, status=422) if hook.info.size == 4 else None
+        )
+        finished, unfinished = client.create(5, b"hello"), client.create(9, b"old")
+        refused = client.create(4)
+        assert client.patch(refused, b"evil", 0).status_code == 422
+        clock.ahead += DAY * 0.9
+        assert clean_up(client) == {}
+        clock.ahead += DAY * 0.2
+        young = client.create(5, b"hello")
+        removed = clean_up(client)
+        assert {id: (removal.reason, removal.bytes) for id, removal in removed.items()} == {
+            id_of(finished): (Reason.FINISHED, 5),
+            id_of(refused): (Reason.FINISHED, 4),
+        }
+        assert_refused(client.get(finished), 410)
+        assert client.content(young) == b"hello"
+        assert client.offset(unfinished) == 3
+
+    @pytest.mark.parametrize("dead", [False, True])
+    def test_it_stays_until_its_hooks_are_delivered(
+        self, client: Client, clock: Clock, dead: bool
+    ) -> None:
+        gate, calls = threading.Event(), threading.Semaphore(0)
+
+        @client.tus.on("post-finish")
+        def hear(hook: Any) -> None:
+            calls.release()
+            assert gate.wait(60), "the test has ended"
+
+        infos = client.tus.uploads.infos
+        url = client.create(5, b"hello")
+        assert calls.acquire(timeout=60)
+        client.tus.drain(0.0)
+        (event,) = infos.events(id_of(url))
+        infos.put_back(replace(event, dead=dead, due_at=1e11))
+        clock.ahead += 2 * DAY
+        assert clean_up(client) == {}
+        assert client.content(url) == b"hello"
+        infos.settle(event)
+        gate.set()
+        assert reasons(client) == {id_of(url): Reason.FINISHED}
+
+    def test_one_whose_file_was_moved_away(self, client: Client, clock: Clock) -> None:
+        url = client.create(5, b"hello")
+        client.tus.uploads.data.delete(info_of(client, url))
+        clock.ahead += 2 * DAY
+        (removal,) = clean_up(client).values()
+        assert removal.bytes == 0
+
+    def test_it_stays_without_an_age(self, serve: Serve, clock: Clock) -> None:
+        client = serve()
+        url = client.create(5, b"hello")
+        clock.ahead += 10_000 * DAY
+        assert clean_up(client) == {}
+        assert client.content(url) == b"hello"
+
+
+class TestPartial:
+    def test_parts_have_an_age_of_their_own(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_partial_age="2d", gc_unfinished_age="1d", gc_finished_age="1d")
+        done, undone = client.part(b"hello"), client.part(b"wor", 5)
+        clock.ahead += DAY * 1.5
+        assert clean_up(client) == {}
+        clock.ahead += DAY
+        assert reasons(client) == dict.fromkeys(map(id_of, (done, undone)), Reason.PARTIAL)
+
+    def test_parts_stay_without_an_age(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_unfinished_age="1d", gc_finished_age="1d")
+        done, undone = client.part(b"hello"), client.part(b"wor", 5)
+        clock.ahead += 100 * DAY
+        assert clean_up(client) == {}
+        assert client.offset(done) == 5
+        assert client.offset(undone) == 3
+
+    def test_what_a_final_upload_waits_for_stays(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_partial_age="1d")
+        done, undone = client.part(b"hello"), client.part(b"wor", 5)
+        final = path_of(client.final(done, undone))
+        clock.ahead += 3 * DAY
+        assert clean_up(client) == {}
+        client.append(undone, b"ld", 3)
+        assert client.content(final) == b"helloworld"
+        assert reasons(client) == {id_of(done): Reason.PARTIAL}
+        clock.ahead += 2 * DAY
+        assert reasons(client) == {id_of(undone): Reason.PARTIAL}
+        assert client.content(final) == b"helloworld"
+
+
+class TestTombstones:
+    def test_they_are_forgotten_in_time(self, serve: Serve, clock: Clock) -> None:
+        client = serve()
+        url = client.create(5)
+        client.delete(url)
+        clock.ahead += DAY * 6.9
+        assert clean_up(client) == {}
+        assert_refused(client.head(url), 410)
+        clock.ahead += DAY * 0.2
+        assert reasons(client, dry_run=True) == {id_of(url): Reason.TOMBSTONE}
+        assert_refused(client.head(url), 410)
+        assert reasons(client) == {id_of(url): Reason.TOMBSTONE}
+        assert_refused(client.head(url), 404)
+
+    def test_they_stay_for_ever_if_that_is_wanted(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_tombstone_age="")
+        url = client.create(5)
+        client.delete(url)
+        clock.ahead += 10_000 * DAY
+        assert clean_up(client) == {}
+        assert_refused(client.head(url), 410)
+
+    @pytest.mark.parametrize("dry_run", [True, False])
+    def test_one_with_events_stays(self, serve: Serve, clock: Clock, dry_run: bool) -> None:
+        client = serve()
+        client.tus.on("post-terminate")(print)
+        client.tus.start()
+        client.tus.drain()
+        url = client.create(5)
+        client.delete(url)
+        infos = client.tus.uploads.infos
+        (event,) = infos.events(id_of(url))
+        assert event.type is HookType.POST_TERMINATE
+        clock.ahead += 8 * DAY
+        assert clean_up(client, dry_run=dry_run) == {}
+        infos.put_back(replace(event, dead=True))
+        assert clean_up(client, dry_run=dry_run) == {}
+        infos.settle(event)
+        assert reasons(client, dry_run=dry_run) == {id_of(url): Reason.TOMBSTONE}
+
+
+class TestLostData:
+    def test_a_record_whose_bytes_are_lost_goes_after_the_grace(
+        self, serve: Serve, clock: Clock
+    ) -> None:
+        client = serve()
+        lost, there = client.create(9, b"old"), client.create(9, b"old")
+        client.tus.uploads.data.delete(info_of(client, lost))
+        clock.ahead += DAY * 0.9
+        assert clean_up(client) == {}
+        clock.ahead += DAY * 0.2
+        assert reasons(client) == {id_of(lost): Reason.DATA_LOST}
+        assert client.offset(there) == 3
+
+    def test_where_nothing_is_there_the_store_is_away(self, serve: Serve, clock: Clock) -> None:
+        client = serve()
+        uploads = client.tus.uploads
+        urls = [client.create(9, b"old") for _ in range(3)]
+        for url in urls:
+            uploads.data.delete(info_of(client, url))
+        clock.ahead += 2 * DAY
+        assert clean_up(client) == {}
+        assert {info_of(client, url).state for url in urls} == {State.RECEIVING}
+
+
+class TestStrays:
+    """Bytes that no record tells of."""
+
+    @pytest.fixture
+    def client(self, serve: Serve, clock: Clock) -> Client:
+        client = serve()
+        client.create(5, b"known")  # an upload from before
+        return client
+
+    def is_there(self, client: Client, info: FileInfo) -> bool:
+        try:
+            return client.tus.uploads.data.offset(info) == 4
+        except UploadGone:
+            return False
+
+    def test_they_go_after_the_grace(self, client: Client, clock: Clock) -> None:
+        info = leave(client)
+        clock.ahead += DAY
+        # A POST that still runs may have been silent for a minute.
+        assert clean_up(client) == {}
+        assert self.is_there(client, info)
+        clock.ahead += 120
+        assert reasons(client, dry_run=True) == {info.id: Reason.NO_RECORD}
+        assert self.is_there(client, info)
+        (removal,) = clean_up(client).values()
+        assert (removal.reason, removal.id, removal.bytes) == (Reason.NO_RECORD, info.id, 4)
+        assert not self.is_there(client, info)
+
+    def test_none_without_a_grace(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_grace="")
+        client.create(5, b"known")
+        info = leave(client)
+        clock.ahead += 100 * DAY
+        assert clean_up(client) == {}
+        assert self.is_there(client, info)
+
+    def test_what_belongs_to_uploads_stays(self, client: Client, clock: Clock) -> None:
+        @client.tus.on("pre-create")
+        def choose(hook: Any) -> HookResponse | None:
+            path = hook.info.metadata.text("path")
+            if path is None:
+                return None
+            change = ChangeFileInfo(f"chosen-{hook.info.id}", path=path.format(id=hook.info.id))
+            return HookResponse(change=change)
+
+        def chosen(path: str) -> str:
+            return client.create(9, b"mine", Upload_Metadata=metadata(path=path))
+
+        urls = [client.create(9, b"mine"), client.create(4, b"mine")]
+        urls += [
+            chosen("report.pdf"),
+            chosen("a/b/{id}"),
+            chosen(new_id()),
+            chosen("c/" + "0" * 32),
+        ]
+        clock.ahead += 100 * DAY
+        assert clean_up(client) == {}
+        for url in urls:
+            assert client.offset(url) == 4
+
+    def test_what_this_server_did_not_name_stays(self, client: Client, clock: Clock) -> None:
+        names = ["report.pdf", "0" * 32, "f" * 32, "a" * 36, "chosen-by-a-hook"]
+        infos = [leave(client, id) for id in names]
+        clock.ahead += 100 * DAY
+        assert clean_up(client) == {}
+        assert all(self.is_there(client, info) for info in infos)
+
+    def test_an_info_store_that_knows_nothing_makes_no_strays(
+        self, serve: Serve, clock: Clock
+    ) -> None:
+        # As it is after the info store was exchanged for an empty one.
+        client = serve()
+        info = leave(client)
+        client.create(5, b"later")
+        clock.ahead += 100 * DAY
+        assert clean_up(client) == {}
+        assert self.is_there(client, info)
+
+    def test_an_info_store_that_forgets_makes_no_strays(self, client: Client, clock: Clock) -> None:
+        info = leave(client)
+        client.tus.uploads.infos.is_forgetful = True
+        clock.ahead += 100 * DAY
+        assert clean_up(client) == {}
+        assert self.is_there(client, info)
+
+    def test_a_redis_that_forgets_says_so(self) -> None:
+        assert RedisInfoStore("redis://localhost", redis_info_expiration=60.0).is_forgetful
+        assert not RedisInfoStore("redis://localhost").is_forgetful
+
+    def test_one_in_use_stays(self, client: Client, clock: Clock) -> None:
+        info = leave(client)
+        clock.ahead += 2 * DAY
+        with client.tus.uploads.locker.lock(info.id, pytest.fail):
+            assert clean_up(client) == {}
+        assert self.is_there(client, info)
+
+    def test_bytes_of_a_tombstone_go(self, client: Client, clock: Clock) -> None:
+        url = client.create(9, b"lost")
+        info = info_of(client, url)
+        client.delete(url)
+        info = leave(client, info.id)
+        clock.ahead += 2 * DAY
+        assert reasons(client) == {info.id: Reason.NO_RECORD}
+
+    def test_temporary_files_go(self, serve: Serve, options: dict[str, Any], clock: Clock) -> None:
+        client = serve(storage="file-storage")
+        url = client.create(9, b"old")
+        directory = Path(options["data_dir"])
+        left = directory / f".{id_of(url)}.concat"
+        left.write_bytes(b"half")
+        marker, stale = (directory / f".{name}.unverified" for name in (id_of(url), "not an id"))
+        for path in (marker, stale):
+            path.write_text("0\n")
+        clock.ahead += DAY * 0.9
+        assert clean_up(client) == {}
+        clock.ahead += DAY * 0.2
+        assert {id: removal.bytes for id, removal in clean_up(client).items()} == {
+            id_of(url): 4,
+            "not an id": 2,
+        }
+        assert not left.exists()
+        assert not stale.exists()
+        assert marker.exists()
+
+
+class TestTelling:
+    @pytest.fixture
+    def client(self, serve: Serve, clock: Clock) -> Client:
+        return serve(gc_unfinished_age="1d")
+
+    def test_what_was_removed_is_logged(
+        self, client: Client, clock: Clock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "tuswsgi")
+        url = client.create(9, b"old")
+        clock.ahead += 2 * DAY
+        with standing(clock):
+            (removal,) = clean_up(client).values()
+        age = round(removal.age)
+        line = f"Removed {id_of(url)} (unfinished): {age} s old, 3 bytes"
+        assert [record.levelno for record in caplog.records if record.getMessage() == line] == [
+            logging.INFO
+        ]
+
+    def test_reclaimed_bytes_are_told(self, client: Client, clock: Clock) -> None:
+        told: list[tuple[str, int]] = []
+
+        def hear(tus: object, info: FileInfo) -> None:
+            if tus is client.tus:
+                told.append((info.id, info.offset))
+
+        old, young = client.create(9, b"old"), client.create(9, b"young")
+        lost = leave(client)
+        clock.ahead += 2 * DAY
+        client.append(young, b"x", 5)
+        with storage_reclaimed.connected_to(hear):
+            clean_up(client, dry_run=True)
+            assert told == []
+            clean_up(client)
+        assert sorted(told) == sorted([(id_of(old), 3), (lost.id, 4)])
+
+    def test_removals_are_told_to_hooks(self, client: Client, clock: Clock) -> None:
+        heard: list[Any] = []
+        client.tus.on("post-terminate")(heard.append)
+        url = client.create(9, b"old")
+        clock.ahead += 2 * DAY
+        clean_up(client)
+        wait_until(lambda: heard, "the hook")
+        assert heard[0].info.id == id_of(url)
+        assert heard[0].request == RequestInfo()
+
+    def test_a_dry_run_removes_nothing(self, serve: Serve, clock: Clock) -> None:
+        client = serve(gc_unfinished_age="1d", gc_finished_age="1d", expiration="")
+        urls = [client.create(9, b"old"), client.create(3, b"all")]
+        before = list(client.tus.uploads.infos.list())
+        clock.ahead += 2 * DAY
+        assert set(clean_up(client, dry_run=True)) == set(map(id_of, urls))
+        assert list(client.tus.uploads.infos.list()) == before
+        assert [client.offset(url) for url in urls] == [3, 3]
+
+
+class TestLeader:
+    """One process of all sweeps; here they are threads."""
+
+    @pytest.fixture
+    def client(self, serve: Serve) -> Client:
+        client = serve(expiration="1d", gc_interval="1s")
+        client.create(5)
+        return client
+
+    def lead(self, client: Client) -> tuple[Sweeper, threading.Thread]:
+        sweeper = Sweeper(client.tus.uploads, client.tus.config.build(CleanUpSettings))
+        thread = threading.Thread(target=sweeper.run, daemon=True)
+        thread.start()
+        return sweeper, thread
+
+    def test_another_one_follows(self, client: Client, clock: Clock) -> None:
+        sweepers = [self.lead(client) for _ in range(3)]
+        for sweeper, thread in sweepers:
+            url = client.create(9)
+            clock.ahead += DAY + 1
+            wait_until(lambda url=url: self.is_expired(client, url), "a sweep")  # type: ignore[misc]
+            sweeper.stop()
+            thread.join(60)
+            assert not thread.is_alive()
+        with client.tus.uploads.locker.try_lock("tuswsgi-sweep"):
+            pass
+
+    def test_the_leader_keeps_others_away(self, client: Client) -> None:
+        sweeper, thread = self.lead(client)
+        wait_until(lambda: not self.is_free(client), "a leader")
+        second = Sweeper(client.tus.uploads)
+        with pytest.raises(UploadLocked):
+            second.lead()
+        sweeper.stop()
+        thread.join(60)
+        assert self.is_free(client)
+
+    def is_expired(self, client: Client, url: str) -> bool:
+        return info_of(client, url).state is State.EXPIRED
+
+    def is_free(self, client: Client) -> bool:
+        try:
+            with client.tus.uploads.locker.try_lock("tuswsgi-sweep"):
+                return True
+        except UploadLocked:
+            return False
+
+
+def test_an_unknown_upload_is_not_removed_by_its_operator(client: Client) -> None:
+    uploads = client.tus.uploads
+    url = client.create(9, b"old")
+    assert uploads.remove(id_of(url)).state is State.TERMINATED
+    with pytest.raises(UploadGone):
+        uploads.remove(id_of(url))
+    for id in (new_id(), "../x"):
+        with pytest.raises(UploadNotFound):
+            uploads.remove(id)

@@ -1,0 +1,399 @@
+"""Decides what of all that is kept nobody needs any more, and removes it.
+
+Each search looks at one kind of thing beside the requests, page by page, and disturbs
+nobody: an upload in use is left for the next time. What a search has found is looked at
+again under the upload's lock before it goes. When to search is the business of who calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
+from typing import NamedTuple
+
+from tuswsgi.datastores.base import Place
+from tuswsgi.errors import LockLost, TusError, UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.info import FileInfo, State, check_id, made_at
+from tuswsgi.lockers.base import IsLost
+from tuswsgi.protocol.settings import CleanUpSettings
+from tuswsgi.protocol.uploads import Uploads
+from tuswsgi.signals import storage_reclaimed, tell
+
+log = logging.getLogger(__name__)
+
+#: Nobody asked for what the clean-up does.
+_NOBODY = RequestInfo()
+
+#: How many expired uploads are asked for at once.
+_EXPIRED = 1000
+
+#: How many places are compared with all records at once.
+_PLACES = 10_000
+
+_UNFINISHED = (State.RECEIVING, State.WAITING)
+_FINISHED = (State.FINISHED, State.REFUSED)
+_GONE = (State.TERMINATED, State.EXPIRED)
+
+
+class Reason(str, Enum):
+    """Why something is removed."""
+
+    EXPIRED = "expired"
+    UNFINISHED = "unfinished"  #: nothing has arrived for `unfinished_age`
+    FINISHED = "finished"  #: finished for `finished_age`
+    PARTIAL = "partial"  #: a partial upload, unchanged for `partial_age`
+    DATA_LOST = "data lost"  #: a record of an unfinished upload whose bytes are not there
+    NO_RECORD = "no record"  #: bytes that no record tells of
+    TEMPORARY = "temporary"  #: what a crash left of the data store's own
+    TOMBSTONE = "tombstone"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Something that was removed, or would be.
+
+    :param age: for how many seconds nothing has happened to it.
+    :param bytes: how many bytes of storage it took.
+    """
+
+    reason: Reason
+    id: str
+    age: float
+    bytes: int = 0
+
+
+class Search(NamedTuple):
+    """A search for things that are to be removed.
+
+    :param age: the least age of what it finds, in seconds.
+    :param removals: removes one thing after the other, and yields what it was.
+    """
+
+    name: str
+    age: float
+    removals: Callable[[], Iterator[Removal]]
+
+
+class CleanUp:
+    """Removes what nobody needs any more.
+
+    :param dry_run: only say what would be removed.
+    :param on_look: called before each thing that is looked at; what it raises ends the
+        search.
+    """
+
+    def __init__(
+        self,
+        uploads: Uploads,
+        settings: CleanUpSettings,
+        *,
+        dry_run: bool = False,
+        on_look: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._uploads = uploads
+        self._infos = uploads.infos
+        self._data = uploads.data
+        self._settings = settings
+        self._dry_run = dry_run
+        self._on_look = on_look
+
+    def searches(self) -> Sequence[Search]:
+        """Return the searches that the settings ask for, in their order."""
+        own = self._settings
+        ages = {
+            "expired": (0.0, self._expired),
+            "unfinished": (
+                _least(own.unfinished_age, own.partial_age, own.grace),
+                self._unfinished,
+            ),
+            "finished": (_least(own.finished_age, own.partial_age), self._finished),
+            "tombstones": (own.tombstone_age, self._tombstones),
+            "strays": (own.grace, self._strays),
+        }
+        return [Search(name, age, find) for name, (age, find) in ages.items() if age is not None]
+
+    # --- uploads -------------------------------------------------------------------------
+
+    def _expired(self) -> Iterator[Removal]:
+        seen: set[str] = set()
+        while found := self._infos.expired(time.time(), limit=len(seen) + _EXPIRED):
+            fresh = [id for id in found if id not in seen]
+            if not fresh:
+                break
+            seen.update(fresh)
+            for id in fresh:
+                self._on_look()
+                yield from self._remove(id, self._reason)
+
+    def _unfinished(self) -> Iterator[Removal]:
+        lost, any_is_there = [], False
+        for info in self._records(_UNFINISHED):
+            is_due = is_idle = is_there = False
+            with careful(info.id):
+                is_due = self._reason(info) is not None
+                is_idle = not is_due and self._is_idle(info)
+                is_there = (is_idle or not any_is_there) and self._kept(info) is not None
+            any_is_there = any_is_there or is_there
+            if is_due:
+                yield from self._remove(info.id, self._reason)
+            elif is_idle and not is_there:
+                lost.append(info.id)
+        # Where no upload has its bytes it is the data store that is not there, e.g. a disk
+        # that is not mounted.
+        for id in lost if any_is_there else ():
+            self._on_look()
+            yield from self._remove(id, self._reason_if_lost)
+
+    def _finished(self) -> Iterator[Removal]:
+        for info in self._records(_FINISHED):
+            is_due = False
+            with careful(info.id):
+                is_due = self._reason(info) is not None
+            if is_due:
+                yield from self._remove(info.id, self._reason)
+
+    def _reason(self, info: FileInfo) -> Reason | None:
+        """Return why an upload is to be removed, ``None`` if it is to stay."""
+        if info.is_gone:
+            return None
+        if self._has_expired(info):
+            return Reason.EXPIRED
+        if not self._is_too_old(info):
+            return None
+        if info.is_finished and self._has_events(info):
+            # Who is told of an upload wants to find it.
+            return None
+        if info.is_partial:
+            return None if self._infos.finals_waiting_for(info.id) else Reason.PARTIAL
+        return Reason.FINISHED if info.is_finished else Reason.UNFINISHED
+
+    def _has_expired(self, info: FileInfo) -> bool:
+        try:
+            return self._uploads.has_expired(info)
+        except UploadGone:
+            # A final upload of which a part is gone: it waits in vain.
+            return True
+
+    def _is_too_old(self, info: FileInfo) -> bool:
+        own = self._settings
+        if info.is_partial:
+            age = own.partial_age
+        else:
+            age = own.finished_age if info.is_finished else own.unfinished_age
+        if age is None or time.time() - self._changed_at(info) <= age:
+            return False
+        if info.is_finished:
+            return True
+        # What a client was told of the expiry holds, and what is complete waits for a hook.
+        kept = self._kept(info)
+        return info.expires_at is None and (kept is None or kept != info.size)
+
+    def _changed_at(self, info: FileInfo) -> float:
+        if info.is_finished or info.state is not State.WAITING:
+            return _changed_at(info)
+        try:
+            # Bytes that arrive at its parts are bytes of the final upload.
+            return max(map(_changed_at, [info, *self._uploads.finisher.parts_of(info)]))
+        except UploadGone:
+            return _changed_at(info)
+
+    def _has_events(self, info: FileInfo) -> bool:
+        # One that is given up in between is seen by the second look.
+        return bool(self._infos.events(info.id) or self._infos.events(info.id, dead=True))
+
+    def _is_idle(self, info: FileInfo) -> bool:
+        grace = self._settings.grace
+        return grace is not None and time.time() - self._changed_at(info) > grace
+
+    def _reason_if_lost(self, info: FileInfo) -> Reason | None:
+        is_lost = info.state in _UNFINISHED and self._is_idle(info) and self._kept(info) is None
+        return Reason.DATA_LOST if is_lost else None
+
+    def _kept(self, info: FileInfo) -> int | None:
+        """Return how many bytes of an upload are there, ``None`` if it has not even a place."""
+        try:
+            return self._data.offset(info)
+        except UploadGone:
+            return None
+
+    def _remove(self, id: str, reason_of: Callable[[FileInfo], Reason | None]) -> Iterator[Removal]:
+        removal = None
+        with careful(id), self._uploads.locker.try_lock(id) as is_lost:
+            info = self._infos.load(id)
+            reason = reason_of(info)
+            if reason is not None:
+                age = time.time() - _changed_at(info)
+                removal = Removal(reason, id, age, self._kept(info) or 0)
+                if not self._dry_run:
+                    _check(is_lost)
+                    self._uploads.finisher.remove(info, State.EXPIRED, _NOBODY)
+                    self._tell(removal, info)
+        if removal is not None:
+            yield removal
+
+    # --- tombstones ------------------------------------------------------------------------
+
+    def _tombstones(self) -> Iterator[Removal]:
+        for info in self._records(_GONE):
+            age = time.time() - (info.deleted_at or 0.0)
+            if self._settings.tombstone_age is None or age <= self._settings.tombstone_age:
+                continue
+            is_forgotten = False
+            with careful(info.id), self._uploads.locker.try_lock(info.id):
+                if self._dry_run:
+                    is_forgotten = not self._has_events(info)
+                else:
+                    is_forgotten = self._infos.forget(info)
+            if is_forgotten:
+                removal = Removal(Reason.TOMBSTONE, info.id, age)
+                if not self._dry_run:
+                    self._log(removal)
+                yield removal
+
+    # --- bytes without a record ------------------------------------------------------------
+
+    def _strays(self) -> Iterator[Removal]:
+        # A POST writes its record at its end, and may have been silent for that long before.
+        before = (
+            time.time() - (self._settings.grace or 0.0) - self._uploads.settings.network_timeout
+        )
+        found = filter(self._is_suspect(before), self._data.places(before))
+        while places := [*islice(found, _PLACES)]:
+            yield from self._remove_strays(places)
+
+    def _is_suspect(self, before: float) -> Callable[[Place], bool]:
+        """Return what tells whether a place may be a stray.
+
+        Only a place that was made by this server's uploads can be: its name is an id that
+        was made after that of an upload that is still known. An info store that was emptied
+        or exchanged, or that forgets by itself, makes no strays of finished uploads.
+        """
+        since = None if self._infos.is_forgetful else self._oldest()
+
+        def is_suspect(place: Place) -> bool:
+            self._on_look()
+            if place.is_temporary:
+                return True
+            made = made_at(place.upload)
+            return (
+                since is not None
+                and made is not None
+                and since < made < before
+                and not self._is_known(place)
+            )
+
+        return is_suspect
+
+    def _oldest(self) -> float | None:
+        """Return when the oldest id was made that is still known."""
+        after = ""
+        while page := self._infos.list(after=after, limit=100):
+            for info in page:
+                if (made := made_at(info.id)) is not None:
+                    return made
+            after = page[-1].id
+        return None
+
+    def _is_known(self, place: Place) -> bool:
+        try:
+            return not self._infos.load(place.upload).is_gone
+        except UploadNotFound:
+            return False
+        except ValueError:
+            return True  # there is a record, but nobody can read it
+
+    def _remove_strays(self, places: Sequence[Place]) -> Iterator[Removal]:
+        taken = self._taken([place for place in places if not place.is_temporary])
+        for place in places:
+            if place.storage.path not in taken:
+                self._on_look()
+                yield from self._remove_stray(place)
+
+    def _taken(self, places: Collection[Place]) -> Collection[str | None]:
+        """Return which places are those of uploads under another name: a hook chose them."""
+        if not places:
+            return ()
+        paths = {place.storage.path for place in places}
+        known = self._records((*_UNFINISHED, *_FINISHED))
+        return {info.storage.path for info in known if info.storage.path in paths}
+
+    def _remove_stray(self, place: Place) -> Iterator[Removal]:
+        reason = Reason.TEMPORARY if place.is_temporary else Reason.NO_RECORD
+        age = time.time() - place.changed_at
+        removal = Removal(reason, place.upload, age, place.size)
+        is_removed = False
+        with careful(place.upload), self._locked(place) as is_lost:
+            if place.is_temporary or not self._is_known(place):
+                _check(is_lost)
+                is_removed = self._dry_run or self._data.clear(place)
+                if is_removed and not self._dry_run:
+                    self._tell(removal, FileInfo(place.upload, storage=place.storage))
+        if is_removed:
+            yield removal
+
+    @contextmanager
+    def _locked(self, place: Place) -> Iterator[IsLost | None]:
+        try:
+            id = check_id(place.upload)
+        except UploadNotFound:
+            # A hook chose the path, and nobody needs what is temporary.
+            yield None
+            return
+        with self._uploads.locker.try_lock(id) as is_lost:
+            yield is_lost
+
+    # --- all of them -----------------------------------------------------------------------
+
+    def _records(self, states: Collection[State]) -> Iterator[FileInfo]:
+        for state in states:
+            for info in self._infos.scan(state):
+                self._on_look()
+                yield info
+
+    def _tell(self, removal: Removal, info: FileInfo) -> None:
+        self._log(removal)
+        tell(storage_reclaimed, self._uploads.finisher.sender, info.but(offset=removal.bytes))
+
+    def _log(self, removal: Removal) -> None:
+        log.info(
+            "Removed %s (%s): %.0f s old, %d bytes",
+            removal.id,
+            removal.reason,
+            removal.age,
+            removal.bytes,
+        )
+
+
+@contextmanager
+def careful(id: str) -> Iterator[None]:
+    """Log what goes wrong with one upload, so that the others have their turn."""
+    try:
+        yield
+    except UploadLocked:
+        log.debug("The upload %s is in use", id)
+    except TusError as error:
+        log.info("The upload %s stays as it is: %s", id, error)
+    except Exception:
+        log.exception("The upload %s could not be swept", id)
+
+
+def _changed_at(info: FileInfo) -> float:
+    return info.finished_at or info.last_byte_at or info.created_at
+
+
+def _check(is_lost: IsLost | None) -> None:
+    if is_lost is not None and is_lost():
+        raise LockLost
+
+
+def _least(*ages: float | None) -> float | None:
+    return min((age for age in ages if age is not None), default=None)
