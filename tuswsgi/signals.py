@@ -35,10 +35,6 @@ upload_finished = _signals.signal("tuswsgi-upload-finished")
 #: The upload was removed: by a client, by the application or because it expired.
 upload_terminated = _signals.signal("tuswsgi-upload-terminated")
 
-#: The clean-up gave ``info.offset`` bytes of storage back. For bytes that no record told of,
-#: ``info`` says no more than what they were called and where they were.
-storage_reclaimed = _signals.signal("tuswsgi-storage-reclaimed")
-
 
 def tell(signal: NamedSignal, sender: Any, info: FileInfo) -> None:
     """Send a signal. What a receiver raises is logged: the request has worked already."""

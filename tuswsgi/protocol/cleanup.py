@@ -23,7 +23,7 @@ from tuswsgi.info import FileInfo, State, check_id, made_at
 from tuswsgi.lockers.base import IsLost
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.signals import storage_reclaimed, tell
+from tuswsgi.telemetry import bytes_reclaimed, report
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ class CleanUp:
                 if not self._dry_run:
                     _check(is_lost)
                     self._uploads.finisher.remove(info, State.EXPIRED, _NOBODY)
-                    self._tell(removal, info)
+                    self._tell(removal)
         if removal is not None:
             yield removal
 
@@ -256,7 +256,7 @@ class CleanUp:
             if is_forgotten:
                 removal = Removal(Reason.TOMBSTONE, info.id, age)
                 if not self._dry_run:
-                    self._log(removal)
+                    self._tell(removal)
                 yield removal
 
     # --- bytes without a record ------------------------------------------------------------
@@ -336,7 +336,7 @@ class CleanUp:
                 _check(is_lost)
                 is_removed = self._dry_run or self._data.clear(place)
                 if is_removed and not self._dry_run:
-                    self._tell(removal, FileInfo(place.upload, storage=place.storage))
+                    self._tell(removal)
         if is_removed:
             yield removal
 
@@ -359,11 +359,9 @@ class CleanUp:
                 self._on_look()
                 yield info
 
-    def _tell(self, removal: Removal, info: FileInfo) -> None:
-        self._log(removal)
-        tell(storage_reclaimed, self._uploads.finisher.sender, info.but(offset=removal.bytes))
-
-    def _log(self, removal: Removal) -> None:
+    def _tell(self, removal: Removal) -> None:
+        if removal.bytes and bytes_reclaimed.receivers:
+            report(bytes_reclaimed, self._uploads.finisher.sender, size=removal.bytes)
         log.info(
             "Removed %s (%s): %.0f s old, %d bytes",
             removal.id,
