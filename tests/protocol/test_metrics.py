@@ -15,6 +15,7 @@ from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError, Unavailable
 from tuswsgi.infostores.base import Census
 from tuswsgi.infostores.memory import MemoryInfoStore
+from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.server import gunicorn_settings
 from tuswsgi.telemetry import bytes_reclaimed, report
 
@@ -67,7 +68,7 @@ def test_an_upload_that_expires():
     deadline = time.monotonic() + 60
     while app.client.head(f"/files/{id}", headers=TUS).status_code != 410:
         assert time.monotonic() < deadline
-    app.tus.uploads.expire(id)
+    Sweeper(app.tus.uploads).sweep()
     assert app.counted("uploads_expired_total") == 1
     assert app.counted("uploads_terminated_total") == 0
 
