@@ -27,6 +27,13 @@ from tuswsgi.process import PerProcess
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
+#: What the names of the library's files begin with, by the kinds of metrics that we have.
+_KINDS = ("counter", "gauge_livesum", "histogram")
+
+#: The bytes of a file at first, as the library makes it; it makes it longer where needed.
+_FILE_SIZE = 65536
+
+
 class _Own(NamedTuple):
     """The directory that this process has made; it is locked for as long as it is used."""
 
@@ -123,9 +130,22 @@ def forget_the_dead() -> None:
 def _take_slot() -> int:
     # The descriptor stays open for as long as the process lives.
     number = next(number for number in count() if _try_slot(number) is not None)
-    for file in _directory().glob(f"gauge_live*_{number}.db"):
-        file.unlink(missing_ok=True)
+    for kind in _KINDS:
+        file = _directory() / f"{kind}_{number}.db"
+        # What was true of the process before is no more; what it has counted stays.
+        if kind.startswith("gauge_live") or not file.exists():
+            _make_empty(file)
     return number
+
+
+def _make_empty(file: Path) -> None:
+    """Make a file without numbers, all at once: the library opens it first and then makes it
+    long enough, and in between nobody else could read the metrics.
+    """
+    new = file.with_suffix(".new")
+    with new.open("wb") as empty:
+        empty.truncate(_FILE_SIZE)
+    new.replace(file)
 
 
 _slot = PerProcess(_take_slot)

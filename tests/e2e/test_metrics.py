@@ -82,6 +82,12 @@ def times(factor: int) -> Numbers:
     return {name: value * factor for name, value in WORK.items()}
 
 
+def kill_worker(server: Server) -> None:
+    old = set(server.workers())
+    server.kill_worker()
+    wait_until(lambda: len(set(server.workers()) - old) == 1, "another worker")
+
+
 def test_numbers_add_up(serve: Serve) -> None:
     server = serve("--metrics")
     assert counted(server) == {}
@@ -98,9 +104,7 @@ def test_what_a_killed_worker_has_counted_stays(serve: Serve) -> None:
     server = serve("--metrics")
     work(server)
     for round in (1, 2):
-        old = set(server.workers())
-        server.kill_worker()
-        wait_until(lambda old=old: len(set(server.workers()) - old) == 1, "another worker")
+        kill_worker(server)
         assert counted(server) == times(round)
         work(server)
     assert counted(server) == times(3)
@@ -146,9 +150,7 @@ def test_connections_that_are_open(serve: Serve) -> None:
     connections = [server.client.connect() for _ in range(10)]
     # The one that asks may be counted, too.
     wait_until(lambda: scrape(server)["open_connections"] in (10, 11), "ten connections")
-    holders = {server.worker_of(connection) for connection in connections}
-    server.kill_worker()
-    wait_until(lambda: holders - set(server.workers()) or len(holders) == 1, "a dead worker")
+    kill_worker(server)
     for connection in connections:
         connection.close()
     wait_until(lambda: scrape(server)["open_connections"] <= 1, "no connections")
