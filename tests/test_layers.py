@@ -50,11 +50,14 @@ ROWS = {
     "tuswsgi.app": 6,
     "tuswsgi.cli": 6,
     "tuswsgi.client": 6,
+    "tuswsgi.command": 6,
     "tuswsgi.copying": 6,
     "tuswsgi.gunicorn_log": 6,
     "tuswsgi.http1": 6,
+    "tuswsgi.inventory": 6,
     "tuswsgi.master": 6,
     "tuswsgi.outbox": 6,
+    "tuswsgi.upload_commands": 6,
     "tuswsgi.worker": 6,
 }
 

@@ -265,7 +265,7 @@ class Tus:
             # All who waited for the attempt that failed would otherwise try one by one.
             raise Unavailable
         try:
-            self._prepare()
+            self.prepare()
         except TusError:
             self._start_again_at = time.monotonic() + _START_PAUSE
             raise
@@ -274,12 +274,22 @@ class Tus:
         threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
         return True
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Make the backends ready, and no more: for a program beside the servers.
+
+        Post-hooks that are written down are left to the servers; others are sent from here, until
+        ``drain``.
+
+        :raises ConfigurationError: as ``start``.
+        :raises Unavailable: as ``start``.
+        """
         self.uploads.data.prepare()
         self.uploads.infos.prepare()
         self.uploads.locker.prepare()
         for hook in self.hooks.hooks:
             hook.prepare()
+        if self.hooks.hooks and not self._delivery.keeps_events:
+            self._delivery.start()
 
     def _sweep(self) -> None:
         self._sweeper.get().run()

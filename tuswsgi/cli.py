@@ -7,62 +7,21 @@ needs it, so that ``--help`` is quick, and after gevent has patched where that c
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from tuswsgi.command import ConfiguredCommand, FileArgument, config_option, failing, json_option
+from tuswsgi.upload_commands import gc, uploads
+
 if TYPE_CHECKING:
     from tuswsgi.config import Config
     from tuswsgi.connections.sql import SqlConnection
     from tuswsgi.infostores.base import InfoStore
-    from tuswsgi.options import Option
-
-_FileArgument = partial(click.Path, path_type=Path, dir_okay=False)
-
-
-class ConfiguredCommand(click.Command):
-    """A command with a flag for each option of the server.
-
-    The callback gets the flags that were given as ``load``, a function that returns the
-    configuration.
-    """
-
-    @cached_property
-    def _flags(self) -> list[tuple[str, list[click.Parameter]]]:
-        from tuswsgi.options import options_of, title
-        from tuswsgi.registry import option_groups
-
-        return [
-            (title(group), [_flag(option) for option in options_of(group)])
-            for group in option_groups()
-        ]
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        flags = [flag for _, group in self._flags for flag in group]
-        return [*super().get_params(ctx), *flags]
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, parameters in [("Options", super().get_params(ctx)), *self._flags]:
-            records = [parameter.get_help_record(ctx) for parameter in parameters]
-            if any(records):
-                with formatter.section(title):
-                    formatter.write_dl([record for record in records if record])
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from tuswsgi.config import Config
-
-        file = ctx.params.pop("config")
-        keys = [flag.name for _, group in self._flags for flag in group]
-        given = {str(key): _joined(ctx.params.pop(str(key))) for key in keys}
-        flags = {key: value for key, value in given.items() if value is not None}
-        ctx.params["load"] = partial(Config.load, file, os.environ, flags)
-        return super().invoke(ctx)
 
 
 class ServeCommand(ConfiguredCommand):
@@ -75,15 +34,6 @@ class ServeCommand(ConfiguredCommand):
 
         monkey.patch_all()
         return super().make_context(*args, **kwargs)
-
-
-_config_option = click.option(
-    "-c",
-    "--config",
-    type=_FileArgument(),
-    envvar="TUSWSGI_CONFIG",
-    help="The INI file to read.  [env: TUSWSGI_CONFIG]",
-)
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -111,18 +61,18 @@ def main() -> None:
 
 
 @main.command(cls=ServeCommand)
-@_config_option
+@config_option
 def serve(load: Callable[[], Config]) -> None:
     """Run the server.
 
     Each option can be given as a flag, as an environment variable and in the INI file, in
     this order of precedence.
     """
-    with _failing(exit_code=2):
+    with failing(exit_code=2):
         from tuswsgi.master import Master
 
         master = Master(load)
-    with _failing(exit_code=1):
+    with failing(exit_code=1):
         master.check()
     master.run()
 
@@ -133,10 +83,10 @@ def config() -> None:
 
 
 @config.command(cls=ConfiguredCommand)
-@_config_option
+@config_option
 def check(load: Callable[[], Config]) -> None:
     """Say whether the configuration is correct."""
-    with _failing(exit_code=2):
+    with failing(exit_code=2):
         from tuswsgi.server import gunicorn_settings
 
         gunicorn_settings(load())
@@ -144,10 +94,10 @@ def check(load: Callable[[], Config]) -> None:
 
 
 @config.command(cls=ConfiguredCommand)
-@_config_option
+@config_option
 def show(load: Callable[[], Config]) -> None:
     """Show the value of each option, and where it comes from."""
-    with _failing(exit_code=2):
+    with failing(exit_code=2):
         configuration = load()
     from tuswsgi.reference import configured
 
@@ -185,12 +135,9 @@ def hooks() -> None:
     """Look after post-hooks that were not delivered, also while the server runs."""
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
 @hooks.command(cls=ConfiguredCommand)
-@_config_option
-@_json_option
+@config_option
+@json_option
 def pending(load: Callable[[], Config], as_json: bool) -> None:
     """List the post-hooks that are still to be delivered, oldest first."""
     from tuswsgi import outbox
@@ -200,8 +147,8 @@ def pending(load: Callable[[], Config], as_json: bool) -> None:
 
 
 @hooks.command(cls=ConfiguredCommand)
-@_config_option
-@_json_option
+@config_option
+@json_option
 def dead(load: Callable[[], Config], as_json: bool) -> None:
     """List the post-hooks that were given up, oldest first."""
     from tuswsgi import outbox
@@ -211,7 +158,7 @@ def dead(load: Callable[[], Config], as_json: bool) -> None:
 
 
 @hooks.command(cls=ConfiguredCommand)
-@_config_option
+@config_option
 @click.argument("id", required=False)
 def replay(load: Callable[[], Config], id: str | None) -> None:
     """Try post-hooks again that were given up.
@@ -229,13 +176,13 @@ def replay(load: Callable[[], Config], id: str | None) -> None:
 
 @contextmanager
 def _events(load: Callable[[], Config]) -> Iterator[InfoStore]:
-    with _failing(exit_code=2):
+    with failing(exit_code=2):
         configuration = load()
     from tuswsgi import outbox
     from tuswsgi.errors import Unavailable
 
     try:
-        with _failing(exit_code=1), outbox.opened(configuration) as infos:
+        with failing(exit_code=1), outbox.opened(configuration) as infos:
             yield infos
     except Unavailable as error:
         raise click.ClickException(str(error)) from error
@@ -250,7 +197,7 @@ def db() -> None:
 
 
 @db.command("version", cls=ConfiguredCommand)
-@_config_option
+@config_option
 def db_version(load: Callable[[], Config]) -> None:
     """Say of which version the tables are, and which one this program needs."""
     from tuswsgi.connections.tables import SCHEMA, version
@@ -264,7 +211,7 @@ def db_version(load: Callable[[], Config]) -> None:
 
 
 @db.command(cls=ConfiguredCommand)
-@_config_option
+@config_option
 def upgrade(load: Callable[[], Config]) -> None:
     """Create the tables, or bring older ones up to date. Newer ones are left alone."""
     from tuswsgi.connections.tables import SCHEMA, prepare_tables
@@ -277,13 +224,13 @@ def upgrade(load: Callable[[], Config]) -> None:
 
 @contextmanager
 def _databases(load: Callable[[], Config]) -> Iterator[Sequence[SqlConnection]]:
-    with _failing(exit_code=2):
+    with failing(exit_code=2):
         configuration = load()
     from tuswsgi import registry
     from tuswsgi.errors import Unavailable
 
     try:
-        with _failing(exit_code=1):
+        with failing(exit_code=1):
             databases = registry.databases(configuration)
             if not databases:
                 raise click.ClickException("No SQL database is configured.")
@@ -298,7 +245,7 @@ def info() -> None:
 
 
 @info.command(cls=ConfiguredCommand)
-@_config_option
+@config_option
 @click.option("--from", "source", metavar="DSN", help="Where the records are.")
 @click.option("--to", "target", metavar="DSN", help="Where they shall be.")
 @click.option("--overwrite", is_flag=True, help="Replace what differs there, with its post-hooks.")
@@ -323,7 +270,7 @@ def copy(
     """
     if source == target:
         raise click.UsageError("Say --from or --to, or both: there and here are the same.")
-    with _failing(exit_code=2):
+    with failing(exit_code=2):
         configuration = load()
     from tuswsgi import copying
     from tuswsgi.errors import TusError
@@ -331,7 +278,7 @@ def copy(
     click.echo("The servers of both stores must be stopped until this ends.", err=True)
     try:
         with (
-            _failing(exit_code=1),
+            failing(exit_code=1),
             copying.opened(
                 configuration, source, target, overwrite=overwrite, without_files=without_files
             ) as one,
@@ -345,14 +292,18 @@ def copy(
     sys.exit(0 if one.report.is_complete else 1)
 
 
+main.add_command(gc)
+main.add_command(uploads)
+
+
 @main.command()
-@click.argument("file", type=_FileArgument(exists=True))
+@click.argument("file", type=FileArgument(exists=True))
 @click.argument("url")
 @click.option("--chunk-size", default="8MiB", help="Bytes in one request.  [default: 8MiB]")
 @click.option("--retries", default=8, help="Failed attempts in a row.  [default: 8]")
 @click.option(
     "--state",
-    type=_FileArgument(),
+    type=FileArgument(),
     default=Path("~/.cache/tuswsgi/uploads.json"),
     help="Where unfinished uploads are remembered.  [default: ~/.cache/tuswsgi/uploads.json]",
 )
@@ -389,48 +340,3 @@ def _size(text: str) -> int:
     except ValidationError as error:
         raise click.BadParameter(" ".join(error.messages), param_hint="--chunk-size") from error
     return max(size, 1)
-
-
-def _flag(option: Option) -> click.Option:
-    from tuswsgi.options import Items, Switch
-
-    is_switch = isinstance(option.field, Switch)
-    names = [
-        f"{name}/--no-{name[2:]}" if is_switch and name.startswith("--") else name
-        for name in option.flags
-    ]
-    default = option.show(option.default)
-    facts = [f"default: {default}"] if default else []
-    facts.append(f"env: {option.variables[0]}")
-    return click.Option(
-        [*names, option.key],
-        default=None,
-        multiple=isinstance(option.field, Items),
-        metavar=None if is_switch else _metavar(option),
-        help=f"{option.help}  [{'; '.join(facts)}]",
-    )
-
-
-def _metavar(option: Option) -> str:
-    if "|" not in option.kind:
-        return option.kind.upper()
-    return option.kind if len(option.kind) < 32 else "NAME"
-
-
-def _joined(value: Any) -> Any:
-    """Return the value of a flag, that of a repeated one as a list's text."""
-    if isinstance(value, tuple):
-        return ",".join(value) if value else None
-    return value
-
-
-@contextmanager
-def _failing(exit_code: int) -> Iterator[None]:
-    """End the program with the sentences of a wrong configuration."""
-    from tuswsgi.errors import ConfigurationError
-
-    try:
-        yield
-    except ConfigurationError as error:
-        click.echo(str(error), err=True)
-        sys.exit(exit_code)

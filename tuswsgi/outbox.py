@@ -87,7 +87,11 @@ def as_json(events: Iterable[Event]) -> str:
 def as_table(events: Iterable[Event], now: float | None = None) -> str:
     """Return events as a table for people."""
     now = time.time() if now is None else now
-    rows = [_HEAD, *(_row(event, now) for event in events)]
+    return table([_HEAD, *(_row(event, now) for event in events)])
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of texts as a table, the first one its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -98,20 +102,20 @@ def as_table(events: Iterable[Event], now: float | None = None) -> str:
 
 def _row(event: Event, now: float) -> tuple[str, ...]:
     left = event.due_at - now
-    due = "never" if event.dead else "now" if left <= 0 else f"in {_span(left)}"
+    due = "never" if event.dead else "now" if left <= 0 else f"in {span(left)}"
     return (
         event.id,
         event.type.value,
         event.upload,
         event.transport,
-        _span(now - event.created_at),
+        span(now - event.created_at),
         str(event.attempts),
         due,
         event.error or "",
     )
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """Return a time as people say it: ``42s``, ``7m``, ``3h``, ``12d``."""
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= 2 * length:
