@@ -251,12 +251,7 @@ class TestCleanUp:
             assert run("gc", *self.AGES, *flags).stdout.startswith("1 removed")
 
 
-COMMANDS: list[Any] = [
-    ["gc"],
-    ["uploads", "list"],
-    ["uploads", "show", "x"],
-    ["uploads", "rm", "-y", "x"],
-]
+COMMANDS = ["gc", "uploads list", "uploads show x", "uploads rm -y x"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,8 +1,9 @@
 """The command line: ``tuswsgi serve``, ``config``, ``hooks``, ``info``, ``db`` and ``upload``.
 
 It owns flags, output and exit codes (2 for a wrong configuration, 1 for everything else
-that fails) and no behaviour. Whatever is slow to import is imported by the command that
-needs it, so that ``--help`` is quick, and after gevent has patched where that counts.
+that fails) and no behaviour; so do the modules of other commands. Whatever is slow to import
+is imported by the command that needs it, so that ``--help`` is quick, and after gevent has
+patched where that counts.
 """
 
 from __future__ import annotations
