@@ -93,13 +93,15 @@ class Tus:
             raise TypeError(f"A config has these already: {', '.join(options)}")
         config = config or Config.load(flags=options)
         self.config = config
-        data = data_store or registry.data_store(config)
         infos = info_store or registry.info_store(config)
+        locker = locker or registry.locker(config)
+        data = data_store or registry.data_store(config)
+        data = registry.limited(config, data, infos, locker)
         self.hooks = self._make_hooks(own_hooks, data)
         self.uploads = Uploads(
             data,
             infos,
-            locker or registry.locker(config),
+            locker,
             self.hooks,
             config.build(UploadSettings),
             sender=self,

@@ -302,6 +302,23 @@ class StorageFull(TusError):
     retry_after = 60
 
 
+class LimitReached(StorageFull):
+    """All uploads together would take more room than they may; clients may come back when others
+    are gone.
+
+    :param limit: the bytes that all uploads may take.
+    :param used: the bytes that are promised to others.
+    :param asked: the bytes that this one wants.
+    """
+
+    def __init__(self, limit: int, used: int, asked: int) -> None:
+        super().__init__(
+            f"The server has no room for this upload: it keeps up to {limit} bytes, of which "
+            f"{used} are taken, and {asked} are asked for."
+        )
+        self.left = max(0, limit - used)
+
+
 # --- mistakes of an operator, never seen by a client -----------------------------------
 
 

@@ -191,6 +191,16 @@ def data_store(config: Config) -> DataStore:
     )
 
 
+def limited(config: Config, store: DataStore, infos: InfoStore, locker: Locker[Any]) -> DataStore:
+    """Return a data store with the configured limit in front, itself if there is none."""
+    from tuswsgi.datastores.limited import LimitedDataStore
+
+    values = config.values(LimitedDataStore)
+    if values["max_total_size"] is None:
+        return store
+    return LimitedDataStore(store, infos, locker, **values)
+
+
 def info_store(config: Config) -> InfoStore:
     """Return the configured info store; nothing is opened yet."""
     backends = config.build(Backends)
@@ -376,6 +386,7 @@ def _warn_of_locks(backends: Backends) -> None:
 def option_groups() -> list[type]:
     """Return every class that has options, in the order of the reference."""
     from tuswsgi.datastores.file import FileDataStore
+    from tuswsgi.datastores.limited import LimitedDataStore
     from tuswsgi.hooks.delivery import DeliverySettings
     from tuswsgi.hooks.settings import EnabledHooks, HookSettings
     from tuswsgi.infostores.file import FileInfoStore
@@ -389,6 +400,7 @@ def option_groups() -> list[type]:
         ServerSettings,
         Backends,
         FileDataStore,
+        LimitedDataStore,
         FileInfoStore,
         RedisInfoStore,
         PoolSettings,

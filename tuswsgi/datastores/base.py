@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from tuswsgi.extensions import Extension
 from tuswsgi.info import FileInfo, Storage
@@ -83,6 +84,11 @@ class Place:
     is_temporary: bool = False
 
 
+#: Removes what may go until so many bytes of room are free, for an upload that wants them;
+#: returns how many it freed.
+MakeRoom = Callable[[int, FileInfo], int]
+
+
 class OpenPlace:
     """The empty place of a new upload, ready for its first bytes.
 
@@ -116,12 +122,16 @@ class DataStore(ABC):
     """
 
     #: The store's name, in ``Storage.type`` and in hooks.
-    type: ClassVar[str] = ""
+    type: str = ""
 
     #: What the store can serve beyond plain appending: of ``CHECKSUM`` (with its
     #: trailer), ``CONCATENATION``, ``TERMINATION`` and ``GETTING``. The other extensions
     #: need nothing of a store.
-    extensions: ClassVar[frozenset[Extension]] = frozenset()
+    extensions: frozenset[Extension] = frozenset()
+
+    #: Whether all uploads together are bounded, so that room must be promised to an upload by
+    #: its record before bytes come.
+    bounded: bool = False
 
     @abstractmethod
     def prepare(self) -> None:
@@ -238,6 +248,17 @@ class DataStore(ABC):
     def location(self, info: FileInfo) -> str | None:
         """Return where an operator finds the bytes: an absolute path or a URL."""
         return info.storage.path
+
+    def reserve(
+        self, info: FileInfo, before: int, make_room: MakeRoom
+    ) -> AbstractContextManager[None]:
+        """Hold room for what `info` promises while its record is written in a ``with`` block.
+
+        :param before: how much its record promises already.
+        :param make_room: to be called where the room is not enough.
+        :raises LimitReached: if there is no room.
+        """
+        return nullcontext()
 
     def free_space(self) -> int | None:
         """Return how many bytes more fit; ``None`` where nobody knows."""

@@ -31,7 +31,7 @@ from tuswsgi.errors import (
     UploadGone,
     UploadNotFound,
 )
-from tuswsgi.extensions import OF_STORES, Extension
+from tuswsgi.extensions import OF_STORES
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
 from tuswsgi.options import MAIN, Mode, option
 from tuswsgi.paths import contained, why_unwritable
@@ -54,8 +54,8 @@ class FileDataStore(DataStore):
     """
 
     section: ClassVar[str] = MAIN
-    type: ClassVar[str] = "file_storage"
-    extensions: ClassVar[frozenset[Extension]] = OF_STORES
+    type = "file_storage"
+    extensions = OF_STORES
 
     data_dir: Path
     force_fsync: bool = False

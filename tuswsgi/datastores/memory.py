@@ -8,11 +8,10 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 from tuswsgi.datastores.base import DataStore, Place, Readable, Source
 from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
-from tuswsgi.extensions import OF_STORES, Extension
+from tuswsgi.extensions import OF_STORES
 from tuswsgi.info import FileInfo, Storage
 
 _BLOCK = 64 * 1024
@@ -22,7 +21,7 @@ class MemoryDataStore(DataStore):
     """Bytes in a dictionary; they are gone with the process."""
 
     type = "memory_storage"
-    extensions: ClassVar[frozenset[Extension]] = OF_STORES
+    extensions = OF_STORES
 
     def __init__(self) -> None:
         self._uploads: dict[str, bytes] = {}

@@ -2,8 +2,9 @@
 
 Usually nobody can know of the upload before its POST is answered: bytes first, then one
 record that tells how it ended. Where a hook chose the id or the path, a POST that comes
-again chooses the same, and must find what the first one left; there the record comes
-before the bytes, and everything happens under the upload's lock.
+again chooses the same, and must find what the first one left; and where the room is bounded,
+it must be promised before it is taken. There the record comes before the bytes, and everything
+happens under the upload's lock.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Creator:
             reception.reader.guard(is_lost)
             twin = self._record_of(info.id)
             if twin is None:
-                info = info.but(storage=self._place(info))
+                info = self._promising(info.but(storage=self._place(info)), reception)
                 held = self._hold(info, reception, request)
                 with locker.lock(_lock_of(info.storage)):
                     info, twin = self._take(info)
@@ -108,6 +109,43 @@ class Creator:
                 return self._go_on(info, twin.id, request)
         with locker.lock(twin.id, let_go):
             return self._go_on(info, twin.id, request)
+
+    def create_promised(
+        self, info: FileInfo, reception: Reception, request: RequestInfo
+    ) -> FileInfo:
+        """Write an upload with an id that nobody else has, once room is promised to it.
+
+        If the request fails, the upload is removed again: nobody was told where it is, and
+        the room would stay promised.
+
+        :raises LimitReached: if there is no room.
+        """
+        self._check_space(info)
+        with self.finisher.locker.lock(info.id, reception.reader.interrupt) as is_lost:
+            reception.reader.guard(is_lost)
+            info = info.but(storage=self.finisher.data.create(info))
+            info = self._promising(info, reception)
+            held = self._hold(info, reception, request)
+            self._write(info, held.events)
+            try:
+                return self._receive(info, reception, request, held)
+            except Exception:
+                self._remove(info.id, request)
+                raise
+
+    def _remove(self, id: str, request: RequestInfo) -> None:
+        try:
+            info = self.finisher.infos.load(id)
+            if not info.is_gone and not info.is_finished:
+                self.finisher.remove(info, State.TERMINATED, request)
+        except Exception:
+            log.exception("The upload %s, of which nobody was told, keeps its room", id)
+
+    def _promising(self, info: FileInfo, reception: Reception) -> FileInfo:
+        """Return an upload that promises what its request brings, if it promises no length."""
+        if self.finisher.data.bounded and info.size is None:
+            return info.but(reserved=reception.length)
+        return info
 
     def _check_space(self, info: FileInfo) -> None:
         free = self.finisher.data.free_space()
@@ -169,7 +207,7 @@ class Creator:
 
     def _write(self, info: FileInfo, events: Sequence[Event]) -> None:
         try:
-            self.finisher.infos.create(info, events)
+            self.finisher.room.create(info, events)
         except Exception:
             self.finisher.data.delete(info)
             raise

@@ -27,6 +27,7 @@ from tuswsgi.hooks.manager import HookManager
 from tuswsgi.info import FileInfo, FinalResponse, State
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
+from tuswsgi.protocol.room import Room
 from tuswsgi.protocol.settings import UploadSettings
 from tuswsgi.signals import tell, upload_finished, upload_progress, upload_terminated
 
@@ -44,6 +45,11 @@ class Finisher:
     settings: UploadSettings
     #: Who sends signals.
     sender: object = None
+
+    @property
+    def room(self) -> Room:
+        """Who promises room to uploads."""
+        return Room(self.data, self.infos, self.locker, self.remove)
 
     def finish(self, info: FileInfo, request: RequestInfo) -> FileInfo:
         """Finish an upload whose bytes are all kept. The caller holds its lock.
@@ -137,6 +143,8 @@ class Finisher:
                     raise MaxSizeExceeded
                 if any(part.state is not State.FINISHED for part in parts):
                     return info.but(size=size)
+                if self.data.bounded and info.size != size:
+                    info = self.room.save(info, size=size)
                 info = info.but(size=size)
                 if self.data.offset(info) != size:
                     self.data.concatenate(info, parts)

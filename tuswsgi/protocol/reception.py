@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tuswsgi.datastores.base import OpenPlace
 from tuswsgi.errors import (
     BodyTooLarge,
+    LimitReached,
     MaxSizeExceeded,
     OffsetMismatch,
     StorageFull,
@@ -25,6 +26,7 @@ from tuswsgi.errors import (
 )
 from tuswsgi.hooks.base import Event, HookResponse, RequestInfo
 from tuswsgi.info import FileInfo
+from tuswsgi.options import MiB
 from tuswsgi.protocol.checksum import Checksum
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reader import Body, UploadReader
@@ -38,6 +40,12 @@ _LOOK_INTERVAL = 1.0
 
 #: Seconds after which a record says anew that bytes still arrive.
 _REFRESH = 600.0
+
+#: How much room a body of unknown length is promised at once.
+_GRANT = 16 * MiB
+
+#: How much of that is left when it is promised more.
+_MARGIN = 4 * MiB
 
 #: Called with an upload as it is now.
 OnProgress = Callable[[FileInfo], None]
@@ -75,6 +83,11 @@ class Reception:
         self._info: FileInfo | None = None
         self._on_progress: OnProgress = lambda info: None
         self._start = self._reported = 0
+        #: How many bytes may come, and what is wrong with more; ``check`` says.
+        self._room: int
+        self._too_many: TusError
+        #: How many bytes may come until more room must be promised, if that is so.
+        self._granted: int | None = None
         self._told_at = self._looked_at = time.monotonic()
         self.reader = UploadReader(
             chunk.body,
@@ -99,6 +112,11 @@ class Reception:
         return self._chunk.is_empty
 
     @property
+    def length(self) -> int:
+        """How many bytes are announced, 0 if nobody knows."""
+        return self._chunk.body.length or 0
+
+    @property
     def is_stopped(self) -> bool:
         """Whether the upload is to end with this request."""
         return isinstance(self.error, UploadStopped)
@@ -119,8 +137,9 @@ class Reception:
         too_many: TusError = MaxSizeExceeded() if info.size is None else UploadSizeExceeded()
         if largest is not None and largest < room:
             room, too_many = largest, BodyTooLarge()
-        if (self._chunk.body.length or 0) > room:
+        if self.length > room:
             raise too_many
+        self._room, self._too_many = room, too_many
         self.reader.limit(room, too_many)
 
     def receive_first(
@@ -156,15 +175,18 @@ class Reception:
         """
         self.check(info, offset)
         self._info, self._start, self._on_progress = info, offset, on_progress
-        kept = self._append(info, offset)
-        info = self._info.but(offset=kept)
+        if info.size is None and self._finisher.data.bounded:
+            self._info = self._promised(info)
+        kept = self._append(self._info, offset)
+        was_reserved = self._info.reserved > 0
+        info = self._info.but(offset=kept, reserved=0)
         if kept > offset:
             info = self._touched(info)
         if self.is_stopped:
             return info
         if kept == info.size and not self.is_fault:
             return self._finisher.finish(info, request)
-        if kept > offset:
+        if kept > offset or was_reserved:
             info = self._finisher.infos.save(info)
         if kept > offset or self.error is None:
             on_progress(info)
@@ -197,13 +219,46 @@ class Reception:
             if isinstance(self.reader.error, UploadInterrupted) and upload_taken_over.receivers:
                 report(upload_taken_over, self._finisher.sender)
 
+    def _promised(self, info: FileInfo) -> FileInfo:
+        """Have room promised for the bytes that come next, and let no more come.
+
+        A body whose length nobody knows is promised some room at a time, in the end what is
+        left; what does not fit is not kept.
+
+        :raises LimitReached: if there is no room for a body of a known length.
+        """
+        length, full = self._chunk.body.length, None
+        wanted = self.reader.received + _GRANT if length is None else length
+        end = self._start + min(wanted, self._room)
+        while end > info.promised:
+            try:
+                info = self._finisher.room.save(info, reserved=end)
+            except LimitReached as error:
+                if length is not None:
+                    raise
+                full, end = error, error.left
+        granted = max(0, info.promised - self._start)
+        if full is not None:
+            self.reader.limit(granted, full)
+        elif length is None and granted < self._room:
+            self.reader.limit(granted, self._too_many)
+            self._granted = granted
+            return info
+        else:
+            self.reader.limit(self._room, self._too_many)
+        self._granted = None
+        return info
+
     def _touched(self, info: FileInfo, **changes: Any) -> FileInfo:
         now = time.time()
         return info.but(last_byte_at=now, expires_at=self._settings.expiry(now), **changes)
 
     def _progressed(self) -> None:
         """Tell how far it has come, and let it not expire meanwhile."""
-        now = self.reader.last_progress
+        now, received = self.reader.last_progress, self.reader.received
+        granted = self._granted
+        if granted is not None and self._info is not None and granted - _MARGIN < received:
+            self._info = self._promised(self._info)
         if now - self._looked_at < min(self._interval, _LOOK_INTERVAL):
             return
         self._looked_at = now
@@ -211,7 +266,7 @@ class Reception:
             self._report_bytes()
         if self._info is None:
             return
-        info = self._info.but(offset=self._start + self.reader.received)
+        info = self._info.but(offset=self._start + received)
         if self._is_ageing(info):
             try:
                 info = self._info = self._finisher.infos.save(self._touched(info))

@@ -105,6 +105,8 @@ class Uploads:
             info = change.applied_to(info)
             if change.id or change.path:
                 info = self.creator.create_chosen(info, reception, request)
+            elif self.data.bounded:
+                info = self.creator.create_promised(info, reception, request)
             else:
                 info = self.creator.create(info, reception, request)
         if info.is_final:
@@ -253,7 +255,7 @@ class Uploads:
             self._check_size(info, offset, size)
             if info.size is None and size is not None:
                 # Before the first byte: a crash must not leave bytes beyond what is known.
-                info = self.infos.save(info.but(size=size))
+                info = self.finisher.room.save(info, size=size, reserved=0)
             self._received[info.id] = (reception, request)
             try:
                 info = reception.receive(
