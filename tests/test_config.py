@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tuswsgi.backends import Backends, DataStoreName
 from tuswsgi.config import DEFAULT, Config, all_options
 from tuswsgi.datastores.file import FileDataStore
 from tuswsgi.datastores.memory import MemoryDataStore
@@ -13,7 +14,7 @@ from tuswsgi.errors import ConfigurationError
 from tuswsgi.extensions import Extension
 from tuswsgi.options import MiB, Option
 from tuswsgi.protocol.settings import UploadSettings
-from tuswsgi.registry import Backends, DataStoreName, data_store, info_store, locker, prepare
+from tuswsgi.registry import data_store, info_store, locker, prepare
 from tuswsgi.server import LogLevel, ServerSettings
 
 OPTIONS: dict[str, Option] = {one.key: one for one in all_options()}

@@ -41,6 +41,7 @@ ROWS = {
     "tuswsgi.metrics": 4,
     "tuswsgi.metrics_directory": 4,
     "tuswsgi.web": 4,
+    "tuswsgi.backends": 5,
     "tuswsgi.config": 5,
     "tuswsgi.reference": 5,
     "tuswsgi.registry": 5,

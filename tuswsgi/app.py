@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import flask
 
 from tuswsgi import registry
+from tuswsgi.backends import LockerName
 from tuswsgi.config import Config
 from tuswsgi.datastores.base import DataStore
 from tuswsgi.errors import ConfigurationError, TusError, Unavailable
@@ -33,7 +34,6 @@ from tuswsgi.protocol.readiness import Readiness
 from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.registry import LockerName
 from tuswsgi.server import ServerSettings
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
 from tuswsgi.web.monitoring import MonitoringBlueprint

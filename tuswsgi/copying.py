@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tuswsgi import registry
+from tuswsgi.backends import Backends, InfoStoreName
 from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError, InfoConflict, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType
@@ -25,7 +26,6 @@ from tuswsgi.info import FileInfo
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.infostores.rustus import NotConvertible, RustusFiles, RustusRecords, RustusRedis
-from tuswsgi.registry import Backends, InfoStoreName
 from tuswsgi.server import ServerSettings
 
 #: What the DSN of a rustus' records begins with.

@@ -15,13 +15,13 @@ from enum import Enum
 from typing import Any
 
 from tuswsgi.app import Tus
+from tuswsgi.backends import Backends
 from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError, TusError, UploadGone
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State
 from tuswsgi.outbox import span, table
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.registry import Backends
 
 _HEAD = ("ID", "STATE", "KIND", "SIZE", "OFFSET", "AGE", "OWNER", "FILENAME")
 

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from tuswsgi import registry
+from tuswsgi.backends import Backends, InfoStoreName
 from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.hooks.base import Event
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.registry import Backends, InfoStoreName
 
 #: More than anybody looks through. A listing holds all of them in memory.
 _MANY = 100_000

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 from marshmallow import ValidationError
 
 from tuswsgi import metrics_directory, sentry
+from tuswsgi.backends import Backends
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.logs import LogFormat, formatter
 from tuswsgi.options import MAIN, Duration, KiB, option
-from tuswsgi.registry import Backends
 from tuswsgi.sentry import SentrySettings
 from tuswsgi.web.settings import WATCHED, MonitoringSettings
 

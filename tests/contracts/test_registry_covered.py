@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi import registry
+from tuswsgi import backends, registry
 from tuswsgi.config import Config
 
 HERE = Path(__file__).parent
 
 #: The contract suites by the names of backends, and how a backend is made.
 CONTRACTS = {
-    registry.DataStoreName: ("DataStoreContract", "storage", registry.data_store),
-    registry.InfoStoreName: ("InfoStoreContract", "info_storage", registry.info_store),
-    registry.LockerName: ("LockerContract", "locker", registry.locker),
+    backends.DataStoreName: ("DataStoreContract", "storage", registry.data_store),
+    backends.InfoStoreName: ("InfoStoreContract", "info_storage", registry.info_store),
+    backends.LockerName: ("LockerContract", "locker", registry.locker),
 }
 
 #: What a backend needs to be told, besides its name.
 NEEDS = {
-    registry.InfoStoreName.REDIS: {"info_db_dsn": "redis://127.0.0.1"},
-    registry.LockerName.REDIS: {"locker_dsn": "redis://127.0.0.1"},
+    backends.InfoStoreName.REDIS: {"info_db_dsn": "redis://127.0.0.1"},
+    backends.LockerName.REDIS: {"locker_dsn": "redis://127.0.0.1"},
 }
 
 BACKENDS = [name for names in CONTRACTS for name in names]

@@ -26,7 +26,7 @@ def assert_nothing_left(client: Client) -> None:
 
 
 def type_of_data_dir() -> type:
-    from tuswsgi.registry import Backends
+    from tuswsgi.backends import Backends
 
     return Backends
 
