@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from e2e.client import wait_until
 
 from protocol.client import Client, assert_refused, metadata, path_of
-from protocol.conftest import Clock, Serve
+from protocol.conftest import Clock, Serve, on_memory
 from tuswsgi.errors import UploadGone, UploadLocked, UploadNotFound
 from tuswsgi.hooks.base import ChangeFileInfo, HookResponse, HookType, RequestInfo
 from tuswsgi.info import FileInfo, State, made_at, new_id
@@ -526,15 +527,48 @@ class TestLeader:
         with client.tus.uploads.locker.try_lock("tuswsgi-sweep"):
             pass
 
-    def test_the_leader_keeps_others_away(self, client: Client) -> None:
+    def test_the_leader_keeps_others_away(self, client: Client, clock: Clock) -> None:
+        url = client.create(9)
+        clock.ahead += DAY + 1
         sweeper, thread = self.lead(client)
-        wait_until(lambda: not self.is_free(client), "a leader")
+        wait_until(lambda: self.is_expired(client, url), "a sweep")
         second = Sweeper(client.tus.uploads)
         with pytest.raises(UploadLocked):
             second.lead()
         sweeper.stop()
         thread.join(60)
         assert self.is_free(client)
+
+    @on_memory
+    def test_one_that_lost_its_lease_is_followed(
+        self,
+        serve: Serve,
+        options: dict[str, Any],
+        clock: Clock,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        database = Path(options["data_dir"]) / "locks.sqlite3"
+        client = serve(
+            storage="file-storage",
+            info_storage="db-info-storage",
+            locker="db-locker",
+            locker_dsn=f"sqlite:///{database}",
+            lock_lease="2s",
+            expiration="1d",
+            gc_interval="1h",
+        )
+        url = client.create(5)
+        clock.ahead += DAY + 1
+        sweeper, thread = self.lead(client)
+        wait_until(lambda: self.is_expired(client, url), "a leader")
+        assert not self.is_free(client)
+        with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+            connection.execute("UPDATE tuswsgi_locks SET token = 'a.b.c', ends_at = 0")
+        # Another one can lead when it has seen that, long before it would sweep again.
+        wait_until(lambda: self.is_free(client), "the end of the leader")
+        assert "The sweep ended and is tried again later" in caplog.text
+        sweeper.stop()
+        thread.join(60)
 
     def is_expired(self, client: Client, url: str) -> bool:
         return info_of(client, url).state is State.EXPIRED
