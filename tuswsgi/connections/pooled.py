@@ -8,7 +8,6 @@ business of the modules beside it.
 from __future__ import annotations
 
 import logging
-import random
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from tuswsgi.connections.address import Address
 from tuswsgi.connections.pool import Pool, PoolSettings
 from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import StorageFull, TusError, Unavailable
-from tuswsgi.process import PerProcess
+from tuswsgi.process import PerProcess, jitter
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +151,7 @@ class PooledConnection(SqlConnection):
                 database.close()
                 raise
             if trouble is Trouble.CONFLICT:
-                time.sleep(random.uniform(0, pause))
+                time.sleep(jitter(0, pause))
                 pause = min(pause * 2, _LONGEST_PAUSE)
 
     def _transact(self, fn: Callable[[Database], T], database: Database) -> T:

@@ -9,7 +9,6 @@ waiting would block every greenlet of the process.
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -21,7 +20,7 @@ from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import ConfigurationError, StorageFull, TusError, Unavailable
-from tuswsgi.process import PerProcess, aside, let_others_run
+from tuswsgi.process import PerProcess, aside, jitter, let_others_run
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +334,7 @@ def _patiently(action: Callable[[], T], deadline: float) -> T:
         except OperationalError as error:
             if not _is_busy(error) or time.monotonic() >= deadline:
                 raise
-        time.sleep(pause * random.uniform(0.5, 1.0))
+        time.sleep(pause * jitter(0.5, 1.0))
         pause = min(pause * 2, _LONGEST_PAUSE)
 
 

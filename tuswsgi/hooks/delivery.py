@@ -8,7 +8,6 @@ with the change of state that the event tells of.
 from __future__ import annotations
 
 import logging
-import random
 import re
 import threading
 import time
@@ -27,7 +26,7 @@ from tuswsgi.hooks.lanes import Job, Lanes, Once
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.options import Duration, option
-from tuswsgi.process import PerProcess
+from tuswsgi.process import PerProcess, jitter
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ class DeliverySettings:
         """Return how long to wait after so many failures, in seconds."""
         # An exponent that a float can hold; the pause is the longest long before that.
         pause: float = self.delivery_backoff * 2.0 ** min(attempts - 1, 64)
-        return min(pause, self.delivery_max_backoff) * random.uniform(0.75, 1.25)
+        return min(pause, self.delivery_max_backoff) * jitter(0.75, 1.25)
 
 
 class Delivery:
@@ -234,7 +233,7 @@ class _Dispatcher:
             self._begin_woken(upload, transports)
         if now >= self._poll_at:
             self._backlog.update(transports)
-            self._poll_at = now + random.uniform(*_POLL)
+            self._poll_at = now + jitter(*_POLL)
         for transport in self._backlog.intersection(transports):
             self._begin(transport)
         if now >= self._strangers_at:

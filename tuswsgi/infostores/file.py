@@ -11,7 +11,6 @@ import errno
 import fcntl
 import logging
 import os
-import random
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -38,7 +37,7 @@ from tuswsgi.infostores.markers import PendingMarkers, WaitingMarkers
 from tuswsgi.infostores.outbox import Kept
 from tuswsgi.options import option
 from tuswsgi.paths import inside, why_unwritable
-from tuswsgi.process import aside, let_others_run
+from tuswsgi.process import aside, jitter, let_others_run
 
 logger = logging.getLogger(__name__)
 
@@ -377,7 +376,7 @@ def _locked(path: Path) -> Iterator[bytes]:
     while (fd := _try_lock(path)) is None:
         if time.monotonic() >= deadline:
             raise Unavailable
-        time.sleep(random.uniform(0.001, 0.005))
+        time.sleep(jitter(0.001, 0.005))
     with open(fd, "rb") as file:
         yield file.read()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import random
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.outbox import Kept
 from tuswsgi.options import Duration, option
+from tuswsgi.process import jitter
 
 log = logging.getLogger(__name__)
 
@@ -289,7 +289,7 @@ class RedisInfoStore(InfoStore):
                 return result
             if time.monotonic() >= deadline:
                 raise Unavailable
-            time.sleep(random.uniform(0.0, 0.002))
+            time.sleep(jitter(0.0, 0.002))
         raise UploadNotFound
 
     def _change_if_there(

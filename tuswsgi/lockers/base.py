@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from tuswsgi.errors import TusError, UploadLocked
+from tuswsgi.process import jitter
 from tuswsgi.telemetry import lock_waited, report
 
 #: Called with the reason when a holder shall let go. It is called in another greenlet or
@@ -139,7 +139,7 @@ class Locker(ABC, Generic[H]):
                 if lock_waited.receivers:
                     self._report_wait(began, acquired=False)
                 raise UploadLocked
-            time.sleep(min(pause * random.uniform(0.5, 1.0), deadline - now))
+            time.sleep(min(pause * jitter(0.5, 1.0), deadline - now))
             pause = min(pause * 2, self.longest_pause)
 
     def _report_wait(self, began: float, *, acquired: bool) -> None:
