@@ -393,6 +393,8 @@ class TestStrays:
         client = serve()
         info = leave(client)
         client.create(5, b"later")
+        # A record that was taken over from another server, whose ids tell no time.
+        client.tus.uploads.infos.create(FileInfo(id="0" * 32, created_at=clock()))
         clock.ahead += 100 * DAY
         assert clean_up(client) == {}
         assert self.is_there(client, info)

@@ -36,6 +36,9 @@ _EXPIRED = 1000
 #: How many places are compared with all records at once.
 _PLACES = 10_000
 
+#: How many seconds at most are between an id and the creation of its upload.
+_MOMENT = 60.0
+
 _UNFINISHED = (State.RECEIVING, State.WAITING)
 _FINISHED = (State.FINISHED, State.REFUSED)
 _GONE = (State.TERMINATED, State.EXPIRED)
@@ -137,16 +140,16 @@ class CleanUp:
     def _unfinished(self) -> Iterator[Removal]:
         lost, any_is_there = [], False
         for info in self._records(_UNFINISHED):
-            is_due = is_idle = is_there = False
-            with careful(info.id):
-                is_due = self._reason(info) is not None
-                is_idle = not is_due and self._is_idle(info)
-                is_there = (is_idle or not any_is_there) and self._kept(info) is not None
-            any_is_there = any_is_there or is_there
-            if is_due:
+            if self._is_due(info):
                 yield from self._remove(info.id, self._reason)
-            elif is_idle and not is_there:
-                lost.append(info.id)
+                continue
+            with careful(info.id):
+                is_idle = self._is_idle(info)
+                if is_idle or not any_is_there:
+                    is_there = self._kept(info) is not None
+                    any_is_there = any_is_there or is_there
+                    if is_idle and not is_there:
+                        lost.append(info.id)
         # Where no upload has its bytes it is the data store that is not there, e.g. a disk
         # that is not mounted.
         for id in lost if any_is_there else ():
@@ -155,11 +158,13 @@ class CleanUp:
 
     def _finished(self) -> Iterator[Removal]:
         for info in self._records(_FINISHED):
-            is_due = False
-            with careful(info.id):
-                is_due = self._reason(info) is not None
-            if is_due:
+            if self._is_due(info):
                 yield from self._remove(info.id, self._reason)
+
+    def _is_due(self, info: FileInfo) -> bool:
+        with careful(info.id):
+            return self._reason(info) is not None
+        return False
 
     def _reason(self, info: FileInfo) -> Reason | None:
         """Return why an upload is to be removed, ``None`` if it is to stay."""
@@ -294,11 +299,13 @@ class CleanUp:
         return is_suspect
 
     def _oldest(self) -> float | None:
-        """Return when the oldest id was made that is still known."""
+        """Return when the oldest id of this server's own was made that is still known."""
         after = ""
         while page := self._infos.list(after=after, limit=100):
             for info in page:
-                if (made := made_at(info.id)) is not None:
+                made = made_at(info.id)
+                # Ids of other servers, and chosen ones, may look alike.
+                if made is not None and abs(made - info.created_at) < _MOMENT:
                     return made
             after = page[-1].id
         return None

@@ -113,11 +113,13 @@ class Sweeper:
                 self._clean_up(search)
 
     def _clean_up(self, search: Search) -> None:
-        removed = list(search.removals())
+        removed = total = 0
+        for removal in search.removals():
+            removed += 1
+            total += removal.bytes
         self._due[search.name] = time.monotonic() + search.age * _LATE
         if removed:
-            total = sum(removal.bytes for removal in removed)
-            log.info("Cleaned up %s: %d removed, %d bytes", search.name, len(removed), total)
+            log.info("Cleaned up %s: %d removed, %d bytes", search.name, removed, total)
 
     def _rest(self, is_lost: IsLost | None) -> None:
         until = time.monotonic() + self._settings.interval
