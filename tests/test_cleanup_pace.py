@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ for backend in (uploads.data, uploads.infos, uploads.locker):
 def write(ids):
     for id in ids:
         uploads.infos.create(
-            FileInfo(id=id, size=0, state=State.FINISHED, finished_at=time.time(), created_at=1.0)
+            FileInfo(
+                id=id, state=State.FINISHED, finished_at=time.time(), created_at=float(sys.argv[3])
+            )
         )
 
 ids = [new_id() for _ in range(COUNT)]
@@ -70,7 +73,11 @@ assert max(pauses) < whole / 4, (max(pauses), whole)
 """
 
 
-@pytest.mark.parametrize("store", ["db-info-storage", "file-info-storage"])
-def test_it_lets_others_run(tmp_path: Path, store: str) -> None:
-    command = [sys.executable, "-c", LOOKING, str(tmp_path / "data"), store]
+#: Records that were taken over from another server are older than their ids seem to be: the
+#: search for strays then looks through all of them for one of this server's own.
+@pytest.mark.parametrize(
+    ("store", "created_at"), [("db-info-storage", 1.0), ("file-info-storage", time.time())]
+)
+def test_it_lets_others_run(tmp_path: Path, store: str, created_at: float) -> None:
+    command = [sys.executable, "-c", LOOKING, str(tmp_path / "data"), store, str(created_at)]
     subprocess.run(command, check=True, timeout=240, cwd=ROOT)

@@ -21,6 +21,7 @@ from tuswsgi.errors import LockLost, TusError, UploadGone, UploadLocked, UploadN
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.info import FileInfo, State, check_id, made_at
 from tuswsgi.lockers.base import IsLost
+from tuswsgi.process import let_others_run
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.telemetry import bytes_reclaimed, report
@@ -308,6 +309,7 @@ class CleanUp:
                 if made is not None and abs(made - info.created_at) < _MOMENT:
                     return made
             after = page[-1].id
+            let_others_run()
         return None
 
     def _is_known(self, place: Place) -> bool:
