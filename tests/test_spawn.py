@@ -217,7 +217,7 @@ def test_all_of_it_under_gevent(file: str) -> None:
         "from gevent import monkey; monkey.patch_all()\n"
         "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     )
-    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(file)]
+    arguments = ["-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", str(file)]
     ended = subprocess.run(
         [sys.executable, "-c", patched, *arguments],
         cwd=Path(__file__).parent.parent,

@@ -351,7 +351,7 @@ def test_the_contracts_hold_under_gevent(tests):
     run_python(
         "from gevent import monkey; monkey.patch_all()\n"
         "import sys, pytest\n"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
+        "sys.exit(pytest.main(['-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
         *tests,
     )
 

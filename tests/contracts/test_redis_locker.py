@@ -176,7 +176,7 @@ def test_the_contracts_hold_under_gevent():
     run_python(
         "from gevent import monkey; monkey.patch_all()\n"
         "import sys, pytest\n"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
+        "sys.exit(pytest.main(['-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
         "test_redis_locker.py",
         "test_redis_store.py",
         "-k",
