@@ -86,15 +86,17 @@ def test_uploads_survive_everything(cluster: Cluster) -> None:
         for seed, size in enumerate(sizes)
     ]
     done: Counter[str] = Counter()
-    with ThreadPoolExecutor(12) as pool:
-        uploading = [pool.submit(one.run) for one in uploaders]
-        for _ in range(8):
-            wait_for_progress(uploaders, uploading, 2_000_000)
-            done[strike(cluster)] += 1
-        cluster.shared.restart()
-        for one in uploading:
-            one.result()
-    report(uploaders, done)
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            uploading = [pool.submit(one.run) for one in uploaders]
+            for _ in range(8):
+                wait_for_progress(uploaders, uploading, 2_000_000)
+                done[strike(cluster)] += 1
+            cluster.shared.restart()
+            for one in uploading:
+                one.result()
+    finally:
+        report(uploaders, done)
     for client in cluster.clients():
         wait_until(
             lambda client=client: client.head(uploaders[0].path).status == 200, "all servers again"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from e2e.client import BYTES, Client, Response, chunk, path_of, sha1, wait_until
+from e2e.client import BYTES, PATIENCE, Client, Response, chunk, path_of, sha1, wait_until
 
 #: After these a client comes back.
 PASSING = {409, 423, 460, 503}
@@ -103,6 +103,8 @@ def wait_for_progress(
             or all(one.done() for one in uploading)
         ),
         "progress",
+        # A connection that a strike left hanging is given up after PATIENCE, and tried again.
+        2 * PATIENCE,
     )
 
 
