@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from base64 import urlsafe_b64encode
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from tuswsgi.connections import consul
@@ -20,7 +21,7 @@ from tuswsgi.lockers.session import SessionGone, SessionLocker
 from tuswsgi.process import PerProcess
 
 
-class ConsulLocker(SessionLocker):
+class ConsulLocker(SessionLocker[ConsulConnection]):
     """Exclusive locks among all processes that use one Consul.
 
     Consul keeps no session for less than 10 s, and may take twice a session's length until it
@@ -51,28 +52,11 @@ class ConsulLocker(SessionLocker):
         prefix: str = "tuswsgi/",
     ) -> None:
         settings = pool or PoolSettings()
-        super().__init__(timeout, max(lease, self.shortest), beside, settings.pool_timeout)
         addresses = Addresses.parse(dsn, PORT)
+        connect = partial(ConsulConnection, addresses, settings)
+        super().__init__(timeout, max(lease, self.shortest), beside, settings.pool_timeout, connect)
         self._prefix = prefix
-        self._connection = PerProcess(lambda: ConsulConnection(addresses, settings))
         self._ears = PerProcess(Ears)
-
-    def prepare(self) -> None:
-        super().prepare()
-        try:
-            self._connection.get().check()
-        finally:
-            # Whoever prepares may fork then, and connections do not survive that.
-            self._disconnect()
-
-    def close(self) -> None:
-        super().close()
-        self._disconnect()
-
-    def _disconnect(self) -> None:
-        connection = self._connection.pop()
-        if connection is not None:
-            connection.close()
 
     def _open_session(self) -> str:
         return self._connection.get().open_session(self.session_length)

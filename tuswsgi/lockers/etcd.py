@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from tuswsgi.connections.etcd import PORT, Compacted, EtcdConnection, LeaseGone
@@ -18,7 +19,7 @@ from tuswsgi.lockers.session import SessionGone, SessionLocker
 from tuswsgi.process import PerProcess
 
 
-class EtcdLocker(SessionLocker):
+class EtcdLocker(SessionLocker[EtcdConnection]):
     """Exclusive locks among all processes that use one etcd.
 
     :param dsn: ``http://[user:password@]host[:port]``, or ``https``; several addresses of a
@@ -41,28 +42,11 @@ class EtcdLocker(SessionLocker):
         prefix: str = "tuswsgi/",
     ) -> None:
         settings = pool or PoolSettings()
-        super().__init__(timeout, lease, beside, settings.pool_timeout)
         addresses = Addresses.parse(dsn, PORT)
+        connect = partial(EtcdConnection, addresses, settings)
+        super().__init__(timeout, lease, beside, settings.pool_timeout, connect)
         self._prefix = prefix
-        self._connection = PerProcess(lambda: EtcdConnection(addresses, settings))
         self._ears = PerProcess(Ears)
-
-    def prepare(self) -> None:
-        super().prepare()
-        try:
-            self._connection.get().check()
-        finally:
-            # Whoever prepares may fork then, and connections do not survive that.
-            self._disconnect()
-
-    def close(self) -> None:
-        super().close()
-        self._disconnect()
-
-    def _disconnect(self) -> None:
-        connection = self._connection.pop()
-        if connection is not None:
-            connection.close()
 
     def _open_session(self) -> str:
         return self._connection.get().grant(self.session_length)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from tuswsgi.errors import Unavailable
 from tuswsgi.lockers.base import Locker
@@ -45,6 +45,22 @@ class Session:
     doubtful: dict[str, tuple[str, float]] = field(default_factory=dict)
 
 
+class Connection(Protocol):
+    """What a backend asks its server by."""
+
+    def check(self) -> None:
+        """Find out whether the server lets us in.
+
+        :raises ConfigurationError: if not.
+        """
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+C = TypeVar("C", bound=Connection)
+
+
 class Sessions:
     """The session of a process, which others may be about to open."""
 
@@ -57,13 +73,14 @@ class Sessions:
             self.present = None
 
 
-class SessionLocker(LeaseLocker):
+class SessionLocker(LeaseLocker, Generic[C]):
     """Exclusive locks that a server keeps for as long as a session.
 
     :param timeout: how long ``lock`` waits for a holder, in seconds.
     :param lease: for how long a lock is held at least after its session was renewed, in
         seconds; the server frees it a quarter later.
     :param patience: how long a request waits for others that open the session, in seconds.
+    :param connect: makes the connection of a process; nothing is opened yet.
     """
 
     # An attempt is a write that most servers of a cluster have to agree on.
@@ -71,15 +88,35 @@ class SessionLocker(LeaseLocker):
     request_pause = 0.25
 
     def __init__(
-        self, timeout: float, lease: float, beside: Locker[Any] | None, patience: float
+        self,
+        timeout: float,
+        lease: float,
+        beside: Locker[Any] | None,
+        patience: float,
+        connect: Callable[[], C],
     ) -> None:
         super().__init__(timeout, lease, beside)
         self._patience = patience
+        self._connection: PerProcess[C] = PerProcess(connect)
         self._sessions: PerProcess[Sessions] = PerProcess(Sessions)
+
+    def prepare(self) -> None:
+        super().prepare()
+        try:
+            self._connection.get().check()
+        finally:
+            # Whoever prepares may fork then, and connections do not survive that.
+            self._disconnect()
 
     def close(self) -> None:
         super().close()
         self._sessions.pop()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection = self._connection.pop()
+        if connection is not None:
+            connection.close()
 
     @property
     def session_length(self) -> int:
