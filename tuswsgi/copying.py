@@ -23,7 +23,7 @@ from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError, InfoConflict, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType
 from tuswsgi.info import FileInfo
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import InfoStore, prepared
 from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.infostores.rustus import NotConvertible, RustusFiles, RustusRecords, RustusRedis
 from tuswsgi.server import ServerSettings
@@ -318,19 +318,12 @@ def _rustus(dsn: str, config: Config, without_files: bool) -> RustusRecords:
     )
 
 
-@contextmanager
-def _store(dsn: str | None, config: Config) -> Iterator[InfoStore]:
+def _store(dsn: str | None, config: Config) -> AbstractContextManager[InfoStore]:
     if dsn is not None:
-        infos = registry.info_store_at(dsn, config)
-    elif config.build(Backends).info_storage is InfoStoreName.MEMORY:
+        return prepared(registry.info_store_at(dsn, config))
+    if config.build(Backends).info_storage is InfoStoreName.MEMORY:
         raise ConfigurationError("The configured records are in the memory of a server.")
-    else:
-        infos = registry.info_store(config)
-    infos.prepare()
-    try:
-        yield infos
-    finally:
-        infos.close()
+    return prepared(registry.info_store(config))
 
 
 def _check_there(dsn: str | None) -> None:

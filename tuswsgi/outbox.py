@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from tuswsgi import registry
@@ -17,7 +17,7 @@ from tuswsgi.backends import Backends, InfoStoreName
 from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.hooks.base import Event
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import InfoStore, prepared
 
 #: More than anybody looks through. A listing holds all of them in memory.
 _MANY = 100_000
@@ -25,20 +25,14 @@ _MANY = 100_000
 _HEAD = ("ID", "EVENT", "UPLOAD", "TRANSPORT", "AGE", "ATTEMPTS", "NEXT TRY", "ERROR")
 
 
-@contextmanager
-def opened(config: Config) -> Iterator[InfoStore]:
+def opened(config: Config) -> AbstractContextManager[InfoStore]:
     """Open the configured info store.
 
     :raises ConfigurationError: if it cannot be used, or only by the server itself.
     """
     if config.build(Backends).info_storage is InfoStoreName.MEMORY:
         raise ConfigurationError("The events are in the server's memory: nobody else sees them.")
-    infos = registry.info_store(config)
-    infos.prepare()
-    try:
-        yield infos
-    finally:
-        infos.close()
+    return prepared(registry.info_store(config))
 
 
 def pending(infos: InfoStore) -> Sequence[Event]:

@@ -78,6 +78,19 @@ def run_python(code, *args):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def run_tests_under_gevent(*args):
+    """Run tests beside this one in a new interpreter that gevent has patched.
+
+    In that process itself: what pytest-xdist starts would not be patched.
+    """
+    run_python(
+        "from gevent import monkey; monkey.patch_all()\n"
+        "import sys, pytest\n"
+        "sys.exit(pytest.main(['-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
+        *args,
+    )
+
+
 # --- lockers ---
 
 
@@ -348,12 +361,7 @@ def test_a_forked_child_has_its_own_connections(tmp_path, make, kind):
     ids=["here", "servers"],
 )
 def test_the_contracts_hold_under_gevent(tests):
-    run_python(
-        "from gevent import monkey; monkey.patch_all()\n"
-        "import sys, pytest\n"
-        "sys.exit(pytest.main(['-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
-        *tests,
-    )
+    run_tests_under_gevent(*tests)
 
 
 BUSY = """

@@ -9,7 +9,7 @@ import pytest
 import redis_service
 from line import Line
 from private_servers import PrivateRedis
-from test_processes import run_python
+from test_processes import run_python, run_tests_under_gevent
 
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.errors import LockLost, Unavailable, UploadInterrupted, UploadLocked
@@ -173,15 +173,7 @@ def wait_until(condition):
 
 
 def test_the_contracts_hold_under_gevent():
-    run_python(
-        "from gevent import monkey; monkey.patch_all()\n"
-        "import sys, pytest\n"
-        "sys.exit(pytest.main(['-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
-        "test_redis_locker.py",
-        "test_redis_store.py",
-        "-k",
-        "not gevent",
-    )
+    run_tests_under_gevent("test_redis_locker.py", "test_redis_store.py", "-k", "not gevent")
 
 
 FORK = """

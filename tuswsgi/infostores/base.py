@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tuswsgi.errors import UploadNotFound
@@ -259,6 +260,19 @@ class InfoStore(ABC):
 def is_stalled(info: FileInfo, before: float) -> bool:
     """Whether an unfinished upload waits for bytes of which the last one came before a time."""
     return info.state is State.RECEIVING and (info.last_byte_at or info.created_at) <= before
+
+
+@contextmanager
+def prepared(infos: InfoStore) -> Iterator[InfoStore]:
+    """Prepare a store for the length of a ``with`` block, for who uses it beside a server.
+
+    :raises ConfigurationError: as ``prepare``.
+    """
+    infos.prepare()
+    try:
+        yield infos
+    finally:
+        infos.close()
 
 
 def first_events(events: Iterable[Event]) -> Iterator[Event]:
