@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 
@@ -106,6 +107,23 @@ class TestFileInfoStore(Shared):
         assert [path.name for path in (directory / ".pending").iterdir()] == [info.id]
         store.settle(second)
         assert list((directory / ".pending").iterdir()) == []
+
+    def test_the_marker_of_a_new_event_stays(self, store, other, directory):
+        first = event(info := upload(), transport="http")
+        second = event(info, sequence=1, transport="http")
+        writer = Thread(target=other.save, args=(info, [second]))
+
+        class Slow(FileInfoStore):
+            def _set_marker(self, kept):
+                # The last event goes, and a new one comes at the worst moment.
+                writer.start()
+                writer.join(0.3)
+                super()._set_marker(kept)
+
+        store.create(info, [first])
+        Slow(directory).settle(first)
+        writer.join()
+        assert list(store.claim("a", 1.0, 2.0)) == [second]
 
     def test_only_records_that_are_due_are_read(self, store, directory, caplog):
         events = [event(info, transport="http") for info in (upload(), upload(), upload())]

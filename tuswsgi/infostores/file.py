@@ -108,14 +108,14 @@ class FileInfoStore(InfoStore):
         kept.add(events)
         with _trouble(path):
             self._mark(kept)
-            temporary = self._write(kept)
-            try:
-                # Unlike a rename this fails if there is such a file.
-                os.link(temporary, path)
-            except FileExistsError:
-                raise UploadExists from None
-            finally:
-                os.unlink(temporary)
+            with self._written(kept) as temporary:
+                try:
+                    # Unlike a rename this fails if there is such a file.
+                    os.link(temporary, path)
+                except FileExistsError:
+                    raise UploadExists from None
+                finally:
+                    os.unlink(temporary)
             self._sync(self._directory)
 
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
@@ -314,24 +314,30 @@ class FileInfoStore(InfoStore):
     def _replace(self, path: Path, kept: Kept) -> None:
         """Replace a record that is locked, and set its marker."""
         self._mark(kept)
-        os.replace(self._write(kept), path)
-        self._sync(self._directory)
-        self._set_marker(kept)
+        with self._written(kept) as temporary:
+            os.replace(temporary, path)
+            self._sync(self._directory)
+            self._set_marker(kept)
 
-    def _write(self, kept: Kept) -> Path:
+    @contextmanager
+    def _written(self, kept: Kept) -> Iterator[Path]:
+        """Write a new file, to take the place of a record, and lock it for the length of a
+        ``with`` block: the lock on the old file excludes nobody once the new one is there.
+        """
         text = kept.encode() + "\n"
         path = self._directory / f".{kept.info.id}.{secrets.token_hex(4)}{_TEMPORARY}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with open(fd, "w", encoding="ascii") as file:
+        with open(fd, "w", encoding="ascii") as file:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
                 file.write(text)
                 file.flush()
                 if self.force_fsync:
                     os.fsync(fd)
-        except BaseException:
-            path.unlink()
-            raise
-        return path
+            except BaseException:
+                path.unlink()
+                raise
+            yield path
 
     def _mark(self, kept: Kept) -> None:
         """Set the markers that what is about to be written needs."""
