@@ -25,18 +25,18 @@ _MOST_FIELDS = 60
 # No absolute form, no "//", which needs care, no fragment, no lower-case method. CONNECT and
 # TRACE are nothing for an upload server.
 _REQUEST_LINE = re.compile(
-    rb"(GET|HEAD|POST|PATCH|PUT|DELETE|OPTIONS) (/(?!/)[!-\"$-~]*) HTTP/1\.([01])"
+    r"(GET|HEAD|POST|PATCH|PUT|DELETE|OPTIONS) (/(?!/)[!-\"$-~]*) HTTP/1\.([01])"
 )
-# Also a line end that is not CR LF.
-_CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+# Without control characters, of which a bare CR or LF might be taken for the end of a line.
+_LINES = re.compile(rb"(?:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)+")
 # Without "_": in an environ it cannot be told from "-" (RFC 9110, 5.6.2).
-_NAME = re.compile(rb"[!#$%&'*+\-.^`|~0-9A-Za-z]+")
+_NAME = re.compile(r"[!#$%&'*+\-.^`|~0-9A-Za-z]+")
 
 #: Fields about which there is more to say than their value.
 _NOT_PLAIN = {"TRANSFER_ENCODING", "TRAILER", "TE", "EXPECT", "UPGRADE", "HTTP2_SETTINGS"}
 
 #: The environ's keys for the names of fields, as clients spell these.
-_keys: dict[bytes, str] = {}
+_keys: dict[str, str] = {}
 _MOST_KEYS = 1000
 
 
@@ -128,20 +128,22 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
 
 def plain_request(head: bytes, parser: PlainParser) -> PlainRequest | None:
     """Return the request with this head, ``None`` if it is not plain."""
-    lines = head[:-4].split(b"\r\n")
-    first = _REQUEST_LINE.fullmatch(lines[0])
-    if first is None or len(head) > LONGEST_HEAD or len(lines) > _MOST_FIELDS:
+    if len(head) > LONGEST_HEAD or _LINES.fullmatch(head) is None:
+        return None
+    request_line, *lines = head[:-4].decode("latin-1").split("\r\n")
+    first = _REQUEST_LINE.fullmatch(request_line)
+    if first is None or len(lines) >= _MOST_FIELDS:
         return None
     fields: dict[str, str] = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(b":")
+    for line in lines:
+        name, colon, value = line.partition(":")
         key = _keys.get(name) or _key(name)
-        if key is None or not colon or key in fields or _CONTROLS.search(value):
+        if key is None or not colon or key in fields:
             return None
-        fields[key] = value.strip(b" \t").decode("latin-1")
+        fields[key] = value.strip(" \t")
     if not _is_plain_framing(fields):
         return None
-    return PlainRequest(first[1].decode(), first[2].decode(), int(first[3]), fields, parser)
+    return PlainRequest(first[1], first[2], int(first[3]), fields, parser)
 
 
 def _is_plain_framing(fields: dict[str, str]) -> bool:
@@ -154,11 +156,11 @@ def _is_plain_framing(fields: dict[str, str]) -> bool:
     )
 
 
-def _key(name: bytes) -> str | None:
+def _key(name: str) -> str | None:
     """Return the environ's key for a field, ``None`` if the field is not plain."""
     if _NAME.fullmatch(name) is None:
         return None
-    key = name.decode().upper().replace("-", "_")
+    key = name.upper().replace("-", "_")
     if key in _NOT_PLAIN:
         return None
     if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
@@ -212,8 +214,12 @@ class PlainEnviron:
         return "443" if self._common["wsgi.url_scheme"] == "https" else "80"
 
 
-#: A head of a response, of which every line is a field: no value can have smuggled one in.
-_HEAD = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: [\t -~\x80-\xff]*\r\n)*")
+# Nothing that could end a line, nor what no encoding of a head knows.
+_NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")
+_NO_NAME = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]|^$")
+
+#: The names of a response's fields, as applications spell them, in lower case.
+_names: dict[str, str] = {}
 
 #: Fields that speak of the connection, which is the server's own (RFC 9110, 7.6.1).
 _OF_CONNECTION = {
@@ -241,23 +247,26 @@ class PlainResponse(Response):  # type: ignore[misc]
         self._head: bytes | None = None
 
     def process_headers(self, headers: list[tuple[str, str]]) -> None:
-        names = [name.lower() for name, _ in headers]
-        # Not formatted: what is no text must be found out.
-        text = "".join([name + ": " + value + "\r\n" for name, value in headers])
+        names = [_names.get(name) or _plain_name(name) for name, _ in headers]
+        lengths = names.count("content-length")
         if (
-            text.count("\r\n") != len(headers)
-            or _HEAD.fullmatch(text) is None
-            or not _OF_CONNECTION.isdisjoint(names)
-            or names.count("content-length") > 1
+            None in names
+            or lengths > 1
+            or (lengths and self.status_code == 204)
+            # Not formatted: what is no text must be found out.
+            or _NO_VALUE.search("".join([value for _, value in headers])) is not None
         ):
             super().process_headers(headers)
             return
         self.headers = headers
-        if "content-length" in names and self.status_code != 204:
+        if lengths:
             self.response_length = int(headers[names.index("content-length")][1])
-            self._head = text.encode("latin-1")
-        elif "content-length" not in names:
-            self._head = text.encode("latin-1")
+        head = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        self._head = head.encode("latin-1")
+
+    def is_chunked(self) -> bool:
+        # gunicorn's asks its settings, which is slow, whether this is HTTP.
+        return self.response_length is None and self.req.version > (1, 0) and not self._omits_body
 
     def send_headers(self) -> None:
         self._send(b"")
@@ -289,6 +298,16 @@ class PlainResponse(Response):  # type: ignore[misc]
         sent = self.sock.send(data)
         if sent < len(data):
             self.sock.sendall(data[sent:])
+
+
+def _plain_name(name: str) -> str | None:
+    """Return a field's name in lower case, ``None`` if the field is not plain."""
+    lower = name.lower()
+    if lower in _OF_CONNECTION or _NO_NAME.search(name) is not None:
+        return None
+    if len(_names) < _MOST_KEYS:
+        _names[name] = lower
+    return lower
 
 
 _now = (0, "")

@@ -7,8 +7,8 @@ records are kept (``infostores``) nor how they look on the wire (``protocol.head
 from __future__ import annotations
 
 import binascii
+import os
 import re
-import secrets
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ def new_id() -> str:
     It begins with the time, so that records of uploads that come one after another lie
     beside each other in a database; 80 random bits follow, which nobody guesses.
     """
-    return f"{time.time_ns() // 1_000_000:0{_TIME_DIGITS}x}{secrets.token_hex(10)}"
+    return f"{time.time_ns() // 1_000_000:0{_TIME_DIGITS}x}{os.urandom(10).hex()}"
 
 
 def made_at(id: str) -> float | None:

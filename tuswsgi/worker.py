@@ -9,6 +9,7 @@ requests take a shorter way through it (``http1``). Everything also works under
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import time
@@ -71,6 +72,10 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         except ConfigurationError as error:
             # gunicorn gives up after this one instead of trying with new workers.
             raise AppImportError(str(error)) from error
+        # What is loaded by now stays: to look through it for garbage again and again would hold
+        # up all connections.
+        gc.collect()
+        gc.freeze()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         # This runs wherever SIGTERM struck: it sets latches and nothing more.
@@ -154,7 +159,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
         :raises StopIteration: if the connection is to be closed.
         """
-        began, environ = datetime.now(), environs.of(request)
+        began = datetime.now() if self.log.access_log_enabled else None
+        environ = environs.of(request)
         self.nr += 1
         if self.nr >= self.max_requests and self.alive:
             self.log.info("The worker has served its requests and is replaced")
@@ -173,7 +179,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
                         response.write(block)
                 response.close()
             finally:
-                if self.log.access_log_enabled:
+                if began is not None:
                     self.log.access(response, request, environ, datetime.now() - began)
                 if (close := getattr(content, "close", None)) is not None:
                     close()

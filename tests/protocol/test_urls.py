@@ -32,8 +32,12 @@ def environ(headers: dict[str, str] | None = None, **values: Any) -> dict[str, A
     }
 
 
+def url_of(request: dict[str, Any], settings: WebSettings) -> str:
+    return upload_url(request, ID, settings, origin_of(request, settings))
+
+
 def location(headers: dict[str, str], settings: WebSettings = PROXIED, **values: Any) -> str:
-    return upload_url(environ(headers, **values), ID, settings).removesuffix(f"/files/{ID}")
+    return url_of(environ(headers, **values), settings).removesuffix(f"/files/{ID}")
 
 
 class TestHost:
@@ -239,24 +243,24 @@ class TestForwarded:
 class TestLocation:
     def test_relative(self) -> None:
         settings = WebSettings(location=LocationForm.RELATIVE, behind_proxy=True)
-        assert upload_url(environ(), ID, settings) == f"/files/{ID}"
+        assert url_of(environ(), settings) == f"/files/{ID}"
         prefixed = environ({"X-Forwarded-Prefix": "/api"})
-        assert upload_url(prefixed, ID, settings) == f"/api/files/{ID}"
+        assert url_of(prefixed, settings) == f"/api/files/{ID}"
 
     @pytest.mark.parametrize("public", ["https://example.org/up", "https://example.org/up/"])
     @pytest.mark.parametrize("form", LocationForm)
     def test_public(self, public: str, form: LocationForm) -> None:
         settings = WebSettings(public_url=public, behind_proxy=True, location=form)
         headers = {"X-Forwarded-Host": "other.org", "X-Forwarded-Prefix": "/api"}
-        assert upload_url(environ(headers), ID, settings) == f"https://example.org/up/{ID}"
+        assert url_of(environ(headers), settings) == f"https://example.org/up/{ID}"
 
     def test_below_a_script(self) -> None:
         mounted = environ(SCRIPT_NAME="/app", PATH_INFO="/files/")
-        assert upload_url(mounted, ID, WebSettings()) == f"http://inside:1081/app/files/{ID}"
+        assert url_of(mounted, WebSettings()) == f"http://inside:1081/app/files/{ID}"
 
     def test_paths_that_are_not_ascii(self) -> None:
         path = "/файлы".encode().decode("latin-1")
-        url = upload_url(environ(PATH_INFO=path), ID, WebSettings())
+        url = url_of(environ(PATH_INFO=path), WebSettings())
         assert url == f"http://inside:1081/%D1%84%D0%B0%D0%B9%D0%BB%D1%8B/{ID}"
 
 

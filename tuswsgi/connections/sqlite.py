@@ -29,7 +29,11 @@ T = TypeVar("T")
 #: Seconds until somebody who waits for another process gives up.
 _PATIENCE = 10.0
 
-#: Seconds between two attempts, first and longest.
+#: How many attempts come without a pause: the other process is done in less time than the
+#: shortest one takes.
+_PROMPT = 10
+
+#: Seconds between two attempts after that, first and longest.
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.02
 
@@ -327,15 +331,19 @@ def _deadline() -> float:
 
 def _patiently(action: Callable[[], T], deadline: float) -> T:
     """Run `action` again and again while another process is in its way."""
-    pause = _FIRST_PAUSE
+    prompt, pause = _PROMPT, _FIRST_PAUSE
     while True:
         try:
             return action()
         except OperationalError as error:
             if not _is_busy(error) or time.monotonic() >= deadline:
                 raise
-        time.sleep(pause * jitter(0.5, 1.0))
-        pause = min(pause * 2, _LONGEST_PAUSE)
+        if prompt > 0:
+            prompt -= 1
+            let_others_run()
+        else:
+            time.sleep(pause * jitter(0.5, 1.0))
+            pause = min(pause * 2, _LONGEST_PAUSE)
 
 
 # Python 3.10 knows no error codes of SQLite; its texts have been the same for ever.

@@ -106,7 +106,7 @@ class FileDataStore(DataStore):
 
     def create_open(self, info: FileInfo) -> OpenPlace:
         storage = self.place(info)
-        return _OpenFile(self, info.but(storage=storage), self._make(storage))
+        return _OpenFile(self, info, storage, self._make(storage))
 
     def offset(self, info: FileInfo) -> int:
         with self._opened(info, os.O_RDONLY) as fd:
@@ -324,8 +324,12 @@ class FileDataStore(DataStore):
     # --- the marker of unverified bytes ------------------------------------------------
 
     def _marked(self, info: FileInfo) -> int | None:
+        path = self._text_path(info, "unverified")
+        # There hardly ever is one, and an exception takes longer than this question.
+        if not os.access(path, os.F_OK):
+            return None
         try:
-            fd = os.open(self._text_path(info, "unverified"), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
@@ -360,12 +364,13 @@ class FileDataStore(DataStore):
 class _OpenFile(OpenPlace):
     """The file of a new upload. What is new has no marker, so none is looked for."""
 
-    def __init__(self, store: FileDataStore, info: FileInfo, fd: int) -> None:
-        self.storage = info.storage
+    def __init__(self, store: FileDataStore, info: FileInfo, storage: Storage, fd: int) -> None:
+        self.storage = storage
         self._files, self._info, self._fd = store, info, fd
 
     def append(self, source: Source) -> int:
-        return self._files.keep(self._info, self._fd, 0, source)
+        info = self._info.but(storage=self.storage) if source.provisional else self._info
+        return self._files.keep(info, self._fd, 0, source)
 
     def close(self) -> None:
         close(self._fd)

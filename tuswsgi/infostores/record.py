@@ -17,6 +17,9 @@ from tuswsgi.info import FileInfo, FinalResponse, Metadata, State, Storage
 
 #: Built once: ``json.dumps`` with arguments builds an encoder for each call.
 _encoder = json.JSONEncoder(separators=(",", ":"))
+_decoder = json.JSONDecoder()
+
+_DEFAULTS = vars(FileInfo(id=""))
 
 
 class CorruptRecord(ValueError):
@@ -34,42 +37,29 @@ def decode(text: str | bytes) -> dict[str, Any]:
     :raises CorruptRecord: if `text` is not a JSON object.
     """
     try:
-        data = json.loads(text)
+        # What ``encode`` returned begins with the object, so nothing is skipped before it.
+        text = text if isinstance(text, str) else text.decode()
+        data, end = _decoder.raw_decode(text)
     except ValueError as error:
         raise CorruptRecord(f"Not JSON: {error}") from error
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or text[end:].strip():
         raise CorruptRecord("Not a JSON object.")
     return data
 
 
 def dump(info: FileInfo) -> dict[str, Any]:
-    """Return a record as values that JSON knows."""
-    return {
-        "id": info.id,
-        "size": info.size,
-        "offset": info.offset,
-        "metadata": info.metadata.raw,
-        "is_partial": info.is_partial,
-        "is_final": info.is_final,
-        "concat": info.concat,
-        "partial_uploads": info.partial_uploads,
-        "storage": {
-            "type": info.storage.type,
-            "path": info.storage.path,
-            "details": dict(info.storage.details),
-        },
-        "owner": info.owner,
-        "state": info.state.value,
-        "response": info.response and _dump_response(info.response),
-        "digest": info.digest,
-        "reserved": info.reserved,
-        "created_at": info.created_at,
-        "last_byte_at": info.last_byte_at,
-        "expires_at": info.expires_at,
-        "finished_at": info.finished_at,
-        "deleted_at": info.deleted_at,
-        "sequence": info.sequence,
+    """Return a record as values that JSON knows, without fields that have their default."""
+    data = {name: value for name, value in vars(info).items() if value is not _DEFAULTS[name]}
+    data["storage"] = {
+        "type": info.storage.type,
+        "path": info.storage.path,
+        "details": dict(info.storage.details),
     }
+    data["metadata"], data["state"] = info.metadata.raw, info.state.value
+    data["offset"], data["sequence"] = info.offset, info.sequence
+    if info.response is not None:
+        data["response"] = _dump_response(info.response)
+    return data
 
 
 def load(data: Mapping[str, Any]) -> FileInfo:

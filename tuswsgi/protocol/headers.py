@@ -151,7 +151,9 @@ class TusHeaders:
     def announces_checksum(self) -> bool:
         """Whether ``Trailer`` says that the checksum comes after the body."""
         trailers: str = self._environ.get("HTTP_TRAILER", "")
-        return UPLOAD_CHECKSUM.lower() in (name.strip().lower() for name in trailers.split(","))
+        return trailers != "" and UPLOAD_CHECKSUM.lower() in (
+            name.strip().lower() for name in trailers.split(",")
+        )
 
     def check_content_type(self) -> None:
         """Refuse bytes of another type: "All PATCH requests MUST use Content-Type:

@@ -29,13 +29,7 @@ from tuswsgi.errors import (
     UploadNotFound,
 )
 from tuswsgi.extensions import Extension
-from tuswsgi.hooks.base import (
-    ChangeFileInfo,
-    HookRequest,
-    HookResponse,
-    HookType,
-    RequestInfo,
-)
+from tuswsgi.hooks.base import HookRequest, HookResponse, HookType, RequestInfo
 from tuswsgi.hooks.manager import HookManager
 from tuswsgi.info import FileInfo, State, check_id, new_id
 from tuswsgi.infostores.base import InfoStore
@@ -101,9 +95,10 @@ class Uploads:
         with self._reception(chunk) as reception:
             reception.check(info, 0)
             answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
-            change = ChangeFileInfo() if answer is None else answer.change or ChangeFileInfo()
-            info = change.applied_to(info)
-            if change.id or change.path:
+            change = None if answer is None else answer.change
+            if change is not None:
+                info = change.applied_to(info)
+            if change is not None and (change.id or change.path):
                 info = self.creator.create_chosen(info, reception, request)
             elif self.data.bounded:
                 info = self.creator.create_promised(info, reception, request)

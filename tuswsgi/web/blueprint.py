@@ -28,7 +28,7 @@ from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.request_log import log_answer, log_failure
 from tuswsgi.web.responses import Answer, Headers, TusResponse, error_response
 from tuswsgi.web.settings import WebSettings
-from tuswsgi.web.urls import origin_of, request_uri
+from tuswsgi.web.urls import Origin, origin_of, request_uri
 from tuswsgi.web.views import Call, Views
 
 _REQUEST_ID_HEADER = "X-Request-ID"
@@ -174,12 +174,12 @@ class TusBlueprint(flask.Blueprint):
             raise MethodNotAllowed(tuple(methods))
         if method not in ("OPTIONS", "GET"):
             headers.check_version()
-        request = self._request_info(environ, method)
-        return methods[method](Call(environ, id, headers, body, request, common))
-
-    def _request_info(self, environ: dict[str, Any], method: str) -> RequestInfo:
         origin = origin_of(environ, self._settings)
         environ[CLIENT] = origin.client
+        request = self._request_info(environ, method, origin)
+        return methods[method](Call(environ, id, headers, body, request, common, origin))
+
+    def _request_info(self, environ: dict[str, Any], method: str, origin: Origin) -> RequestInfo:
         owner = self._owner(flask.request) if self._owner is not None else None
         if not self._uploads.hooks.hooks:
             return RequestInfo(method, owner=owner)

@@ -8,6 +8,7 @@ decision whether anybody has added something that Flask would have to ask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import flask
@@ -29,6 +30,8 @@ _SIGNALS = (
     signals.appcontext_tearing_down,
 )
 
+_receivers = attrgetter("receivers")
+
 
 class ShortCut:
     """Passes an application's requests for uploads to the blueprint, and others to Flask.
@@ -49,6 +52,12 @@ class ShortCut:
         self._others = {
             rule.rule for rule in app.url_map.iter_rules() if not self._is_of_uploads(rule)
         }
+        self._functions = (
+            app.before_request_funcs,
+            app.after_request_funcs,
+            app.teardown_request_funcs,
+            app.url_value_preprocessors,
+        )
         # Compared later: whoever adds to one of these wants Flask to ask it.
         self._asked = self._count_asked()
         self._known_routes = {rule.rule for rule in app.url_map.iter_rules()}
@@ -79,18 +88,12 @@ class ShortCut:
             self._has_rival
             or self._app.config["TRUSTED_HOSTS"] is not None
             or self._count_asked() != self._asked
-            or any(signal.receivers for signal in _SIGNALS)
+            or any(map(_receivers, _SIGNALS))
         )
 
     def _count_asked(self) -> int:
-        app = self._app
-        return (
-            sum(map(len, app.before_request_funcs.values()))
-            + sum(map(len, app.after_request_funcs.values()))
-            + sum(map(len, app.teardown_request_funcs.values()))
-            + sum(map(len, app.url_value_preprocessors.values()))
-            + len(app.teardown_appcontext_funcs)
-        )
+        of_scopes = [len(some) for scopes in self._functions for some in scopes.values()]
+        return sum(of_scopes) + len(self._app.teardown_appcontext_funcs)
 
     def _is_of_uploads(self, rule: Rule) -> bool:
         return str(rule.endpoint).startswith(f"{self._blueprint.name}.")

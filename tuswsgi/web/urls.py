@@ -74,11 +74,10 @@ def _collection_path(environ: Mapping[str, Any]) -> str:
     return path if path.isascii() else quote(path.encode("latin-1"))
 
 
-def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings) -> str:
+def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings, origin: Origin) -> str:
     """Return the URL of a new upload, for ``Location``."""
     if settings.public_url is not None:
         return f"{settings.public_url.rstrip('/')}/{id}"
-    origin = origin_of(environ, settings)
     path = f"{origin.prefix}{_collection_path(environ)}/{id}"
     if settings.location is LocationForm.RELATIVE:
         return path

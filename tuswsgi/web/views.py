@@ -21,7 +21,7 @@ from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.responses import Answer, Headers, success_response
 from tuswsgi.web.sending import Content
 from tuswsgi.web.settings import WebSettings
-from tuswsgi.web.urls import upload_id, upload_url
+from tuswsgi.web.urls import Origin, upload_id, upload_url
 
 
 class Call(NamedTuple):
@@ -37,6 +37,7 @@ class Call(NamedTuple):
     body: RequestBody
     request: RequestInfo
     common: Headers
+    origin: Origin
 
 
 _Methods = dict[str, Callable[[Call], Answer]]
@@ -85,7 +86,7 @@ class Views:
             call.headers.check_content_type()
         info, answer = self._uploads.create(creation, chunk, call.request)
         call.environ[UPLOAD_ID] = info.id
-        location = upload_url(call.environ, info.id, self._settings)
+        location = upload_url(call.environ, info.id, self._settings, call.origin)
         self._mixed_content.look(call.environ, location)
         headers = [*call.common, ("Location", location), *tus.describe(info, full=False)]
         return success_response(201, headers, info.response or answer, call.body)
