@@ -11,7 +11,6 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -285,16 +284,8 @@ class FileDataStore(DataStore):
 
     # --- bytes -----------------------------------------------------------------------
 
-    @contextmanager
-    def _opened(self, info: FileInfo, flags: int) -> Iterator[int]:
-        try:
-            fd = os.open(self._text_path(info), flags | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise UploadGone from None
-        try:
-            yield fd
-        finally:
-            close(fd)
+    def _opened(self, info: FileInfo, flags: int) -> _Opened:
+        return _Opened(self._text_path(info), flags)
 
     def _copy(self, source: Source, fd: int, offset: int) -> None:
         try:
@@ -359,6 +350,29 @@ class FileDataStore(DataStore):
         except FileNotFoundError:
             return
         self._sync_directory(marker.parent)
+
+
+class _Opened:
+    """The descriptor of an upload's file, for the length of a ``with`` block.
+
+    Not a generator: every slow connection keeps one of these.
+
+    :raises UploadGone: if there is no file.
+    """
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, path: str, flags: int) -> None:
+        try:
+            self._fd = os.open(path, flags | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise UploadGone from None
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        close(self._fd)
 
 
 class _OpenFile(OpenPlace):

@@ -13,8 +13,9 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Generic, TypeVar
 
 from tuswsgi.errors import TusError, UploadLocked
@@ -85,10 +86,9 @@ class Locker(ABC, Generic[H]):
         except UploadLocked:
             pass  # another host has a process of this number
 
-    @contextmanager
     def lock(
         self, id: str, on_release_request: ReleaseRequest | None = None
-    ) -> Iterator[IsLost | None]:
+    ) -> AbstractContextManager[IsLost | None]:
         """Hold the lock of `id` for the length of a ``with`` block.
 
         A present holder is asked to let go. The lock is not reentrant. The block gets what
@@ -98,27 +98,16 @@ class Locker(ABC, Generic[H]):
             lock was lost. ``None`` is for a holder that is done soon anyway.
         :raises UploadLocked: if the holder did not let go within the timeout.
         """
-        held = self._acquire(id, on_release_request)
-        try:
-            yield self._is_lost(held)
-        finally:
-            self._release(id, held)
+        return _Holding(self, id, partial(self._acquire, id, on_release_request))
 
-    @contextmanager
     def try_lock(
         self, id: str, on_release_request: ReleaseRequest | None = None
-    ) -> Iterator[IsLost | None]:
+    ) -> AbstractContextManager[IsLost | None]:
         """Hold the lock of `id`, but only if nobody else does; a holder is not disturbed.
 
         :raises UploadLocked: if somebody holds it.
         """
-        held = self._try_acquire(id, on_release_request)
-        if held is None:
-            raise UploadLocked
-        try:
-            yield self._is_lost(held)
-        finally:
-            self._release(id, held)
+        return _Holding(self, id, partial(self._try_acquire, id, on_release_request))
 
     def _acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H:
         began = time.monotonic()
@@ -170,3 +159,26 @@ class Locker(ABC, Generic[H]):
 
         The request is for that holder only: one that comes after it must not be met.
         """
+
+
+class _Holding(AbstractContextManager["IsLost | None"], Generic[H]):
+    """A lock that is held for the length of a ``with`` block.
+
+    Not a generator: every slow connection keeps one of these.
+    """
+
+    __slots__ = ("_acquire", "_held", "_id", "_locker")
+    _held: H
+
+    def __init__(self, locker: Locker[H], id: str, acquire: Callable[[], H | None]) -> None:
+        self._locker, self._id, self._acquire = locker, id, acquire
+
+    def __enter__(self) -> IsLost | None:
+        held = self._acquire()
+        if held is None:
+            raise UploadLocked
+        self._held = held
+        return self._locker._is_lost(held)
+
+    def __exit__(self, *_: object) -> None:
+        self._locker._release(self._id, self._held)

@@ -12,8 +12,8 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 from tuswsgi.errors import (
     BodyTooLarge,
@@ -263,20 +263,14 @@ class ActiveReaders:
         self._readers: PerProcess[set[UploadReader]] = PerProcess(self._start)
         self._stopped = False
 
-    @contextmanager
-    def active(self, reader: UploadReader) -> Iterator[None]:
+    def active(self, reader: UploadReader) -> AbstractContextManager[None]:
         """Watch over `reader` for the length of a ``with`` block.
 
         :raises ServerShutdown: if ``stop`` was called before.
         """
         if self._stopped:
             raise ServerShutdown
-        readers = self._readers.get()
-        readers.add(reader)
-        try:
-            yield
-        finally:
-            readers.discard(reader)
+        return _Active(self._readers.get(), reader)
 
     @property
     def is_stopped(self) -> bool:
@@ -311,3 +305,18 @@ class ActiveReaders:
                     reader.interrupt(ReadTimeout())
                 elif silence > pause:
                     reader.nudge()
+
+
+class _Active(AbstractContextManager[None]):
+    """A reader that is watched over. Not a generator: every slow connection keeps one."""
+
+    __slots__ = ("_reader", "_readers")
+
+    def __init__(self, readers: set[UploadReader], reader: UploadReader) -> None:
+        self._readers, self._reader = readers, reader
+
+    def __enter__(self) -> None:
+        self._readers.add(self._reader)
+
+    def __exit__(self, *_: object) -> None:
+        self._readers.discard(self._reader)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,6 +43,8 @@ log = logging.getLogger(__name__)
 
 #: A copy of it is made in a fraction of the time that a new one takes.
 _BLANK = FileInfo(id="")
+
+_AT_ONCE = nullcontext()
 
 
 class Uploads:
@@ -92,7 +93,8 @@ class Uploads:
         info = self._new_info(creation, request)
         if info.is_final:
             info = self._new_final(info, chunk, request)
-        with self._reception(chunk) as reception:
+        reception = self._reception(chunk)
+        with self._receiving(reception):
             reception.check(info, 0)
             answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
             change = None if answer is None else answer.change
@@ -214,6 +216,21 @@ class Uploads:
         :param offset: ``Upload-Offset``.
         :param size: ``Upload-Length``, which ends a deferral.
         """
+        finished = self._finished(id, offset, size, request)
+        reception = self._reception(chunk)
+        with self._receiving(reception):
+            if finished is None:
+                return self._not_refused(self._append(id, offset, size, reception, request))
+            reception.receive_nothing(finished, offset)
+        return self._not_refused(finished)
+
+    def _finished(
+        self, id: str, offset: int, size: int | None, request: RequestInfo
+    ) -> FileInfo | None:
+        """Check what can be checked before the lock, and return the upload if it is finished.
+
+        Otherwise its record is read again under the lock, and a slow body need not keep two.
+        """
         info = self._access(id, request)
         if info.is_final:
             # "The Server MUST respond with the 403 Forbidden status to PATCH requests
@@ -221,24 +238,14 @@ class Uploads:
             # uploads." (Concatenation)
             raise FinalUploadUnmodifiable
         self._check_size(info, offset, size)
-        with self._reception(chunk) as reception:
-            if not info.is_finished:
-                info = self._append(info, offset, size, reception, request)
-            else:
-                reception.receive_nothing(info, offset)
-        return self._not_refused(info)
+        return info if info.is_finished else None
 
     def _append(
-        self,
-        info: FileInfo,
-        offset: int,
-        size: int | None,
-        reception: Reception,
-        request: RequestInfo,
+        self, id: str, offset: int, size: int | None, reception: Reception, request: RequestInfo
     ) -> FileInfo:
-        with self.locker.lock(info.id, reception.reader.interrupt) as is_lost:
+        with self.locker.lock(id, reception.reader.interrupt) as is_lost:
             reception.reader.guard(is_lost)
-            info = self._load(info.id, request)
+            info = self._load(id, request)
             if info.is_finished:
                 reception.receive_nothing(info, offset)
                 return info
@@ -411,14 +418,11 @@ class Uploads:
         if info.is_partial and info.state is State.FINISHED:
             self.finisher.part_finished(info, request)
 
-    @contextmanager
-    def _reception(self, chunk: Chunk) -> Iterator[Reception]:
+    def _reception(self, chunk: Chunk) -> Reception:
         if chunk.awaits_trailer and Extension.CHECKSUM_TRAILER not in self.extensions:
             raise ExtensionDisabled("Checksums in trailers are not offered here.")
-        reception = Reception(self.finisher, chunk)
-        if chunk.is_empty:
-            # Nothing to wait for: a server that stops need not refuse it.
-            yield reception
-            return
-        with self.readers.active(reception.reader):
-            yield reception
+        return Reception(self.finisher, chunk)
+
+    def _receiving(self, reception: Reception) -> AbstractContextManager[None]:
+        # With nothing to wait for, a server that stops need not refuse it.
+        return _AT_ONCE if reception.is_empty else self.readers.active(reception.reader)
