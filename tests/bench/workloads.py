@@ -100,12 +100,21 @@ class _Bulk(Workload):
 
 
 class OnePatch(_Bulk):
+    """One after the other: which processor does what changes from one to the next, and with it
+    the result, so that one alone says little.
+    """
+
     key = "patch"
     size = GiB
+    streams = 3
 
     @property
     def title(self) -> str:
         return f"one PATCH of {_size(self.each)}"
+
+    def _move(self, server: Server, uploads: Sequence[load.Upload]) -> None:
+        for upload in uploads:
+            load.send(server.target, [upload])
 
 
 class ManyPatches(_Bulk):
