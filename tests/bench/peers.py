@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tests.bench import load
 from tests.bench.load import Upload
-from tests.bench.measure import Meter, memory
+from tests.bench.measure import Meter, cpu_seconds, memory
 from tests.bench.wire import Failed, Target, Unsupported
 
 #: The name of ours in all tables.
@@ -36,6 +36,7 @@ _SERVERS = Path(__file__).resolve().parent / "servers"
 _HOST = "127.0.0.1"
 _START = 30.0
 _STOP = 15.0
+_QUIET = 0.3
 _INSTALL = 600.0
 
 
@@ -127,6 +128,7 @@ class LocalPeer(Peer):
         target = Target(scheme, _HOST, launch.port, self.path)
         with _process(self.command(launch), launch.directory) as process:
             _await(target, process, launch.directory)
+            _settle(process.pid)
             yield Server(target, (process.pid,), launch.directory)
 
 
@@ -302,6 +304,16 @@ def _await(target: Target, process: subprocess.Popen[bytes], directory: Path) ->
             time.sleep(0.05)
     lines = (directory / "log").read_text(errors="replace").strip().splitlines()
     raise Unavailable(f"It did not start: {lines[-1] if lines else 'it says nothing'}")
+
+
+def _settle(pid: int) -> None:
+    """Wait until a server has nothing to do: one that answers may not have all of its workers
+    yet, and those that are there would get all connections.
+    """
+    deadline, before = time.monotonic() + _START, -1.0
+    while (now := cpu_seconds((pid,))) > before and time.monotonic() < deadline:
+        before = now
+        time.sleep(_QUIET)
 
 
 def _environ() -> dict[str, str]:
