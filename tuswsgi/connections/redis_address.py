@@ -46,7 +46,7 @@ def address_of(dsn: str, timeout: float) -> Address:
         "protocol": 2,
     }
     try:
-        if urlsplit(dsn).scheme in ("redis+sentinel", "rediss+sentinel"):
+        if dsn.partition("://")[0].lower() in ("redis+sentinel", "rediss+sentinel"):
             return _behind_sentinels(dsn, limits)
         return _plain(dsn, limits)
     except (ValueError, TypeError) as error:
@@ -71,15 +71,18 @@ def _plain(dsn: str, limits: dict[str, Any]) -> Address:
 
 
 def _behind_sentinels(dsn: str, limits: dict[str, Any]) -> Address:
-    parts = urlsplit(dsn)
-    userinfo, _, hosts = parts.netloc.rpartition("@")
-    service, _, database = parts.path.strip("/").partition("/")
+    # Not by urlsplit: since 2025 it refuses an IPv6 address behind another host.
+    scheme, _, rest = dsn.partition("://")
+    rest, _, query = rest.partition("?")
+    netloc, _, path = rest.partition("/")
+    userinfo, _, hosts = netloc.rpartition("@")
+    service, _, database = path.strip("/").partition("/")
     if not service:
         raise _Mistake("the name of the service is missing")
     _check_database(database)
-    kind = SSLConnection if parts.scheme == "rediss+sentinel" else Connection
+    kind = SSLConnection if scheme.lower() == "rediss+sentinel" else Connection
     # redis-py knows which parameters there are and of what type they are.
-    options = parse_url(f"redis://localhost?{parts.query}")
+    options = parse_url(f"redis://localhost?{query}")
     sentinel_options = {
         name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")
     }
