@@ -105,7 +105,7 @@ class FileDataStore(DataStore):
 
     def create_open(self, info: FileInfo) -> OpenPlace:
         storage = self.place(info)
-        return _OpenFile(self, info, storage, self._make(storage))
+        return _OpenFile(self, info.but(storage=storage), self._make(storage))
 
     def offset(self, info: FileInfo) -> int:
         with self._opened(info, os.O_RDONLY) as fd:
@@ -378,13 +378,12 @@ class _Opened:
 class _OpenFile(OpenPlace):
     """The file of a new upload. What is new has no marker, so none is looked for."""
 
-    def __init__(self, store: FileDataStore, info: FileInfo, storage: Storage, fd: int) -> None:
-        self.storage = storage
+    def __init__(self, store: FileDataStore, info: FileInfo, fd: int) -> None:
+        self.storage = info.storage
         self._files, self._info, self._fd = store, info, fd
 
     def append(self, source: Source) -> int:
-        info = self._info.but(storage=self.storage) if source.provisional else self._info
-        return self._files.keep(info, self._fd, 0, source)
+        return self._files.keep(self._info, self._fd, 0, source)
 
     def close(self) -> None:
         close(self._fd)
