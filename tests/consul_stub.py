@@ -174,8 +174,27 @@ class ConsulStub:
             self._change()
         return Answer(200, {"Results": results, "Errors": None})
 
-    def _operate(self, Verb: str, Key: str, Value: str = "", Session: str = "") -> dict[str, Any]:  # noqa: N803
+    def _operate(
+        self,
+        Verb: str,  # noqa: N803
+        Key: str,  # noqa: N803
+        Value: str = "",  # noqa: N803
+        Session: str = "",  # noqa: N803
+        Index: int = 0,  # noqa: N803
+    ) -> dict[str, Any]:
         present = self.keys.get(Key)
+        if Verb in ("check-index", "delete-cas"):
+            if present is None or present.modified != Index:
+                raise Failure(f'failed index check for key "{Key}"')
+            if Verb == "delete-cas":
+                del self.keys[Key]
+                self._removals[Key] = self._index + 1
+            return {}
+        if Verb == "set":
+            index = self._index + 1
+            created = index if present is None else present.created
+            self.keys[Key] = Entry(Value, present.session if present else "", created, index)
+            return {}
         if Verb == "check-not-exists":
             if present is not None:
                 raise Failure(f'key "{Key}" exists')

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tuswsgi.errors import UploadNotFound
 
-#: Linux only.
-_UNNAMED: int = getattr(os, "O_TMPFILE", 0)
+#: The flag of ``os.open`` for a file without a name in a directory; 0 where there are none.
+UNNAMED: int = getattr(os, "O_TMPFILE", 0)
 
-#: How systems and file systems say that they know no unnamed files.
-_NOT_KNOWN = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL)
+#: How systems and file systems say that they know no files without a name.
+NO_UNNAMED = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -55,9 +55,9 @@ def why_unwritable(directory: Path) -> OSError | None:
     """
     try:
         # A file that never has a name: nobody sees it, also not after a crash.
-        fd = os.open(directory, os.O_RDWR | _UNNAMED, 0o600)
+        fd = os.open(directory, os.O_RDWR | UNNAMED, 0o600)
     except OSError as error:
-        if error.errno not in _NOT_KNOWN:
+        if error.errno not in NO_UNNAMED:
             return error
     else:
         os.close(fd)

@@ -28,6 +28,7 @@ from tuswsgi.errors import (
 )
 from tuswsgi.info import FileInfo, Metadata, Storage
 from tuswsgi.infostores.memory import MemoryInfoStore
+from tuswsgi.lockers.base import SURE
 from tuswsgi.lockers.memory import MemoryLocker
 from tuswsgi.paths import inside
 from tuswsgi.testing.datastores import LARGE, Blocks, DataStoreContract, content, created
@@ -106,9 +107,9 @@ class TestFileDataStore(DataStoreContract):
         marker_of(path).write_text("4\n")
         assert store.offset(info) == 4
         with pytest.raises(OffsetMismatch):
-            store.append(info, 14, Blocks(b"x"))
+            store.append(info, 14, Blocks(b"x"), SURE)
         assert path.read_bytes() == b"goodunverified"
-        assert store.append(info, 4, Blocks(b"!", provisional=provisional)) == 5
+        assert store.append(info, 4, Blocks(b"!", provisional=provisional), SURE) == 5
         assert path.read_bytes() == b"good!"
         assert not marker_of(path).exists()
 
@@ -120,7 +121,7 @@ class TestFileDataStore(DataStoreContract):
         for start in (4, 9):
             marker_of(path).write_text(f"{start}\n")
             assert store.offset(info) == 4
-        assert store.append(info, 4, Blocks(b"!")) == 5
+        assert store.append(info, 4, Blocks(b"!"), SURE) == 5
         assert store.offset(info) == 5
 
     @pytest.mark.parametrize("torn", ["", "1"])
@@ -131,25 +132,32 @@ class TestFileDataStore(DataStoreContract):
         path.write_bytes(b"0123456789")
         marker_of(path).write_text(torn)
         assert store.offset(info) == 10
-        assert store.append(info, 10, Blocks(b"!")) == 11
+        assert store.append(info, 10, Blocks(b"!"), SURE) == 11
         assert not marker_of(path).exists()
 
-    def test_what_is_left_of_joining_is_replaced(self, store):
+    def test_sigkill_in_the_middle_of_joining_leaves_nothing(self, store):
         part = self.part(store, b"part")
         final = self.final(store, part)
-        path = Path(store.location(final))
-        left = path.with_name(f".{path.name}.concat")
-        left.write_bytes(b"half of something that is longer")
+        before = files_below(store.data_dir)
+        paths = [info.storage.path for info in (final, part)]
+        result = subprocess.run(
+            [sys.executable, "-c", DYING_JOINER, store.data_dir, *paths], cwd=ROOT, timeout=60
+        )
+        assert result.returncode == -signal.SIGKILL
+        assert files_below(store.data_dir) == before
         assert store.offset(final) == 0
-        store.concatenate(final, [part])
+        store.concatenate(final, [part], SURE)
         assert content(store, final) == b"part"
-        assert not left.exists()
+
+    def test_joining_works_without_unnamed_files(self, store, monkeypatch):
+        monkeypatch.setattr("tuswsgi.datastores.file.UNNAMED", 0)
+        self.test_parts_are_joined_in_their_order(store)
+        assert not any(name.startswith(".") for name in files_below(store.data_dir))
 
     def test_deleting_removes_what_crashes_left(self, store):
         info = created(store)
         path = Path(store.location(info))
         marker_of(path).write_text("0\n")
-        path.with_name(f".{path.name}.concat").write_text("half")
         store.delete(info)
         assert list(path.parent.iterdir()) == []
 
@@ -158,7 +166,7 @@ class TestFileDataStore(DataStoreContract):
         final = self.final(store, part)
         Path(store.location(part)).write_bytes(b"par")
         with pytest.raises(UploadGone):
-            store.concatenate(final, [part])
+            store.concatenate(final, [part], SURE)
         assert store.offset(final) == 0
         assert files_below(store.data_dir) == sorted(
             Path(store.location(info)).name for info in (part, final)
@@ -166,13 +174,13 @@ class TestFileDataStore(DataStoreContract):
 
     def test_nothing_is_left_of_a_refused_body(self, store):
         info = created(store)
-        store.append(info, 0, Blocks(b"bad", provisional=True, accepts=False))
+        store.append(info, 0, Blocks(b"bad", provisional=True, accepts=False), SURE)
         assert files_below(store.data_dir) == [info.id]
 
     @pytest.mark.parametrize(("provisional", "kept"), [(False, 7), (True, 3)])
     def test_sigkill_in_the_middle_of_a_body(self, store, provisional, kept):
         info = created(store)
-        store.append(info, 0, Blocks(b"old"))
+        store.append(info, 0, Blocks(b"old"), SURE)
         result = subprocess.run(
             [sys.executable, "-c", DYING, store.data_dir, info.storage.path, str(provisional)],
             cwd=ROOT,
@@ -181,7 +189,7 @@ class TestFileDataStore(DataStoreContract):
         assert result.returncode == -signal.SIGKILL
         assert Path(store.location(info)).read_bytes() == b"oldlost"[: 3 + 4]
         assert store.offset(info) == kept
-        store.append(info, kept, Blocks(b"!"))
+        store.append(info, kept, Blocks(b"!"), SURE)
         assert content(store, info) == b"oldlost"[:kept] + b"!"
 
     # --- what lies in the directory ---
@@ -189,8 +197,9 @@ class TestFileDataStore(DataStoreContract):
     def test_what_crashes_left_is_found(self, store):
         info, gone = created(store), FileInfo(id="gone")
         path = Path(store.location(info))
-        left = path.with_name(f".{path.name}.concat")
+        left = path.with_name(f".{path.name}.concat-0123456789abcdef")
         left.write_text("half")
+        sealed = info.but(storage=store.seal(info))
         stale = marker_of(path.with_name(gone.id))
         stale.write_text("0\n")
         marker_of(path).write_text("0\n")
@@ -202,7 +211,13 @@ class TestFileDataStore(DataStoreContract):
         }
         for place in found.values():
             assert store.clear(place)
-        assert files_below(store.data_dir) == [marker_of(path).name]
+        segment = f".{path.name}.segment1"
+        assert files_below(store.data_dir) == sorted([marker_of(path).name, segment])
+        (orphan, _) = sorted(store.places(LATER), key=lambda place: place.storage.path)
+        assert orphan.storage.path.endswith(segment)
+        assert orphan.is_temporary, "its upload is gone"
+        store.delete(sealed)
+        assert files_below(store.data_dir) == []
 
     def test_what_is_hidden_is_nobodys_business(self, store):
         for name in (".tuswsgi/info/x.info", ".note", ".git/objects/ab", "a/.b/c"):
@@ -244,7 +259,7 @@ class TestFileDataStore(DataStoreContract):
             with pytest.raises(UploadNotFound):
                 action(info)
         with pytest.raises(UploadNotFound):
-            store.append(info, 0, Blocks(b"x"))
+            store.append(info, 0, Blocks(b"x"), SURE)
 
     def test_what_lies_inside(self, store):
         for name in ("a", "a/b", "2024/1/x~y", "ы", "a b", "x" * 255):
@@ -257,35 +272,35 @@ class TestFileDataStore(DataStoreContract):
         path, start = Path(store.location(info)), 2**32 * 3 + 5
         os.truncate(path, start)
         assert store.offset(info) == start
-        assert store.append(info, start, Blocks(b"end")) == start + 3
-        assert store.append(info, start + 3, Blocks(b"bad", provisional=True, accepts=False))
-        assert store.append(info, start + 3, Blocks(b"!", provisional=True)) == start + 4
+        assert store.append(info, start, Blocks(b"end"), SURE) == start + 3
+        assert store.append(info, start + 3, Blocks(b"bad", provisional=True, accepts=False), SURE)
+        assert store.append(info, start + 3, Blocks(b"!", provisional=True), SURE) == start + 4
         assert content(store, info, start) == b"end!"
 
     def test_a_full_disk_keeps_what_fitted(self, store):
         info, part = created(store), self.part(store, LARGE)
         final = self.final(store, part)
-        store.append(info, 0, Blocks(b"old"))
+        store.append(info, 0, Blocks(b"old"), SURE)
         with files_up_to(1_500_000):
             with pytest.raises(StorageFull):
-                store.append(info, 3, Blocks(LARGE))
+                store.append(info, 3, Blocks(LARGE), SURE)
             assert store.offset(info) == 1_500_000
             with pytest.raises(StorageFull):
-                store.append(info, 1_500_000, Blocks(b"x"))
+                store.append(info, 1_500_000, Blocks(b"x"), SURE)
             with pytest.raises(StorageFull):
-                store.concatenate(final, [part])
+                store.concatenate(final, [part], SURE)
             assert store.offset(final) == 0
         rest = LARGE[1_500_000 - 3 :]
-        assert store.append(info, 1_500_000, Blocks(rest)) == 3 + len(LARGE)
+        assert store.append(info, 1_500_000, Blocks(rest), SURE) == 3 + len(LARGE)
         assert content(store, info) == b"old" + LARGE
-        store.concatenate(final, [part])
+        store.concatenate(final, [part], SURE)
         assert content(store, final) == LARGE
 
     def test_a_full_disk_keeps_nothing_provisional(self, store):
         info = created(store)
-        store.append(info, 0, Blocks(b"old"))
+        store.append(info, 0, Blocks(b"old"), SURE)
         with files_up_to(1_500_000), pytest.raises(StorageFull):
-            store.append(info, 3, Blocks(LARGE, provisional=True))
+            store.append(info, 3, Blocks(LARGE, provisional=True), SURE)
         assert store.offset(info) == 3
         assert content(store, info) == b"old"
 
@@ -310,7 +325,7 @@ class TestFileDataStore(DataStoreContract):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", fail)
             with pytest.raises(OSError, match="broken") as error:
-                store.append(info, 0, Blocks(b"x"))
+                store.append(info, 0, Blocks(b"x"), SURE)
         assert error.value.errno == errno.EIO
         assert store.offset(info) == 0
 
@@ -328,7 +343,7 @@ class TestFileDataStore(DataStoreContract):
         monkeypatch.setattr(os, "copy_file_range", fail)
         parts = [self.part(store, data) for data in (LARGE, b"end")]
         final = self.final(store, *parts)
-        store.concatenate(final, parts)
+        store.concatenate(final, parts, SURE)
         assert content(store, final) == LARGE + b"end"
 
     def test_a_directory_that_cannot_be_is_said(self, tmp_path):
@@ -346,7 +361,7 @@ class TestFileDataStoreWithFsync(TestFileDataStore):
         fdatasync = os.fdatasync
         monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), fdatasync(fd)))
         info = created(store)
-        store.append(info, 0, Blocks(b"x"))
+        store.append(info, 0, Blocks(b"x"), SURE)
         assert synced
         synced.clear()
         store.offset(info)
@@ -368,7 +383,7 @@ class TestFileDataStoreWithFsync(TestFileDataStore):
 
         store.offset(info)
         monkeypatch.setattr(os, "fdatasync", look)
-        store.append(info, 4, Blocks(b"!"))
+        store.append(info, 4, Blocks(b"!"), SURE)
         assert 4 in sizes
 
 
@@ -383,7 +398,7 @@ class TestFileDataStoreWithStructure(TestFileDataStore):
         info = created(store)
         moved = FileDataStore(tmp_path / "data", dir_structure="elsewhere")
         moved.prepare()
-        store.append(info, 0, Blocks(b"bytes"))
+        store.append(info, 0, Blocks(b"bytes"), SURE)
         assert content(moved, info) == b"bytes"
 
     def test_the_directories_are_dates(self, store):
@@ -455,7 +470,7 @@ def test_directories_by_metadata(tmp_path, value, name):
     info = created(store, "id", metadata=metadata)
     assert info.storage.path == f"{name}/{name}-x/id"
     assert (tmp_path / name / f"{name}-x" / "id").is_file()
-    assert store.append(info, 0, Blocks(b"x")) == 1
+    assert store.append(info, 0, Blocks(b"x"), SURE) == 1
 
 
 @pytest.mark.parametrize("structure", ["..", "a/../..", ".hidden", "a//b", "{env[TUSWSGI_UP]}/a"])
@@ -472,6 +487,7 @@ import os, signal, sys
 from pathlib import Path
 from tuswsgi.datastores.file import FileDataStore
 from tuswsgi.info import FileInfo, Storage
+from tuswsgi.lockers.base import SURE
 from tuswsgi.testing.datastores import Blocks
 
 class Dying(Blocks):
@@ -484,7 +500,24 @@ class Dying(Blocks):
 directory, path, provisional = sys.argv[1:]
 info = FileInfo(id=path.rpartition("/")[2], storage=Storage("file_storage", path))
 store = FileDataStore(Path(directory))
-store.append(info, 3, Dying(b"lost", provisional=provisional == "True"))
+store.append(info, 3, Dying(b"lost", provisional=provisional == "True"), SURE)
+"""
+
+DYING_JOINER = """
+import os, signal, sys
+from pathlib import Path
+from tuswsgi.datastores.file import FileDataStore, copy_file
+from tuswsgi.info import FileInfo, Storage
+from tuswsgi.lockers.base import SURE
+
+def die_in_the_middle(*args):
+    copy_file(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+directory, final, part = sys.argv[1:]
+sys.modules[FileDataStore.__module__].copy_file = die_in_the_middle
+infos = [FileInfo(id="x", size=4, storage=Storage("file_storage", path)) for path in (final, part)]
+FileDataStore(Path(directory)).concatenate(infos[0], infos[1:], SURE)
 """
 
 

@@ -94,18 +94,18 @@ class TestOnALine:
     @pytest.mark.parametrize("trouble", ["cut", "block"])
     def test_a_holder_is_told_when_redis_goes_away(self, line, near, far, trouble):
         requests = Requests()
-        with near.lock("a", requests) as is_lost:
-            assert not is_lost()
+        with near.lock("a", requests) as hold:
+            assert not hold.is_lost()
             getattr(line, trouble)()
             with far.lock("a", ignore):
-                assert is_lost()
+                assert hold.is_lost()
                 requests.wait_for(LockLost)
             line.restore()
             line.unblock()
         assert sum(isinstance(reason, LockLost) for reason in requests.reasons) == 1
         for locker in (near, far):
-            with locker.lock("a", ignore) as is_lost:
-                assert not is_lost()
+            with locker.lock("a", ignore) as hold:
+                assert not hold.is_lost()
 
     def test_who_waits_is_told_when_redis_goes_away(self, line, near, far):
         with far.lock("a", ignore), ThreadPoolExecutor(1) as pool:
@@ -117,13 +117,13 @@ class TestOnALine:
     def test_a_short_break_costs_no_lock(self, line, near, far):
         requests = Requests()
         near.lease = 60.0
-        with near.lock("a", requests) as is_lost:
+        with near.lock("a", requests) as hold:
             line.drop()
             with ThreadPoolExecutor(1) as pool:
                 waiter = pool.submit(far._acquire, "a", ignore)
                 # The channel is heard again, and the request is made again.
                 requests.wait_for(UploadInterrupted)
-                assert not is_lost()
+                assert not hold.is_lost()
                 near_token = near._holder("a")
                 near._give_back("a", near_token)
                 far._release("a", waiter.result(SOON))
@@ -133,12 +133,12 @@ class TestOnALine:
         near, far = (RedisLocker(server.dsn, lease=30.0, settings=settings) for _ in "12")
         try:
             requests = Requests()
-            with near.lock("a", requests) as is_lost:
+            with near.lock("a", requests) as hold:
                 server.restart()
                 wait_until(lambda: is_there(near))
                 with pytest.raises(UploadLocked), far.try_lock("a", ignore):
                     pytest.fail("two holders")
-                assert not is_lost()
+                assert not hold.is_lost()
             with far.try_lock("a", ignore):
                 pass
             near.close()
@@ -150,8 +150,8 @@ class TestOnALine:
         with near.lock("b", ignore):
             line.lose_answer()
         line.lose_answer()
-        with near.lock("a", ignore) as is_lost:
-            assert not is_lost()
+        with near.lock("a", ignore) as hold:
+            assert not hold.is_lost()
             with pytest.raises(UploadLocked), far.try_lock("a", ignore):
                 pytest.fail("two holders")
         with far.try_lock("a", ignore):

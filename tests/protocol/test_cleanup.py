@@ -20,6 +20,7 @@ from tuswsgi.errors import UploadGone, UploadLocked, UploadNotFound
 from tuswsgi.hooks.base import ChangeFileInfo, HookResponse, HookType, RequestInfo
 from tuswsgi.info import FileInfo, State, made_at, new_id
 from tuswsgi.infostores.redis import RedisInfoStore
+from tuswsgi.lockers.base import SURE
 from tuswsgi.protocol.cleanup import CleanUp, Reason, Removal
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.sweep import Sweeper
@@ -59,7 +60,7 @@ def leave(client: Client, id: str | None = None) -> FileInfo:
         wait_until(lambda: (made_at(new_id()) or 0.0) > last, "the next millisecond")
     info = FileInfo(id=id or new_id())
     info = info.but(storage=data.create(info))
-    data.append(info, 0, Blocks(b"lost"))
+    data.append(info, 0, Blocks(b"lost"), SURE)
     return info
 
 

@@ -12,6 +12,7 @@ from werkzeug.test import TestResponse
 from protocol.client import MIME, Breaking, Client, assert_refused, path_of
 from protocol.conftest import Clock, Serve
 from tuswsgi.info import State
+from tuswsgi.lockers.base import SURE
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.testing.datastores import Blocks
 
@@ -168,7 +169,7 @@ class TestSweep:
         # As a crash leaves it: the last byte is there, the record does not say so.
         uploads = client.tus.uploads
         url = client.create(5)
-        uploads.data.append(uploads.infos.load(id_of(url)), 0, Blocks(b"hello"))
+        uploads.data.append(uploads.infos.load(id_of(url)), 0, Blocks(b"hello"), SURE)
         assert_refused(client.get(url), 404)
         sweep(client)
         assert client.content(url) == b"hello"

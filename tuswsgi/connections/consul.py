@@ -33,6 +33,10 @@ _LONGEST_SESSION = 86_400
 _OPERATIONS = 64
 
 
+#: A condition or a change of a transaction.
+Part = dict[str, Any]
+
+
 class SessionGone(Exception):
     """A session is not or no longer there, and neither are its keys."""
 
@@ -91,22 +95,20 @@ class ConsulConnection:
         found = _entries(self._ask("GET", _path(key)))
         return found[0] if found else None
 
-    def create(self, key: str, value: str, session: str) -> bool:
-        """Set a key that ends with a session, unless there is one; return whether it is set.
+    def change(self, parts: Sequence[Part]) -> bool:
+        """Do all `parts` at once, made by the functions below, or none if one cannot be done.
 
-        :raises SessionGone: if the session has ended.
+        :returns: whether they were done.
+        :raises SessionGone: if a key was to end with a session that has ended.
         """
-        # A session that has a key may take it again, and so it is no lock among threads.
-        return not self._failures(
-            [{"Verb": "check-not-exists", "Key": key}, _lock(key, value, session)]
-        )
+        return not self._failures(parts)
 
     def put(self, key: str, value: str, session: str) -> None:
         """Set a key that ends with a session, unless another session has it.
 
         :raises SessionGone: if the session has ended.
         """
-        self._failures([_lock(key, value, session)])
+        self._failures([locked(key, value, session)])
 
     def remove(self, found: KeyValue) -> None:
         """Remove a key if it is still what was found."""
@@ -198,9 +200,36 @@ def _path(key: str) -> str:
     return f"/v1/kv/{quote(key)}"
 
 
-def _lock(key: str, value: str, session: str) -> dict[str, str]:
-    encoded = b64encode(value.encode()).decode()
-    return {"Verb": "lock", "Key": key, "Value": encoded, "Session": session}
+def missing(key: str) -> Part:
+    """Return the condition that there is no such key."""
+    return {"Verb": "check-not-exists", "Key": key}
+
+
+def same(found: KeyValue) -> Part:
+    """Return the condition that a key is still what was found."""
+    return {"Verb": "check-index", "Key": found.key, "Index": found.index}
+
+
+def locked(key: str, value: str, session: str) -> Part:
+    """Return the change that sets a key which ends with a session.
+
+    A session that has a key may take it again, and so it is no lock among threads.
+    """
+    return {"Verb": "lock", "Key": key, "Value": _encode(value), "Session": session}
+
+
+def key_value(key: str, value: str) -> Part:
+    """Return the change that sets a key which ends with nothing."""
+    return {"Verb": "set", "Key": key, "Value": _encode(value)}
+
+
+def gone(found: KeyValue) -> Part:
+    """Return the change that removes a key if it is still what was found."""
+    return {"Verb": "delete-cas", "Key": found.key, "Index": found.index}
+
+
+def _encode(text: str) -> str:
+    return b64encode(text.encode()).decode()
 
 
 def _entries(answer: HttpAnswer) -> list[KeyValue]:

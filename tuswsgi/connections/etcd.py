@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from base64 import b64decode, b64encode
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,10 @@ _UNAUTHENTICATED = 16
 
 #: By which etcd says that it wants no name and password.
 _NO_AUTHENTICATION = "authentication is not enabled"
+
+
+#: A condition or a change of a transaction.
+Part = dict[str, Any]
 
 
 class LeaseGone(Exception):
@@ -85,37 +89,27 @@ class EtcdConnection:
         """
         self._ask("/v3/kv/put", _setting(key, value, lease))
 
-    def create(self, key: str, value: str, lease: str) -> KeyValue | None:
-        """Set a key that ends with a lease, unless there is one: then return that.
+    def change(
+        self, conditions: Sequence[Part], changes: Sequence[Part], read: Sequence[str]
+    ) -> list[str | None] | None:
+        """Make all of `changes` at once if all of `conditions` are true.
 
-        :raises LeaseGone: if the lease has ended.
+        :param conditions: made by ``missing`` and ``same``.
+        :param changes: made by ``key_value`` and ``gone``.
+        :param read: what to read where they are not.
+        :returns: ``None`` if the changes were made, else the values of the keys in `read`.
+        :raises LeaseGone: if a key was to end with a lease that has ended.
         """
-        missing = {
-            "key": _encode(key),
-            "target": "CREATE",
-            "result": "EQUAL",
-            "create_revision": "0",
-        }
         request = {
-            "compare": [missing],
-            "success": [{"request_put": _setting(key, value, lease)}],
-            "failure": [{"request_range": {"key": _encode(key)}}],
+            "compare": conditions,
+            "success": changes,
+            "failure": [{"request_range": {"key": _encode(key)}} for key in read],
         }
         answer = self._ask("/v3/kv/txn", request)
         if answer.get("succeeded"):
             return None
-        return _first(answer["responses"][0]["response_range"])
-
-    def remove(self, key: str, value: str) -> None:
-        """Remove a key if it has this value."""
-        same = {
-            "key": _encode(key),
-            "target": "VALUE",
-            "result": "EQUAL",
-            "value": _encode(value),
-        }
-        removal = {"request_delete_range": {"key": _encode(key)}}
-        self._ask("/v3/kv/txn", {"compare": [same], "success": [removal]})
+        found = [_first(part["response_range"]) for part in answer.get("responses", ())]
+        return [None if one is None else one.value for one in found]
 
     def grant(self, seconds: int) -> str:
         """Return a new lease that ends `seconds` after it was last kept alive."""
@@ -204,6 +198,26 @@ class EtcdConnection:
 
 class _Refusal(Exception):
     """etcd will not do something, and would not if it was asked again."""
+
+
+def missing(key: str) -> Part:
+    """Return the condition that there is no such key."""
+    return {"key": _encode(key), "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
+
+
+def same(key: str, value: str) -> Part:
+    """Return the condition that a key has this value."""
+    return {"key": _encode(key), "target": "VALUE", "result": "EQUAL", "value": _encode(value)}
+
+
+def key_value(key: str, value: str, lease: str = "0") -> Part:
+    """Return the change that sets a key, which ends with a lease if one is named."""
+    return {"request_put": _setting(key, value, lease)}
+
+
+def gone(key: str) -> Part:
+    """Return the change that removes a key."""
+    return {"request_delete_range": {"key": _encode(key)}}
 
 
 def _setting(key: str, value: str, lease: str) -> dict[str, str]:

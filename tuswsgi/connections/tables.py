@@ -18,7 +18,7 @@ from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import ConfigurationError
 
 #: The version of the tables below.
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ _LOCKS = _Table(
     """
     id VARCHAR(128){names} NOT NULL PRIMARY KEY,
     token VARCHAR(255){names} NOT NULL,
+    mark VARCHAR(255){names} NOT NULL,
     worker VARCHAR(255){names} NOT NULL,
     ends_at DOUBLE PRECISION NOT NULL,
     asked BOOLEAN NOT NULL
@@ -283,6 +284,11 @@ def _add_promised(database: Database, dialect: _Dialect) -> None:
         database.execute_sql(f"DROP INDEX {old}")
 
 
+def _drop_locks(database: Database, dialect: _Dialect) -> None:
+    """Make way for locks with marks. No server is running, and so no lock is held."""
+    database.execute_sql("DROP TABLE IF EXISTS tuswsgi_locks")
+
+
 def _tell_promised(database: Database, mark: str) -> None:
     page = (
         "SELECT id, record FROM tuswsgi_uploads "
@@ -303,4 +309,5 @@ def _tell_promised(database: Database, mark: str) -> None:
 _UPGRADES: dict[int, Callable[[Database, _Dialect], None]] = {
     2: _drop_old_events,
     3: _add_promised,
+    4: _drop_locks,
 }

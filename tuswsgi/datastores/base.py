@@ -15,6 +15,7 @@ from typing import Protocol
 
 from tuswsgi.extensions import Extension
 from tuswsgi.info import FileInfo, Storage
+from tuswsgi.lockers.base import SURE, Hold
 
 
 class Source(Protocol):
@@ -102,7 +103,7 @@ class OpenPlace:
 
     def append(self, source: Source) -> int:
         """Keep the bytes of `source`, as ``DataStore.append`` does at offset 0. At most once."""
-        return self._store.append(self._info.but(storage=self.storage), 0, source)
+        return self._store.append(self._info.but(storage=self.storage), 0, source, SURE)
 
     def close(self) -> None:
         """Release what is held, not the place."""
@@ -111,10 +112,15 @@ class OpenPlace:
 class DataStore(ABC):
     """Keeps the bytes of uploads.
 
-    Whoever calls ``append``, ``finish``, ``concatenate`` or ``delete`` holds the lock of
-    the upload. Every method may be interrupted by the death of the process, and after
+    Whoever calls ``append``, ``seal``, ``finish``, ``concatenate`` or ``delete`` holds the
+    lock of the upload. Every method may be interrupted by the death of the process, and after
     that every method must work on what is left. Methods are called by many greenlets or
     threads at once, for different uploads.
+
+    A holder can lose its lock and not know it. So a store calls ``hold.check`` immediately
+    before each step that changes what others may rely on: a byte that is cut off, a file that
+    takes another one's place. And it keeps the bytes that come after ``seal`` where a writer
+    from before it does not reach them, whatever that one does and however late.
 
     A full store raises ``StorageFull``; trouble that passes raises ``Unavailable``;
     anything else that goes wrong is an ``OSError`` or the backend's own error, which
@@ -190,31 +196,59 @@ class DataStore(ABC):
         """
 
     @abstractmethod
-    def append(self, info: FileInfo, offset: int, source: Source) -> int:
+    def append(self, info: FileInfo, offset: int, source: Source, hold: Hold) -> int:
         """Keep the bytes of `source` from `offset` on.
 
         `offset` is what ``offset`` returned under the lock that is still held. No append
         shortens an upload, with one exception: bytes of a provisional source that were
         not accepted are removed, also by the next ``append`` if a crash came in between.
 
-        :returns: the new offset.
+        :returns: the new offset, from what this call has kept: what others have written
+            meanwhile is not its own.
         :raises OffsetMismatch: if `offset` is not the store's own; nothing is changed.
         :raises StorageFull: if there is no room; what fitted is kept and counts.
+        :raises LockLost: if the lock was lost before a step.
         """
 
-    def finish(self, info: FileInfo) -> None:
+    @abstractmethod
+    def seal(self, info: FileInfo) -> Storage:
+        """Keep what there is of an unfinished upload from whoever wrote it until now.
+
+        The holder of its lock before may not know that it lost it. From now on ``offset`` is
+        what it was, or more, whatever that one still writes, cuts off or removes. It may be
+        done again for the same `info`, by others too, of whom only one gets to save its record.
+
+        :returns: where the upload goes on; the caller saves that in the record before it does
+            anything else.
+        :raises UploadGone: if the upload's bytes are not there any more.
+        """
+
+    def finish(self, info: FileInfo, hold: Hold) -> Storage:
         """Do what is left to do once all `info.size` bytes are kept.
 
         It may be called again after a crash and must then do nothing or the rest.
+
+        :returns: where the bytes are from now on, for the record of the finished upload.
+        :raises LockLost: if the lock was lost before a step.
+        """
+        return info.storage
+
+    def tidy(self, info: FileInfo) -> None:
+        """Remove what ``finish`` has made superfluous, once its result is in the record.
+
+        :param info: the upload as ``finish`` got it.
         """
 
-    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
+    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
         """Fill the empty upload `info` with the bytes of finished `parts`, in their order.
 
         Nobody sees a half-filled upload: afterwards ``offset`` is the sum of the parts,
         before it is 0, also after a crash. It may be called again.
 
+        Two who build it at once make the same of it, and neither disturbs the other.
+
         :raises UploadGone: if the bytes of a part are not there any more.
+        :raises LockLost: if the lock was lost before a step.
         """
         raise NotImplementedError
 

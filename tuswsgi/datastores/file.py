@@ -3,6 +3,10 @@
 The file's size is the upload's offset: there is no second record that a crash could
 make disagree. The one exception is a body with a checksum: while it is not verified a
 marker beside the file says from where on the bytes do not count yet.
+
+An upload that was taken over from somebody who may still write goes on in a file of its own,
+a segment; of those before it only so many bytes count as the record says. When the last byte
+is there, all of them are joined to one file.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,6 +26,7 @@ from typing import ClassVar
 
 from tuswsgi.datastores import places
 from tuswsgi.datastores.base import DataStore, OpenPlace, Place, Readable, Source
+from tuswsgi.datastores.segments import SegmentReader, copy_file
 from tuswsgi.errors import (
     ConfigurationError,
     OffsetMismatch,
@@ -32,16 +38,16 @@ from tuswsgi.errors import (
 )
 from tuswsgi.extensions import OF_STORES
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
+from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.options import MAIN, Mode, option
-from tuswsgi.paths import contained, why_unwritable
+from tuswsgi.paths import NO_UNNAMED, UNNAMED, contained, why_unwritable
 from tuswsgi.process import aside
-
-#: How much is copied at once: a copy can be interrupted between two slices.
-_SLICE = 16 * 1024 * 1024
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-_NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+#: In ``Storage.details``: how many bytes count of the upload's file, and of each segment but the
+#: last one.
+_SEALED = "sealed"
 
 
 @dataclass
@@ -114,61 +120,62 @@ class FileDataStore(DataStore):
                 # asks will tell a client that these bytes are safe.
                 aside(os.fdatasync, fd)
             size, marked = os.fstat(fd).st_size, self._marked(info)
-            return size if marked is None else min(size, marked)
+            return _start(info) + (size if marked is None else min(size, marked))
 
-    def append(self, info: FileInfo, offset: int, source: Source) -> int:
+    def append(self, info: FileInfo, offset: int, source: Source, hold: Hold) -> int:
+        start = _start(info)
         with self._opened(info, os.O_RDWR) as fd:
             size, marked = os.fstat(fd).st_size, self._marked(info)
             verified = size if marked is None else min(size, marked)
-            if verified != offset:
-                raise OffsetMismatch(verified)
+            if start + verified != offset:
+                raise OffsetMismatch(start + verified)
             if size != verified:
+                hold.check()
                 self._cut(fd, verified)
             if marked is not None and not source.provisional:
+                hold.check()
                 self._unmark(info)
-            return self.keep(info, fd, offset, source)
+            return start + self.keep(info, fd, verified, source, hold)
 
-    def keep(self, info: FileInfo, fd: int, offset: int, source: Source) -> int:
-        """Append to an open file of which every byte counts; as ``append`` otherwise."""
+    def keep(self, info: FileInfo, fd: int, size: int, source: Source, hold: Hold) -> int:
+        """Append to an open file of `size` bytes, all of which count, and return its new size."""
         if source.provisional:
-            self._append_provisional(info, fd, offset, source)
-        else:
-            self._copy(source, fd, offset)
+            return self._keep_provisional(info, fd, size, source, hold)
+        size += self._copy(source, fd, size)
         if self.force_fsync:
             aside(os.fdatasync, fd)
-        return os.fstat(fd).st_size
+        return size
 
-    def finish(self, info: FileInfo) -> None:
+    def seal(self, info: FileInfo) -> Storage:
+        sealed = [*_sealed(info), self.offset(info) - _start(info)]
+        storage = replace(info.storage, details={_SEALED: sealed})
+        # Neither exclusively nor emptied: another one who seals may be late, or early.
+        path = self._path(info.but(storage=storage), _segment(len(sealed)))
+        close(self._make_file(path, 0))
+        self._sync_directory(path.parent)
+        return storage
+
+    def finish(self, info: FileInfo, hold: Hold) -> Storage:
+        if segments := self._segments(info):
+            self._build(info, segments, hold)
+            return replace(info.storage, details={})
         if self.force_fsync:
             with self._opened(info, os.O_RDONLY) as fd:
                 aside(os.fsync, fd)
+        return info.storage
 
-    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
-        path = self._path(info)
-        unfinished = self._path(info, "concat")
+    def tidy(self, info: FileInfo) -> None:
+        aside(_unlink, *self._paths_of_segments(info))
+
+    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
         with self._opened(info, os.O_RDONLY):
             pass  # raises if the upload itself is gone
-        try:
-            target = self._make_file(unfinished, os.O_TRUNC)
-            try:
-                # One by one: the kernel lets one writer at a time into a file, and a second
-                # thread would only spin at its lock.
-                for part in parts:
-                    with self._opened(part, os.O_RDONLY) as fd:
-                        if _copy_file(fd, target) != part.size:
-                            raise UploadGone("The bytes of a partial upload are missing.")
-                if self.force_fsync:
-                    aside(os.fsync, target)
-            finally:
-                close(target)
-            os.replace(unfinished, path)
-        except OSError as error:
-            raise _translated(error) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-        self._sync_directory(path.parent)
+        files = [(self._text_path(part), part.size or 0) for part in parts]
+        self._build(info, files, hold)
 
     def open(self, info: FileInfo, start: int = 0) -> Readable:
+        if segments := self._segments(info):
+            return SegmentReader(segments, start)
         try:
             file = open(self._path(info), "rb", buffering=0)  # noqa: SIM115  # the caller closes it
         except FileNotFoundError:
@@ -179,7 +186,7 @@ class FileDataStore(DataStore):
     def delete(self, info: FileInfo) -> None:
         path = self._path(info)
         # To free the blocks of a huge file takes the kernel its time.
-        aside(_unlink, path, self._path(info, "unverified"), self._path(info, "concat"))
+        aside(_unlink, path, self._path(info, _marker(0)), *self._paths_of_segments(info))
         if path.parent.exists():
             self._sync_directory(path.parent)
 
@@ -225,7 +232,7 @@ class FileDataStore(DataStore):
             if match["variable"]:
                 return os.environ.get(match["variable"], "")
             if match["key"]:
-                return _segment(info.metadata.text(match["key"]) or "")
+                return _directory(info.metadata.text(match["key"]) or "")
             return values.get(match["name"], match[0])
 
         # rustus' manual writes env[NAME] without braces, its code writes dates with them.
@@ -270,9 +277,12 @@ class FileDataStore(DataStore):
 
     def _make_file(self, path: Path | str, flags: int) -> int:
         fd = os.open(path, flags | os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        self._set_mode(fd)
+        return fd
+
+    def _set_mode(self, fd: int) -> None:
         if self.file_mode is not None:
             os.fchmod(fd, self.file_mode)
-        return fd
 
     def _sync_directory(self, directory: Path) -> None:
         if self.force_fsync:
@@ -285,13 +295,78 @@ class FileDataStore(DataStore):
     # --- bytes -----------------------------------------------------------------------
 
     def _opened(self, info: FileInfo, flags: int) -> _Opened:
-        return _Opened(self._text_path(info), flags)
+        """Open the file that takes an upload's bytes."""
+        number = len(_sealed(info))
+        return _Opened(self._text_path(info, _segment(number) if number else ""), flags)
 
-    def _copy(self, source: Source, fd: int, offset: int) -> None:
+    def _copy(self, source: Source, fd: int, offset: int) -> int:
         try:
-            source.copy_to(fd, offset)
+            return source.copy_to(fd, offset)
         except OSError as error:
             raise _translated(error) from error
+
+    def _build(self, info: FileInfo, files: Sequence[tuple[str, int]], hold: Hold) -> None:
+        """Put a file in the place of an upload's, made of the first bytes of others.
+
+        It has a name of its own before that: somebody who lost the lock may be at it, too. What
+        that one makes is the same, so that it does no harm when it comes later.
+
+        :param files: their paths, and how many bytes of each.
+        """
+        path = self._path(info)
+        unfinished = self._path(info, f"concat-{secrets.token_hex(8)}")
+        try:
+            target, has_name = self._make_unnamed(unfinished)
+            try:
+                # One by one: the kernel lets one writer at a time into a file, and a second
+                # thread would only spin at its lock.
+                for part, length in files:
+                    with _Opened(part, os.O_RDONLY) as fd:
+                        if copy_file(fd, target, length) != length:
+                            raise UploadGone("Bytes of the upload are missing.")
+                if self.force_fsync:
+                    aside(os.fsync, target)
+                if not has_name:
+                    _name_file(target, unfinished)
+            finally:
+                close(target)
+            hold.check()
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise _translated(error) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._sync_directory(path.parent)
+
+    def _make_unnamed(self, path: Path) -> tuple[int, bool]:
+        """Make a file that is to be at `path` later, and return whether it is there already.
+
+        Where the file system can, it has no name, and the death of its maker leaves nothing.
+        """
+        if UNNAMED and os.path.isdir("/proc/self/fd"):
+            try:
+                fd = os.open(path.parent, os.O_RDWR | os.O_CLOEXEC | UNNAMED, 0o666)
+            except OSError as error:
+                if error.errno not in NO_UNNAMED:
+                    raise
+            else:
+                self._set_mode(fd)
+                return fd, False
+        return self._make_file(path, os.O_EXCL), True
+
+    def _segments(self, info: FileInfo) -> Sequence[tuple[str, int]]:
+        """Return the files of an upload that was sealed, and how many bytes of each count."""
+        sealed = _sealed(info)
+        if not sealed:
+            return ()
+        names = ["", *map(_segment, range(1, len(sealed) + 1))]
+        lengths = [*sealed, self.offset(info) - _start(info)]
+        return [(self._text_path(info, name), n) for name, n in zip(names, lengths, strict=True)]
+
+    def _paths_of_segments(self, info: FileInfo) -> Iterator[Path]:
+        for number in range(1, len(_sealed(info)) + 1):
+            yield self._path(info, _segment(number))
+            yield self._path(info, _marker(number))
 
     def _cut(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
@@ -299,23 +374,29 @@ class FileDataStore(DataStore):
             # The marker goes next, and must not go first when the power fails.
             aside(os.fdatasync, fd)
 
-    def _append_provisional(self, info: FileInfo, fd: int, offset: int, source: Source) -> None:
-        self._mark(info, offset)
-        accepted = False
+    def _keep_provisional(
+        self, info: FileInfo, fd: int, size: int, source: Source, hold: Hold
+    ) -> int:
+        hold.check()
+        self._mark(info, size)
+        copied, accepted = 0, False
         try:
-            self._copy(source, fd, offset)
-            accepted = source.accepted(lambda: _blocks(fd, offset))
+            copied = self._copy(source, fd, size)
+            accepted = source.accepted(lambda: _blocks(fd, size, copied))
         finally:
-            if not accepted:
-                self._cut(fd, offset)
+            # Who has lost the lock leaves them marked: they never count then, either.
+            if not accepted and not hold.is_lost():
+                self._cut(fd, size)
         if self.force_fsync:
             aside(os.fdatasync, fd)
+        hold.check()
         self._unmark(info)
+        return size + copied if accepted else size
 
     # --- the marker of unverified bytes ------------------------------------------------
 
     def _marked(self, info: FileInfo) -> int | None:
-        path = self._text_path(info, "unverified")
+        path = self._text_path(info, _marker(len(_sealed(info))))
         # There hardly ever is one, and an exception takes longer than this question.
         if not os.access(path, os.F_OK):
             return None
@@ -332,7 +413,7 @@ class FileDataStore(DataStore):
         return int(text) if text.endswith(b"\n") else MAX_SIZE
 
     def _mark(self, info: FileInfo, offset: int) -> None:
-        marker = self._path(info, "unverified")
+        marker = self._path(info, _marker(len(_sealed(info))))
         try:
             with open(marker, "w", encoding="ascii") as file:
                 file.write(f"{offset}\n")
@@ -344,7 +425,7 @@ class FileDataStore(DataStore):
         self._sync_directory(marker.parent)
 
     def _unmark(self, info: FileInfo) -> None:
-        marker = self._path(info, "unverified")
+        marker = self._path(info, _marker(len(_sealed(info))))
         try:
             marker.unlink()
         except FileNotFoundError:
@@ -383,17 +464,27 @@ class _OpenFile(OpenPlace):
         self._files, self._info, self._fd = store, info, fd
 
     def append(self, source: Source) -> int:
-        return self._files.keep(self._info, self._fd, 0, source)
+        return self._files.keep(self._info, self._fd, 0, source, SURE)
 
     def close(self) -> None:
         close(self._fd)
 
 
-def _segment(text: str) -> str:
+def _directory(text: str) -> str:
     """Return what a client says as a part of a directory's name: it must not lead away."""
     text = re.sub(r"^\.|[/\\]", "_", "".join(char for char in text if char.isprintable()))
     # Two of them fit into one name.
     return text.encode()[:120].decode(errors="ignore") or "_"
+
+
+def _name_file(fd: int, path: Path) -> None:
+    """Give a file a name that has none."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Only with a directory Python asks the kernel to follow the link in /proc.
+        os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=directory, follow_symlinks=True)
+    finally:
+        close(directory)
 
 
 def _unlink(*paths: Path) -> None:
@@ -405,31 +496,28 @@ def _translated(error: OSError) -> Exception:
     return StorageFull() if error.errno in _FULL else error
 
 
-def _blocks(fd: int, offset: int) -> Iterator[bytes]:
-    while block := os.pread(fd, 1024 * 1024, offset):
+def _blocks(fd: int, offset: int, n: int) -> Iterator[bytes]:
+    end = offset + n
+    while offset < end and (block := os.pread(fd, min(1024 * 1024, end - offset), offset)):
         yield block
         offset += len(block)
 
 
-def _copy_file(source: int, target: int) -> int:
-    """Append the whole of one file to another and return how many bytes that were."""
-    copied = 0
-    while True:
-        moved = aside(_copy_slice, source, target, copied)
-        if moved == 0:
-            return copied
-        copied += moved
+def _sealed(info: FileInfo) -> Sequence[int]:
+    """Return how many bytes count of each file but the last one."""
+    # Hardly any upload has details, and this is asked on the way of every request.
+    return info.storage.details.get(_SEALED, ()) if info.storage.details else ()
 
 
-def _copy_slice(source: int, target: int, offset: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, _SLICE, offset_src=offset)
-        except OSError as error:
-            if error.errno not in _NO_COPY_FILE_RANGE:
-                raise
-    block = os.pread(source, _SLICE, offset)
-    view = memoryview(block)
-    while view:
-        view = view[os.write(target, view) :]
-    return len(block)
+def _start(info: FileInfo) -> int:
+    """Return the offset of the first byte in the file that takes bytes."""
+    return sum(_sealed(info))
+
+
+def _segment(number: int) -> str:
+    return f"segment{number}"
+
+
+def _marker(number: int) -> str:
+    """Return the purpose of the marker of a segment; the upload's own file is number 0."""
+    return f"unverified{number or ''}"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tuswsgi.datastores.base import DataStore, MakeRoom, OpenPlace, Place, Readable, Source
-from tuswsgi.errors import LimitReached, LockLost
+from tuswsgi.errors import LimitReached
 from tuswsgi.info import FileInfo, Storage
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.base import Hold, Locker
 from tuswsgi.options import Size, option
 
 #: The lock of the one who compares and promises.
@@ -59,7 +59,7 @@ class LimitedDataStore(DataStore):
     @contextmanager
     def reserve(self, info: FileInfo, before: int, make_room: MakeRoom) -> Iterator[None]:
         assert self.max_total_size is not None
-        with self.locker.lock(_LOCK) as is_lost:
+        with self.locker.lock(_LOCK) as hold:
             used = self.infos.usage() - before
             missing = used + info.promised - self.max_total_size
             if missing > 0 and self.evict and info.promised <= self.max_total_size:
@@ -67,8 +67,7 @@ class LimitedDataStore(DataStore):
                 used, missing = used - freed, missing - freed
             if missing > 0 and info.promised > before:
                 raise LimitReached(self.max_total_size, used, info.promised)
-            if is_lost is not None and is_lost():
-                raise LockLost
+            hold.check()
             yield
 
     def prepare(self) -> None:
@@ -92,14 +91,20 @@ class LimitedDataStore(DataStore):
     def offset(self, info: FileInfo) -> int:
         return self.inner.offset(info)
 
-    def append(self, info: FileInfo, offset: int, source: Source) -> int:
-        return self.inner.append(info, offset, source)
+    def append(self, info: FileInfo, offset: int, source: Source, hold: Hold) -> int:
+        return self.inner.append(info, offset, source, hold)
 
-    def finish(self, info: FileInfo) -> None:
-        self.inner.finish(info)
+    def seal(self, info: FileInfo) -> Storage:
+        return self.inner.seal(info)
 
-    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
-        self.inner.concatenate(info, parts)
+    def finish(self, info: FileInfo, hold: Hold) -> Storage:
+        return self.inner.finish(info, hold)
+
+    def tidy(self, info: FileInfo) -> None:
+        self.inner.tidy(info)
+
+    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
+        self.inner.concatenate(info, parts, hold)
 
     def open(self, info: FileInfo, start: int = 0) -> Readable:
         return self.inner.open(info, start)

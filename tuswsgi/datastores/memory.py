@@ -6,13 +6,16 @@ It obeys the whole contract, so it stands in for real stores in tests of the pro
 from __future__ import annotations
 
 import io
+import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from tuswsgi.datastores.base import DataStore, Place, Readable, Source
 from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
 from tuswsgi.extensions import OF_STORES
 from tuswsgi.info import FileInfo, Storage
+from tuswsgi.lockers.base import Hold
 
 _BLOCK = 64 * 1024
 
@@ -41,7 +44,7 @@ class MemoryDataStore(DataStore):
     def offset(self, info: FileInfo) -> int:
         return len(self._bytes(info))
 
-    def append(self, info: FileInfo, offset: int, source: Source) -> int:
+    def append(self, info: FileInfo, offset: int, source: Source, hold: Hold) -> int:
         kept = self._bytes(info)
         if len(kept) != offset:
             raise OffsetMismatch(len(kept))
@@ -50,19 +53,32 @@ class MemoryDataStore(DataStore):
             arrived += block
             if not source.provisional:
                 self._put(_key(info), kept + arrived)
-        if source.provisional and source.accepted(lambda: [bytes(arrived)]):
+        if source.provisional:
+            if not source.accepted(lambda: [bytes(arrived)]):
+                return offset
+            hold.check()
             self._put(_key(info), kept + arrived)
-        return len(self._bytes(info))
+        return offset + len(arrived)
 
-    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo]) -> None:
+    def seal(self, info: FileInfo) -> Storage:
+        storage = replace(info.storage, details={"copy": secrets.token_hex(8)})
+        self._put(_key(info.but(storage=storage)), self._bytes(info))
+        return storage
+
+    def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
         self._bytes(info)
-        self._put(_key(info), b"".join(self._bytes(part) for part in parts))
+        joined = b"".join(self._bytes(part) for part in parts)
+        hold.check()
+        self._put(_key(info), joined)
 
     def open(self, info: FileInfo, start: int = 0) -> Readable:
         return io.BytesIO(self._bytes(info)[start:])
 
     def delete(self, info: FileInfo) -> None:
-        self._remove(_key(info))
+        name = _name(info)
+        for key in tuple(self._uploads):
+            if key == name or key.startswith(f"{name}#"):
+                self._remove(key)
 
     def places(self, before: float) -> Iterator[Place]:
         for key in tuple(self._uploads):
@@ -100,4 +116,9 @@ class MemoryDataStore(DataStore):
 
 
 def _key(info: FileInfo) -> str:
+    copy = info.storage.details.get("copy")
+    return f"{_name(info)}#{copy}" if copy else _name(info)
+
+
+def _name(info: FileInfo) -> str:
     return info.storage.path or info.id

@@ -16,7 +16,9 @@ from tuswsgi.info import Storage
 from tuswsgi.process import aside, let_others_run
 
 #: Files beside that of an upload, by their purpose: ids never begin with a dot.
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<purpose>concat|unverified)", re.DOTALL)
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?:concat-\w+|(?P<of_upload>(?:unverified|segment)\d*))", re.DOTALL
+)
 
 #: How many files are looked at before others run.
 _PAGE = 100
@@ -68,10 +70,10 @@ def _place(directory: str, path: str, type: str) -> Place | None:
         return None
     upload = name if temporary is None else temporary["name"]
     try:
-        if temporary is not None and temporary["purpose"] == "unverified":
+        if temporary is not None and temporary["of_upload"]:
             try:
                 os.lstat(f"{directory}/{folder}{slash}{upload}")
-                return None  # it says which bytes of the upload do not count
+                return None  # it holds bytes of the upload, or says which ones do not count
             except FileNotFoundError:
                 pass
         found = os.lstat(f"{directory}/{path}")

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Generic, TypeVar
 
-from tuswsgi.errors import TusError, UploadLocked
+from tuswsgi.errors import LockLost, TusError, UploadLocked
 from tuswsgi.process import jitter
 from tuswsgi.telemetry import lock_waited, report
 
@@ -26,14 +26,53 @@ from tuswsgi.telemetry import lock_waited, report
 #: thread, maybe several times and maybe a moment after the release, and must not block.
 ReleaseRequest = Callable[[TusError], None]
 
-#: Tells whether a lock that is held is lost, so that somebody else may have it. It waits
-#: for nothing, so that a writer can ask before every write.
+#: Tells whether a lock that is held is lost, see ``Hold.is_lost``.
 IsLost = Callable[[], bool]
 
 logger = logging.getLogger(__name__)
 
 #: What a backend knows about a lock that it holds.
 H = TypeVar("H")
+
+
+class Hold:
+    """A lock as its holder has it. This one cannot be lost while its process lives.
+
+    A holder asks before each step that changes what others rely on. Between question and
+    step the process may stand still for long, so the data has to forgive a late writer as
+    well: whoever takes a lock over that was lost seals the upload first.
+
+    :ivar is_contested: the holder before lost the lock instead of giving it back. It may not
+        know that yet, and write on. It stays so for the next holder, too, unless ``settle``
+        was called.
+    """
+
+    __slots__ = ()
+
+    is_contested: bool = False
+
+    def is_lost(self) -> bool:
+        """Whether somebody else may have the lock. Waits for nothing."""
+        return False
+
+    def check(self) -> None:
+        """Ask ``is_lost`` before a step.
+
+        :raises LockLost: if it is.
+        """
+        if self.is_lost():
+            raise LockLost
+
+    def settle(self) -> None:
+        """Tell that nothing which the holder before still does can do harm any more.
+
+        :raises LockLost: if the lock is lost by now.
+        :raises Unavailable: if the locker cannot be told.
+        """
+
+
+#: The hold on whatever nobody else can have.
+SURE = Hold()
 
 
 def ask_to_release(on_release_request: ReleaseRequest | None, reason: TusError) -> None:
@@ -88,11 +127,10 @@ class Locker(ABC, Generic[H]):
 
     def lock(
         self, id: str, on_release_request: ReleaseRequest | None = None
-    ) -> AbstractContextManager[IsLost | None]:
+    ) -> AbstractContextManager[Hold]:
         """Hold the lock of `id` for the length of a ``with`` block.
 
-        A present holder is asked to let go. The lock is not reentrant. The block gets what
-        tells whether the lock was lost, ``None`` if that cannot happen.
+        A present holder is asked to let go. The lock is not reentrant.
 
         :param on_release_request: called when somebody waits for this lock, or when the
             lock was lost. ``None`` is for a holder that is done soon anyway.
@@ -102,7 +140,7 @@ class Locker(ABC, Generic[H]):
 
     def try_lock(
         self, id: str, on_release_request: ReleaseRequest | None = None
-    ) -> AbstractContextManager[IsLost | None]:
+    ) -> AbstractContextManager[Hold]:
         """Hold the lock of `id`, but only if nobody else does; a holder is not disturbed.
 
         :raises UploadLocked: if somebody holds it.
@@ -134,9 +172,9 @@ class Locker(ABC, Generic[H]):
     def _report_wait(self, began: float, *, acquired: bool) -> None:
         report(lock_waited, self, seconds=time.monotonic() - began, acquired=acquired)
 
-    def _is_lost(self, held: H) -> IsLost | None:
-        """Return what tells whether the lock was lost; ``None`` if it cannot be."""
-        return None
+    def _hold_of(self, held: H) -> Hold:
+        """Return the lock as its holder is to have it."""
+        return SURE
 
     @property
     def scope(self) -> str | None:
@@ -161,7 +199,7 @@ class Locker(ABC, Generic[H]):
         """
 
 
-class _Holding(AbstractContextManager["IsLost | None"], Generic[H]):
+class _Holding(AbstractContextManager[Hold], Generic[H]):
     """A lock that is held for the length of a ``with`` block.
 
     Not a generator: every slow connection keeps one of these.
@@ -173,12 +211,12 @@ class _Holding(AbstractContextManager["IsLost | None"], Generic[H]):
     def __init__(self, locker: Locker[H], id: str, acquire: Callable[[], H | None]) -> None:
         self._locker, self._id, self._acquire = locker, id, acquire
 
-    def __enter__(self) -> IsLost | None:
+    def __enter__(self) -> Hold:
         held = self._acquire()
         if held is None:
             raise UploadLocked
         self._held = held
-        return self._locker._is_lost(held)
+        return self._locker._hold_of(held)
 
     def __exit__(self, *_: object) -> None:
         self._locker._release(self._id, self._held)

@@ -1,8 +1,8 @@
 """Locks in Consul, for all hosts that can ask one of its agents.
 
 A lock is a key that exists for as long as it is held and ends with the session of its
-process. A worker hears the requests to let go by a query that is answered when keys below a
-name of its own change.
+process; its mark is a key that ends with nothing. A worker hears the requests to let go by a
+query that is answered when keys below a name of its own change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from functools import partial
 from typing import Any
 
 from tuswsgi.connections import consul
-from tuswsgi.connections.consul import PORT, SHORTEST_SESSION, ConsulConnection
+from tuswsgi.connections.consul import (
+    PORT,
+    SHORTEST_SESSION,
+    ConsulConnection,
+    gone,
+    key_value,
+    locked,
+    missing,
+    same,
+)
 from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.lockers.base import Locker
@@ -64,20 +73,35 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
     def _renew_session(self, session: str) -> bool:
         return self._connection.get().renew_session(session)
 
-    def _create(self, session: str, id: str, token: str) -> bool:
+    def _create(self, session: str, id: str, token: str) -> str | None:
+        connection, lock, mark = self._connection.get(), self._lock_key(id), self._mark_key(id)
+        held = [missing(lock), locked(lock, token, session)]
         try:
-            if self._connection.get().create(self._lock_key(id), token, session):
-                return True
+            if connection.change([*held, missing(mark), key_value(mark, token)]):
+                return token
+            holder, former = connection.get(lock), connection.get(mark)
+            if holder is None and former is not None and connection.change([*held, same(former)]):
+                return former.value
         except consul.SessionGone:
             raise SessionGone from None
         # An answer may have been lost, and the request repeated at another address.
-        return self._holder(id) == token
+        if holder is None or former is None or holder.value != token:
+            return None
+        return former.value
+
+    def _settle(self, id: str, token: str) -> bool:
+        connection = self._connection.get()
+        found = connection.get(self._lock_key(id))
+        if found is None or found.value != token:
+            return False
+        return connection.change([same(found), key_value(self._mark_key(id), token)])
 
     def _remove(self, id: str, token: str) -> None:
         connection = self._connection.get()
-        found = connection.get(self._lock_key(id))
-        if found is not None and found.value == token:
-            connection.remove(found)
+        found = [connection.get(key) for key in (self._lock_key(id), self._mark_key(id))]
+        own = [gone(one) for one in found if one is not None and one.value == token]
+        if own:
+            connection.change(own)
 
     def _still_there(self, session: str, ids: Collection[str]) -> Collection[str]:
         keys = {self._lock_key(id): id for id in ids}
@@ -104,11 +128,18 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
         return [call.value for call in calls]
 
     def _lock_key(self, id: str) -> str:
-        # Consul takes no keys with the signs of other languages, or that end like ".jpg".
-        return f"{self._prefix}locks/{urlsafe_b64encode(id.encode()).decode().rstrip('=')}"
+        return f"{self._prefix}locks/{_name(id)}"
+
+    def _mark_key(self, id: str) -> str:
+        return f"{self._prefix}marks/{_name(id)}"
 
     def _calls_of(self, worker: str) -> str:
         return f"{self._prefix}calls/{worker}/"
+
+
+def _name(id: str) -> str:
+    # Consul takes no keys with the signs of other languages, or that end like ".jpg".
+    return urlsafe_b64encode(id.encode()).decode().rstrip("=")
 
 
 class Ears:

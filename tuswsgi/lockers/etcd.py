@@ -1,7 +1,8 @@
 """Locks in etcd, for all hosts that use one cluster of it.
 
 A lock is a key that exists for as long as it is held and ends with the lease of its
-process. A worker hears the requests to let go by watching one key of its own.
+process; its mark is a key that ends with nothing. A worker hears the requests to let go by
+watching one key of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from tuswsgi.connections.etcd import PORT, Compacted, EtcdConnection, LeaseGone
+from tuswsgi.connections.etcd import (
+    PORT,
+    Compacted,
+    EtcdConnection,
+    LeaseGone,
+    gone,
+    key_value,
+    missing,
+    same,
+)
 from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.lockers.base import Locker
@@ -54,16 +64,32 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
     def _renew_session(self, session: str) -> bool:
         return self._connection.get().keep_alive(session)
 
-    def _create(self, session: str, id: str, token: str) -> bool:
+    def _create(self, session: str, id: str, token: str) -> str | None:
+        connection, lock, mark = self._connection.get(), self._lock_key(id), self._mark_key(id)
+        held, marked = [key_value(lock, token, session)], [key_value(mark, token)]
         try:
-            other = self._connection.get().create(self._lock_key(id), token, session)
+            found = connection.change([missing(lock), missing(mark)], held + marked, [lock, mark])
+            if found is None:
+                return token
+            holder, former = found
+            if holder is None and former is not None:
+                found = connection.change([missing(lock), same(mark, former)], held, [lock])
+                holder = token if found is None else found[0]
         except LeaseGone:
             raise SessionGone from None
         # An answer may have been lost, and the request repeated at another address.
-        return other is None or other.value == token
+        return former if holder == token else None
+
+    def _settle(self, id: str, token: str) -> bool:
+        condition, mark = same(self._lock_key(id), token), self._mark_key(id)
+        return self._connection.get().change([condition], [key_value(mark, token)], []) is None
 
     def _remove(self, id: str, token: str) -> None:
-        self._connection.get().remove(self._lock_key(id), token)
+        lock, mark = self._lock_key(id), self._mark_key(id)
+        connection = self._connection.get()
+        both = [same(lock, token), same(mark, token)]
+        if connection.change(both, [gone(lock), gone(mark)], []) is not None:
+            connection.change([same(lock, token)], [gone(lock)], [])
 
     def _still_there(self, session: str, ids: Collection[str]) -> Collection[str]:
         keys = self._connection.get().keys_of(session)
@@ -97,6 +123,9 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
 
     def _lock_key(self, id: str) -> str:
         return f"{self._prefix}locks/{id}"
+
+    def _mark_key(self, id: str) -> str:
+        return f"{self._prefix}marks/{id}"
 
     def _call_key(self, worker: str) -> str:
         return f"{self._prefix}calls/{worker}"

@@ -8,6 +8,11 @@ beside. A backend knows how its server keeps one token per upload, and nothing e
 Where the host's own lock is held beside a lease, processes of one host find out about each
 other's death at once: who holds the host's lock knows that a lease of this host's is left
 over. Only the death of a whole host is waited for.
+
+A lease that ran out may have belonged to a process that only stands still and does not know
+yet. So a server keeps a mark beside each lock: the token of the last holder that may write and
+has not given its lock back. Whoever finds the mark of another host's process has a lock that
+is contested.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from itertools import count
 from typing import Any
 
 from tuswsgi.errors import LockLost, TusError, Unavailable, UploadInterrupted
-from tuswsgi.lockers.base import IsLost, Locker, ReleaseRequest, ask_to_release
+from tuswsgi.lockers.base import Hold, Locker, ReleaseRequest, ask_to_release
 from tuswsgi.process import PerProcess
 
 log = logging.getLogger(__name__)
@@ -51,11 +56,12 @@ _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @dataclass(eq=False)
-class Lease:
+class Lease(Hold):
     """One acquisition.
 
     :ivar token: names it among all acquisitions of all processes.
     :ivar ends_at: until when it is held for sure, on ``clock``.
+    :ivar is_contested: see ``Hold``.
     :ivar beside: what the host's locker knows of the lock that is held beside it.
     :ivar told: whether the log says that it is lost.
     """
@@ -64,11 +70,19 @@ class Lease:
     token: str
     on_release_request: ReleaseRequest | None
     ends_at: float
+    locker: LeaseLocker
     beside: Any = None
+    is_contested: bool = False
     told: bool = False
 
     def is_lost(self) -> bool:
         return clock() >= self.ends_at
+
+    def settle(self) -> None:
+        if self.is_contested:
+            if not self.locker._settle(self.id, self.token):
+                raise LockLost
+            self.is_contested = False
 
 
 class _WhileHeld:
@@ -114,22 +128,28 @@ class LeaseLocker(Locker[Lease]):
     # --- what a backend knows ---------------------------------------------------------
 
     @abstractmethod
-    def _take(self, id: str, token: str) -> bool:
-        """Let `token` hold the lock of `id` for the length of a lease; return whether it does,
-        which it does not while another token holds it.
+    def _take(self, id: str, token: str) -> str | None:
+        """Let `token` hold the lock of `id` for the length of a lease.
 
+        :returns: the mark: `token` itself, which is set if there was no mark, or the one that
+            a former holder has left, which stays. ``None`` while another token holds the lock.
         :raises Unavailable: if the server cannot be reached; likewise below.
         """
 
     @abstractmethod
+    def _settle(self, id: str, token: str) -> bool:
+        """Make `token` the mark, if it holds the lock of `id`; return whether it does."""
+
+    @abstractmethod
     def _give_back(self, id: str, token: str) -> None:
-        """Free the lock of `id` if `token` holds it."""
+        """Free the lock of `id` if `token` holds it, and remove the mark if that is `token`."""
 
     @abstractmethod
     def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
         """Let leases run for their full length again, from now on.
 
-        :param held: ids by tokens, all of this process.
+        :param held: ids by tokens, all of this process. A lease that is not among them is left
+            to run out.
         :returns: the tokens that still hold their locks.
         """
 
@@ -198,8 +218,8 @@ class LeaseLocker(Locker[Lease]):
         except Unavailable:
             pass  # the next attempt to get the lock will say so
 
-    def _is_lost(self, held: Lease) -> IsLost | None:
-        return held.is_lost
+    def _hold_of(self, held: Lease) -> Hold:
+        return held
 
     def _take_lease(
         self, id: str, on_release_request: ReleaseRequest | None, beside: Any
@@ -208,17 +228,21 @@ class LeaseLocker(Locker[Lease]):
         token = keeper.new_token()
         try:
             began = clock()
-            taken = self._take(id, token)
-            if not taken and beside is not None and self._remove_leftover(id, keeper):
+            mark = self._take(id, token)
+            if mark is None and beside is not None and self._remove_leftover(id, keeper):
                 began = clock()
-                taken = self._take(id, token)
+                mark = self._take(id, token)
+            if mark is None:
+                return None
+            lease = Lease(id, token, on_release_request, began + self._sure, self, beside)
+            lease.is_contested = mark != token
+            if beside is not None and _scope_of(mark) == _scope_of(keeper.worker):
+                # Whoever left that mark had the lock of this host, too, which is ours now.
+                lease.settle()
         except BaseException:
             # It may have been taken all the same.
             self._give_back_quietly(id, token)
             raise
-        if not taken:
-            return None
-        lease = Lease(id, token, on_release_request, began + self._sure, beside)
         keeper.hold(lease)
         return lease
 

@@ -17,23 +17,36 @@ from tuswsgi.connections.redis_server import Subscription
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker
 
+#: For how many milliseconds a mark is kept: longer than any host stands still.
+_MARKED = 30 * 24 * 3600 * 1000
+
 # ``SET NX`` for somebody who may have done it already without hearing of it.
 _TAKE = Script("""
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local lock, mark, token = KEYS[1], KEYS[2], ARGV[1]
+local holder = redis.call('GET', lock)
+if holder and holder ~= token then return false end
+redis.call('SET', lock, token, 'PX', ARGV[2])
+redis.call('SET', mark, token, 'NX', 'PX', ARGV[3])
+return redis.call('GET', mark)
+""")
+_SETTLE = Script("""
+local lock, mark, token = KEYS[1], KEYS[2], ARGV[1]
+if redis.call('GET', lock) ~= token then return 0 end
+redis.call('SET', mark, token, 'PX', ARGV[2])
 return 1
 """)
 _GIVE_BACK = Script("""
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
-return 0
+for _, key in ipairs(KEYS) do
+    if redis.call('GET', key) == ARGV[1] then redis.call('DEL', key) end
+end
 """)
 _PROLONG = Script("""
 local kept = {}
-for place, key in ipairs(KEYS) do
-    if redis.call('GET', key) == ARGV[place + 1] then
+for number, key in ipairs(KEYS) do
+    local token = ARGV[number + 1]
+    if redis.call('GET', key) == token then
         redis.call('PEXPIRE', key, ARGV[1])
-        kept[#kept + 1] = ARGV[place + 1]
+        kept[#kept + 1] = token
     end
 end
 return kept
@@ -79,11 +92,15 @@ class RedisLocker(LeaseLocker):
         super().close()
         self._server.close()
 
-    def _take(self, id: str, token: str) -> bool:
-        return bool(self._server.call(*_TAKE.on([self._key(id)], token, self._length)))
+    def _take(self, id: str, token: str) -> str | None:
+        mark = self._server.call(*_TAKE.on(self._keys(id), token, self._length, _MARKED))
+        return None if mark is None else mark.decode()
+
+    def _settle(self, id: str, token: str) -> bool:
+        return bool(self._server.call(*_SETTLE.on(self._keys(id), token, _MARKED)))
 
     def _give_back(self, id: str, token: str) -> None:
-        self._server.call(*_GIVE_BACK.on([self._key(id)], token))
+        self._server.call(*_GIVE_BACK.on(self._keys(id), token))
 
     def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
         kept: set[str] = set()
@@ -115,6 +132,10 @@ class RedisLocker(LeaseLocker):
 
     def _key(self, id: str) -> str:
         return f"{self._prefix}lock:{id}"
+
+    def _keys(self, id: str) -> list[str]:
+        """Return the keys of a lock and of its mark."""
+        return [self._key(id), f"{self._prefix}mark:{id}"]
 
     def _channel(self, worker: str) -> str:
         return f"{self._prefix}asked:{worker}"

@@ -135,16 +135,16 @@ class SessionLocker(LeaseLocker, Generic[C]):
         """Let a session live for its full length again; return whether there is one."""
 
     @abstractmethod
-    def _create(self, session: str, id: str, token: str) -> bool:
-        """Let `token` hold the lock of `id` until the session ends; return whether it does,
-        which it does not while another token holds it.
+    def _create(self, session: str, id: str, token: str) -> str | None:
+        """Let `token` hold the lock of `id` until the session ends, and return the mark, as
+        ``_take`` does. The mark does not end with the session.
 
         :raises SessionGone: if the session has ended.
         """
 
     @abstractmethod
     def _remove(self, id: str, token: str) -> None:
-        """Free the lock of `id` if `token` holds it."""
+        """Free the lock of `id` and remove its mark, as ``_give_back`` does."""
 
     @abstractmethod
     def _still_there(self, session: str, ids: Collection[str]) -> Collection[str]:
@@ -160,7 +160,7 @@ class SessionLocker(LeaseLocker, Generic[C]):
         kept of that ends with the session of the holder.
         """
 
-    def _take(self, id: str, token: str) -> bool:
+    def _take(self, id: str, token: str) -> str | None:
         try:
             return self._take_in(self._session(), id, token)
         except SessionGone:
@@ -170,18 +170,18 @@ class SessionLocker(LeaseLocker, Generic[C]):
         except SessionGone:
             raise Unavailable from None
 
-    def _take_in(self, session: Session, id: str, token: str) -> bool:
+    def _take_in(self, session: Session, id: str, token: str) -> str | None:
         try:
-            taken = self._create(session.name, id, token)
+            mark = self._create(session.name, id, token)
         except SessionGone:
             self._sessions.get().drop(session)
             raise
         except BaseException:
             session.doubtful[token] = id, clock()
             raise
-        if taken:
+        if mark is not None:
             session.tokens[id] = token
-        return taken
+        return mark
 
     def _give_back(self, id: str, token: str) -> None:
         session = self._sessions.get().present

@@ -1,15 +1,17 @@
 """Locks in an SQL database, for all hosts that share one and want no other server.
 
 A lock is a row of ``tuswsgi_locks`` that says until when it is held, by the database's own
-clock: no host's clock matters. A row is removed with its release; what dead holders have left
-behind is taken over, or removed when a process starts. A database cannot call anybody, so
-that who waits writes so into the row, and holders look for that a few times a second.
+clock: no host's clock matters. A row is removed when the lock is given back. One that a holder
+has left behind is its mark: it is taken over, or removed when a process starts much later. A
+database cannot call anybody, so that who waits writes so into the row, and holders look for
+that a few times a second.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any
 
 import peewee
@@ -23,21 +25,32 @@ from tuswsgi.lockers.lease import LeaseLocker, worker_of
 #: Seconds between two looks for who waits.
 _HEARING_PAUSE = 0.25
 
-_LOOK = "SELECT token, ends_at <= {now} FROM tuswsgi_locks WHERE id = ?"
+#: For how many seconds a row outlives its lease: longer than any host stands still.
+_MARKED = 30 * 24 * 3600
+
+#: How many leases one statement prolongs.
+_MANY = 500
+
+_LOOK = "SELECT token, ends_at <= {now}, mark FROM tuswsgi_locks WHERE id = ?"
 _CREATE = """
-INSERT INTO tuswsgi_locks (id, token, worker, ends_at, asked) VALUES (?, ?, ?, {now} + ?, FALSE)
+INSERT INTO tuswsgi_locks (id, token, mark, worker, ends_at, asked)
+VALUES (?, ?, ?, ?, {now} + ?, FALSE)
 """
 _TAKE_OVER = """
 UPDATE tuswsgi_locks SET token = ?, worker = ?, ends_at = {now} + ?, asked = FALSE
 WHERE id = ? AND token = ? AND ends_at <= {now}
 """
-_GIVE_BACK = "DELETE FROM tuswsgi_locks WHERE id = ? AND token = ?"
-_PROLONG = "UPDATE tuswsgi_locks SET ends_at = {now} + ? WHERE worker = ?"
+_SETTLE = "UPDATE tuswsgi_locks SET mark = ? WHERE id = ? AND token = ?"
+_GIVE_BACK = "DELETE FROM tuswsgi_locks WHERE id = ? AND token = ? AND mark = token"
+_LEAVE = "UPDATE tuswsgi_locks SET ends_at = {now} WHERE id = ? AND token = ?"
+_PROLONG = """
+UPDATE tuswsgi_locks SET ends_at = {{now}} + ? WHERE worker = ? AND token IN ({tokens})
+"""
 _HELD = "SELECT token FROM tuswsgi_locks WHERE worker = ?"
 _HOLDER = "SELECT token FROM tuswsgi_locks WHERE id = ? AND ends_at > {now}"
 _ASK = "UPDATE tuswsgi_locks SET asked = TRUE WHERE id = ? AND token = ? AND NOT asked"
 _HEAR = "SELECT token FROM tuswsgi_locks WHERE worker = ? AND asked"
-_CLEAN_UP = "DELETE FROM tuswsgi_locks WHERE ends_at <= {now}"
+_CLEAN_UP = "DELETE FROM tuswsgi_locks WHERE ends_at <= {now} - ?"
 
 
 class SqlLocker(LeaseLocker):
@@ -71,7 +84,7 @@ class SqlLocker(LeaseLocker):
     def prepare(self) -> None:
         super().prepare()
         prepare_tables(self._connection)
-        self._change(_CLEAN_UP)
+        self._change(_CLEAN_UP, _MARKED)
         # Whoever prepares may fork then.
         self._connection.close()
 
@@ -79,21 +92,21 @@ class SqlLocker(LeaseLocker):
         super().close()
         self._connection.close()
 
-    def _take(self, id: str, token: str) -> bool:
+    def _take(self, id: str, token: str) -> str | None:
         # Most attempts find a lock that is held, and reading disturbs nobody.
         rows = self._rows(_LOOK, id)
         if not rows:
-            return self._create(id, token)
-        former, is_over = rows[0]
+            return token if self._create(id, token) else None
+        former, is_over, mark = rows[0]
         values = (token, worker_of(token), self.lease, id, former)
-        return bool(is_over) and self._change(_TAKE_OVER, *values) == 1
+        return str(mark) if is_over and self._change(_TAKE_OVER, *values) == 1 else None
 
     def _create(self, id: str, token: str) -> bool:
         sql = self._text(_CREATE)
 
         def insert(database: Database) -> None:
             try:
-                database.execute_sql(sql, (id, token, worker_of(token), self.lease))
+                database.execute_sql(sql, (id, token, token, worker_of(token), self.lease))
             except peewee.IntegrityError:
                 raise _Taken from None
 
@@ -103,15 +116,25 @@ class SqlLocker(LeaseLocker):
             return False
         return True
 
+    def _settle(self, id: str, token: str) -> bool:
+        return self._change(_SETTLE, token, id, token) == 1
+
     def _give_back(self, id: str, token: str) -> None:
-        self._change(_GIVE_BACK, id, token)
+        if self._change(_GIVE_BACK, id, token) == 0:
+            # It is lost, or contested: then the next one has to know that, too.
+            self._change(_LEAVE, id, token)
 
     def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
-        kept: set[str] = set()
-        for worker in {worker_of(token) for token in held}:
-            self._change(_PROLONG, self.lease, worker)
-            kept.update(token for (token,) in self._rows(_HELD, worker))
-        return kept
+        # By their tokens: a row whose release failed is this worker's as well.
+        tokens = iter(held)
+        while some := list(islice(tokens, _MANY)):
+            sql = _PROLONG.format(tokens=", ".join("?" * len(some)))
+            self._change(sql, self.lease, worker_of(some[0]), *some)
+        return {
+            token
+            for worker in {worker_of(token) for token in held}
+            for (token,) in self._rows(_HELD, worker)
+        }
 
     def _holder(self, id: str) -> str | None:
         rows = self._rows(_HOLDER, id)

@@ -17,10 +17,10 @@ from itertools import islice
 from typing import NamedTuple
 
 from tuswsgi.datastores.base import Place
-from tuswsgi.errors import LockLost, TusError, UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.errors import TusError, UploadGone, UploadLocked, UploadNotFound
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.info import FileInfo, State, check_id, made_at
-from tuswsgi.lockers.base import IsLost
+from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.process import let_others_run
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
@@ -233,15 +233,14 @@ class CleanUp:
 
     def _remove(self, id: str, reason_of: Callable[[FileInfo], Reason | None]) -> Iterator[Removal]:
         removal = None
-        with careful(id), self._uploads.locker.try_lock(id) as is_lost:
+        with careful(id), self._uploads.locker.try_lock(id) as hold:
             info = self._infos.load(id)
             reason = reason_of(info)
             if reason is not None:
                 age = time.time() - _changed_at(info)
                 removal = Removal(reason, id, age, self._kept(info) or 0)
                 if not self._dry_run:
-                    _check(is_lost)
-                    self._uploads.finisher.remove(info, State.EXPIRED, _NOBODY)
+                    self._uploads.finisher.remove(info, State.EXPIRED, _NOBODY, hold)
                     self._tell(removal)
         if removal is not None:
             yield removal
@@ -340,9 +339,9 @@ class CleanUp:
         age = time.time() - place.changed_at
         removal = Removal(reason, place.upload, age, place.size)
         is_removed = False
-        with careful(place.upload), self._locked(place) as is_lost:
+        with careful(place.upload), self._locked(place) as hold:
             if place.is_temporary or not self._is_known(place):
-                _check(is_lost)
+                hold.check()
                 is_removed = self._dry_run or self._data.clear(place)
                 if is_removed and not self._dry_run:
                     self._tell(removal)
@@ -350,15 +349,15 @@ class CleanUp:
             yield removal
 
     @contextmanager
-    def _locked(self, place: Place) -> Iterator[IsLost | None]:
+    def _locked(self, place: Place) -> Iterator[Hold]:
         try:
             id = check_id(place.upload)
         except UploadNotFound:
             # A hook chose the path, and nobody needs what is temporary.
-            yield None
+            yield SURE
             return
-        with self._uploads.locker.try_lock(id) as is_lost:
-            yield is_lost
+        with self._uploads.locker.try_lock(id) as hold:
+            yield hold
 
     # --- all of them -----------------------------------------------------------------------
 
@@ -395,11 +394,6 @@ def careful(id: str) -> Iterator[None]:
 
 def _changed_at(info: FileInfo) -> float:
     return info.finished_at or info.last_byte_at or info.created_at
-
-
-def _check(is_lost: IsLost | None) -> None:
-    if is_lost is not None and is_lost():
-        raise LockLost
 
 
 def _least(*ages: float | None) -> float | None:

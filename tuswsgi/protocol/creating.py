@@ -19,6 +19,7 @@ from tuswsgi.errors import HookFailed, StorageFull, UploadExists, UploadGone, Up
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.info import FileInfo, Metadata, State, Storage
 from tuswsgi.infostores.base import InfoStore
+from tuswsgi.lockers.base import Hold
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reception import Reception
 from tuswsgi.signals import tell, upload_created
@@ -93,8 +94,8 @@ class Creator:
         """
         self._check_space(info)
         locker, let_go = self.finisher.locker, reception.reader.interrupt
-        with locker.lock(info.id, let_go) as is_lost:
-            reception.reader.guard(is_lost)
+        with locker.lock(info.id, let_go) as hold:
+            reception.reader.guard(hold)
             twin = self._record_of(info.id)
             if twin is None:
                 info = self._promising(info.but(storage=self._place(info)), reception)
@@ -104,11 +105,13 @@ class Creator:
                     if twin is None:
                         self._write(info, held.events)
             if twin is None:
-                return self._receive(info, reception, request, held)
+                # Who may have had the lock before writes no byte without the record.
+                hold.settle()
+                return self._receive(info, reception, request, held, hold)
             if twin.id == info.id:
-                return self._go_on(info, twin.id, request)
-        with locker.lock(twin.id, let_go):
-            return self._go_on(info, twin.id, request)
+                return self._go_on(info, twin.id, request, hold)
+        with locker.lock(twin.id, let_go) as hold:
+            return self._go_on(info, twin.id, request, hold)
 
     def create_promised(
         self, info: FileInfo, reception: Reception, request: RequestInfo
@@ -121,23 +124,23 @@ class Creator:
         :raises LimitReached: if there is no room.
         """
         self._check_space(info)
-        with self.finisher.locker.lock(info.id, reception.reader.interrupt) as is_lost:
-            reception.reader.guard(is_lost)
+        with self.finisher.locker.lock(info.id, reception.reader.interrupt) as hold:
+            reception.reader.guard(hold)
             info = info.but(storage=self.finisher.data.create(info))
             info = self._promising(info, reception)
             held = self._hold(info, reception, request)
             self._write(info, held.events)
             try:
-                return self._receive(info, reception, request, held)
+                return self._receive(info, reception, request, held, hold)
             except Exception:
-                self._remove(info.id, request)
+                self._remove(info.id, request, hold)
                 raise
 
-    def _remove(self, id: str, request: RequestInfo) -> None:
+    def _remove(self, id: str, request: RequestInfo, hold: Hold) -> None:
         try:
             info = self.finisher.infos.load(id)
             if not info.is_gone and not info.is_finished:
-                self.finisher.remove(info, State.TERMINATED, request)
+                self.finisher.remove(info, State.TERMINATED, request, hold)
         except Exception:
             log.exception("The upload %s, of which nobody was told, keeps its room", id)
 
@@ -225,7 +228,12 @@ class Creator:
         return _Held(infos, events, silence + 2 * _HOLD_AGAIN)
 
     def _receive(
-        self, info: FileInfo, reception: Reception, request: RequestInfo, held: _Held
+        self,
+        info: FileInfo,
+        reception: Reception,
+        request: RequestInfo,
+        held: _Held,
+        hold: Hold,
     ) -> FileInfo:
         hooks = self.finisher.hooks
         tell(upload_created, self.finisher.sender, info)
@@ -234,7 +242,7 @@ class Creator:
         if not held.holds:
             hooks.tell(HookType.POST_CREATE, info, request)
         try:
-            info = reception.receive(info, 0, request, held.prolong)
+            info = reception.receive(info, 0, request, held.prolong, hold)
         finally:
             if held.holds and self._is_told(info):
                 held.free()
@@ -246,13 +254,13 @@ class Creator:
             raise reception.error
         return info
 
-    def _go_on(self, info: FileInfo, id: str, request: RequestInfo) -> FileInfo:
+    def _go_on(self, info: FileInfo, id: str, request: RequestInfo, hold: Hold) -> FileInfo:
         """Return an upload again whose POST was not answered. The caller holds its lock.
 
         :raises UploadExists: if it is not the one that `info` is to be.
         """
         infos = self.finisher.infos
-        twin = infos.load(id)
+        twin = self.finisher.secure(infos.load(id), hold)
         if not _is_again(info, twin):
             raise UploadExists
         now = time.time()
@@ -262,7 +270,7 @@ class Creator:
         self.finisher.hooks.wake(id)
         if twin.state is State.WAITING:
             return twin
-        return self.finisher.finish_if_complete(twin, request)
+        return self.finisher.finish_if_complete(twin, request, hold)
 
 
 class _Held:

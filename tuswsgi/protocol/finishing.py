@@ -26,7 +26,7 @@ from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.hooks.manager import HookManager
 from tuswsgi.info import FileInfo, FinalResponse, State
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.base import Hold, Locker
 from tuswsgi.protocol.room import Room
 from tuswsgi.protocol.settings import UploadSettings
 from tuswsgi.signals import tell, upload_finished, upload_progress, upload_terminated
@@ -51,15 +51,34 @@ class Finisher:
         """Who promises room to uploads."""
         return Room(self.data, self.infos, self.locker, self.remove)
 
-    def finish(self, info: FileInfo, request: RequestInfo) -> FileInfo:
+    def secure(self, info: FileInfo, hold: Hold) -> FileInfo:
+        """Return an upload to which nothing happens any more but by who holds its lock now.
+
+        Whoever gets the lock of an upload calls this first. If the holder before only lost
+        it, that one may still write: what counts of its bytes is settled here.
+
+        :param info: the upload as it was read under the lock.
+        """
+        if not hold.is_contested:
+            return info
+        if info.state is State.RECEIVING:
+            info = self.infos.save(info.but(storage=self.data.seal(info)))
+            log.warning("%s goes on without who lost its lock and may still write", info.id)
+        hold.settle()
+        return info
+
+    def finish(self, info: FileInfo, request: RequestInfo, hold: Hold) -> FileInfo:
         """Finish an upload whose bytes are all kept. The caller holds its lock.
 
         :returns: the finished or the refused upload.
         :raises TusError: if it could not be finished now; it stays complete and the next
             one who asks tries again.
         """
-        finished, events = self.complete(info, request)
+        finished, events = self.complete(info, request, hold)
+        hold.check()
         saved = self.infos.save(finished, events)
+        if saved.storage is not info.storage:
+            self.data.tidy(info)
         self.tell_finished(saved, request)
         return saved
 
@@ -74,25 +93,28 @@ class Finisher:
         self.hooks.tell(HookType.POST_RECEIVE, info, request)
         tell(upload_progress, self.sender, info)
 
-    def remove(self, info: FileInfo, state: State, request: RequestInfo) -> FileInfo:
+    def remove(self, info: FileInfo, state: State, request: RequestInfo, hold: Hold) -> FileInfo:
         """Remove an upload for good and leave a tombstone. The caller holds its lock.
 
-        The bytes go first: after a crash in between the client, which has no answer,
-        repeats its request.
+        The tombstone comes first: who has lost the lock cannot write it, and must not delete
+        what others have been told since. A crash in between leaves bytes to the clean-up.
         """
         events = self.hooks.record(HookType.POST_TERMINATE, info, request)
-        self.data.delete(info)
+        hold.check()
         info = self.infos.delete(info, events, state=state, now=time.time())
+        self.data.delete(info)
         self.hooks.tell(HookType.POST_TERMINATE, info, request)
         tell(upload_terminated, self.sender, info)
         return info
 
-    def complete(self, info: FileInfo, request: RequestInfo) -> tuple[FileInfo, Sequence[Event]]:
+    def complete(
+        self, info: FileInfo, request: RequestInfo, hold: Hold
+    ) -> tuple[FileInfo, Sequence[Event]]:
         """Do all of ``finish`` but save: return what is to be saved."""
         assert info.size is not None
-        if info.offset != info.size:
-            info = info.but(offset=info.size)
-        self.data.finish(info)
+        storage = self.data.finish(info, hold)
+        if info.offset != info.size or storage is not info.storage:
+            info = info.but(offset=info.size, storage=storage)
         try:
             answer = self.hooks.ask(HookType.PRE_FINISH, info, request)
         except HookRefusal as refusal:
@@ -108,7 +130,7 @@ class Finisher:
         info = info.but(state=State.FINISHED, finished_at=time.time())
         return info, self.hooks.record(HookType.POST_FINISH, info, request)
 
-    def finish_if_complete(self, info: FileInfo, request: RequestInfo) -> FileInfo:
+    def finish_if_complete(self, info: FileInfo, request: RequestInfo, hold: Hold) -> FileInfo:
         """Return `info` with its real offset, finished if all bytes are there.
 
         The caller holds the lock.
@@ -117,7 +139,7 @@ class Finisher:
             return info
         offset = self.data.offset(info)
         if offset == info.size:
-            return self.finish(info, request)
+            return self.finish(info, request, hold)
         return info.but(offset=offset)
 
     def build_final(self, id: str, request: RequestInfo) -> FileInfo:
@@ -131,8 +153,8 @@ class Finisher:
             or if the upload itself was removed.
         :raises MaxSizeExceeded: if parts whose length was deferred turned out too large.
         """
-        with self.locker.lock(id):
-            info = self.infos.load(id)
+        with self.locker.lock(id) as hold:
+            info = self.secure(self.infos.load(id), hold)
             if info.is_gone:
                 raise UploadGone
             if info.state is not State.WAITING:
@@ -147,8 +169,8 @@ class Finisher:
                     info = self.room.save(info, size=size)
                 info = info.but(size=size)
                 if self.data.offset(info) != size:
-                    self.data.concatenate(info, parts)
-                info = self.finish(info, request)
+                    self.data.concatenate(info, parts, hold)
+                info = self.finish(info, request, hold)
         if self.settings.remove_parts and info.state is State.FINISHED:
             self._remove_parts(info, request)
         return info
@@ -189,16 +211,17 @@ class Finisher:
             return
         with ExitStack() as locks:
             for id in sorted(set(info.partial_uploads)):
-                locks.enter_context(self.locker.lock(id))
+                hold = locks.enter_context(self.locker.lock(id))
+                self.secure(self._part(id), hold)
             yield self.parts_of(info)
 
     def _remove_parts(self, final: FileInfo, request: RequestInfo) -> None:
         for id in sorted(set(final.partial_uploads)):
             try:
-                with self.locker.try_lock(id):
+                with self.locker.try_lock(id) as hold:
                     part = self.infos.load(id)
                     if not part.is_gone and not self.infos.finals_waiting_for(id):
-                        self.remove(part, State.TERMINATED, request)
+                        self.remove(part, State.TERMINATED, request, hold)
             except UploadLocked:
                 log.info("The part %s of %s is in use and stays", id, final.id)
             except Exception:

@@ -26,7 +26,7 @@ from tuswsgi.errors import (
     UploadInterrupted,
     UploadLocked,
 )
-from tuswsgi.lockers.base import IsLost
+from tuswsgi.lockers.base import Hold, IsLost
 from tuswsgi.process import PerProcess, let_others_run
 from tuswsgi.protocol.checksum import Checksum
 
@@ -144,12 +144,12 @@ class UploadReader:
         # What came before this, waiting for a lock above all, was not the client's silence.
         self.last_progress = time.monotonic()
 
-    def guard(self, is_lost: IsLost | None) -> None:
+    def guard(self, hold: Hold) -> None:
         """Look before every byte whether the upload's lock is lost, and end the body if so.
 
         The process may have stood still for long, and another one may write by now.
         """
-        self._is_lost = is_lost
+        self._is_lost = hold.is_lost
 
     def interrupt(self, error: TusError) -> None:
         """End the body as if it had come to its end, for the reason `error`.

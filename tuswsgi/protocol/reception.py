@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tuswsgi.datastores.base import OpenPlace
 from tuswsgi.errors import (
     BodyTooLarge,
+    InfoConflict,
     LimitReached,
     MaxSizeExceeded,
     OffsetMismatch,
@@ -26,6 +27,7 @@ from tuswsgi.errors import (
 )
 from tuswsgi.hooks.base import Event, HookResponse, RequestInfo
 from tuswsgi.info import FileInfo
+from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.options import MiB
 from tuswsgi.protocol.checksum import Checksum
 from tuswsgi.protocol.finishing import Finisher
@@ -82,6 +84,7 @@ class Reception:
         self._failure: TusError | None = None
         self._info: FileInfo | None = None
         self._on_progress: OnProgress = lambda info: None
+        self._hold = SURE
         self._start = self._reported = 0
         #: How many bytes may come, and what is wrong with more; ``check`` says.
         self._room: int
@@ -159,11 +162,16 @@ class Reception:
         if kept > 0:
             info = self._touched(info, offset=kept)
         if kept == info.size:
-            return self._finisher.complete(info, request)
+            return self._finisher.complete(info, request, SURE)
         return info, ()
 
     def receive(
-        self, info: FileInfo, offset: int, request: RequestInfo, on_progress: OnProgress
+        self,
+        info: FileInfo,
+        offset: int,
+        request: RequestInfo,
+        on_progress: OnProgress,
+        hold: Hold,
     ) -> FileInfo:
         """Append the chunk, then finish the upload or save how far it came.
 
@@ -172,12 +180,16 @@ class Reception:
 
         :param on_progress: called now and then while bytes arrive, and at the end of a
             chunk that does not complete the upload.
+        :raises LockLost: if the lock was lost meanwhile. What was kept counts if it did before
+            the lock was another one's.
         """
         self.check(info, offset)
         self._info, self._start, self._on_progress = info, offset, on_progress
+        self._hold = hold
         if info.size is None and self._finisher.data.bounded:
             self._info = self._promised(info)
         kept = self._append(self._info, offset)
+        hold.check()
         was_reserved = self._info.reserved > 0
         info = self._info.but(offset=kept, reserved=0)
         if kept > offset:
@@ -185,7 +197,7 @@ class Reception:
         if self.is_stopped:
             return info
         if kept == info.size and not self.is_fault:
-            return self._finisher.finish(info, request)
+            return self._finisher.finish(info, request, hold)
         if kept > offset or was_reserved:
             info = self._finisher.infos.save(info)
         if kept > offset or self.error is None:
@@ -209,9 +221,10 @@ class Reception:
         try:
             if place is not None:
                 return place.append(self.reader)
-            return data.append(info, offset, self.reader)
+            return data.append(info, offset, self.reader, self._hold)
         except (StorageFull, Unavailable) as failure:
             self._failure = failure
+            self._hold.check()
             return data.offset(info)
         finally:
             if bytes_received.receivers:
@@ -268,8 +281,11 @@ class Reception:
             return
         info = self._info.but(offset=self._start + received)
         if self._is_ageing(info):
+            self._hold.check()
             try:
                 info = self._info = self._finisher.infos.save(self._touched(info))
+            except InfoConflict:
+                raise  # others write it: the lock is lost
             except Unavailable:
                 pass  # the bytes still come; it is tried again in a moment
         if now - self._told_at >= self._interval:

@@ -17,7 +17,7 @@ from tuswsgi.errors import TusError, UploadLocked
 from tuswsgi.hooks.base import Event, RequestInfo
 from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.base import Hold, Locker
 from tuswsgi.process import let_others_run
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Room:
     data: DataStore
     infos: InfoStore
     locker: Locker[Any]
-    remove: Callable[[FileInfo, State, RequestInfo], FileInfo]
+    remove: Callable[[FileInfo, State, RequestInfo, Hold], FileInfo]
 
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
         """Write the record of a new upload, if there is room for it.
@@ -90,11 +90,11 @@ class Room:
 
     def _evict(self, id: str) -> int:
         try:
-            with self.locker.try_lock(id):
+            with self.locker.try_lock(id) as hold:
                 info = self.infos.load(id)
                 if info.state not in _FINISHED or self._is_wanted(id):
                     return 0
-                self.remove(info, State.TERMINATED, RequestInfo())
+                self.remove(info, State.TERMINATED, RequestInfo(), hold)
         except UploadLocked:
             return 0
         except TusError as error:

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-from tuswsgi.errors import LockLost, TusError, UploadLocked
+from tuswsgi.errors import TusError, UploadLocked
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.info import State
-from tuswsgi.lockers.base import IsLost
+from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.protocol.cleanup import CleanUp, Search, careful
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
@@ -74,7 +74,7 @@ class Sweeper:
                 log.debug("Another process sweeps")
                 if is_new:
                     # It may be in place of one that was killed, and the leader may rest.
-                    self._finish_all(None)
+                    self._finish_all(SURE)
         except TusError as error:
             log.warning("The sweep ended and is tried again later: %s", error)
         except _Stopped:
@@ -92,22 +92,22 @@ class Sweeper:
         :raises UploadLocked: if another process has it.
         :raises LockLost: if it was lost.
         """
-        with self._uploads.locker.try_lock(_LOCK) as is_lost:
+        with self._uploads.locker.try_lock(_LOCK) as hold:
             while not self._stopping.is_set():
-                self._sweep(is_lost)
-                self._rest(is_lost)
+                self._sweep(hold)
+                self._rest(hold)
 
     def sweep(self) -> None:
         """Sweep once, unless another process leads."""
         try:
-            with self._uploads.locker.try_lock(_LOCK) as is_lost:
-                self._sweep(is_lost)
+            with self._uploads.locker.try_lock(_LOCK) as hold:
+                self._sweep(hold)
         except UploadLocked:
             log.debug("Another process sweeps")
 
-    def _sweep(self, is_lost: IsLost | None) -> None:
-        self._finish_all(is_lost)
-        clean_up = CleanUp(self._uploads, self._settings, on_look=lambda: self._check(is_lost))
+    def _sweep(self, hold: Hold) -> None:
+        self._finish_all(hold)
+        clean_up = CleanUp(self._uploads, self._settings, on_look=lambda: self._check(hold))
         for search in clean_up.searches():
             if time.monotonic() >= self._due.get(search.name, 0.0):
                 self._clean_up(search)
@@ -121,25 +121,24 @@ class Sweeper:
         if removed:
             log.info("Cleaned up %s: %d removed, %d bytes", search.name, removed, total)
 
-    def _rest(self, is_lost: IsLost | None) -> None:
+    def _rest(self, hold: Hold) -> None:
         until = time.monotonic() + self._settings.interval
         while not self._stopping.is_set() and (left := until - time.monotonic()) > 0:
             self._stopping.wait(min(left, _LOOK))
-            self._check(is_lost)
+            self._check(hold)
 
-    def _check(self, is_lost: IsLost | None) -> None:
-        if is_lost is not None and is_lost():
-            raise LockLost
+    def _check(self, hold: Hold) -> None:
+        hold.check()
         if self._stopping.is_set():
             raise _Stopped
 
     # --- what crashes left undone ------------------------------------------------------------
 
-    def _finish_all(self, is_lost: IsLost | None) -> None:
+    def _finish_all(self, hold: Hold) -> None:
         try:
             with self._uploads.locker.try_lock(_FINISHING):
                 for id in self._unfinished():
-                    self._check(is_lost)
+                    self._check(hold)
                     with careful(id):
                         self._finish(id)
         except UploadLocked:
@@ -157,11 +156,11 @@ class Sweeper:
         if info.state is State.WAITING:
             uploads.finisher.build_final(id, _NOBODY)
             return
-        with uploads.locker.try_lock(id):
-            info = uploads.infos.load(id)
+        with uploads.locker.try_lock(id) as hold:
+            info = uploads.finisher.secure(uploads.infos.load(id), hold)
             if info.is_gone:
                 return
-            info = uploads.finisher.finish_if_complete(info, _NOBODY)
+            info = uploads.finisher.finish_if_complete(info, _NOBODY, hold)
         if info.is_finished:
             log.info("The upload %s was complete and is finished now", id)
             if info.is_partial:

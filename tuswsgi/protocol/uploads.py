@@ -179,8 +179,9 @@ class Uploads:
         if info is None:
             info = self._access(id, request)
             if info.state is not State.WAITING and not info.is_finished:
-                with self.locker.lock(id):
-                    info = self.finisher.finish_if_complete(self._load(id, request), request)
+                with self.locker.lock(id) as hold:
+                    info = self.finisher.secure(self._load(id, request), hold)
+                    info = self.finisher.finish_if_complete(info, request, hold)
                 self._follow_up(info, request)
         if info.state is State.WAITING:
             info = self.finisher.build_final(id, request)
@@ -195,11 +196,11 @@ class Uploads:
         if self.hooks.wants(HookType.PRE_ACCESS):
             return None
         try:
-            with self.locker.try_lock(id):
-                found = self._load(id, request)
+            with self.locker.try_lock(id) as hold:
+                found = self.finisher.secure(self._load(id, request), hold)
                 if found.state is State.WAITING:
                     return found
-                info = self.finisher.finish_if_complete(found, request)
+                info = self.finisher.finish_if_complete(found, request, hold)
         except UploadLocked:
             return None
         if not found.is_finished:
@@ -243,9 +244,9 @@ class Uploads:
     def _append(
         self, id: str, offset: int, size: int | None, reception: Reception, request: RequestInfo
     ) -> FileInfo:
-        with self.locker.lock(id, reception.reader.interrupt) as is_lost:
-            reception.reader.guard(is_lost)
-            info = self._load(id, request)
+        with self.locker.lock(id, reception.reader.interrupt) as hold:
+            reception.reader.guard(hold)
+            info = self.finisher.secure(self._load(id, request), hold)
             if info.is_finished:
                 reception.receive_nothing(info, offset)
                 return info
@@ -260,13 +261,12 @@ class Uploads:
                 info = self.finisher.room.save(info, size=size, reserved=0)
             self._received[info.id] = (reception, request)
             try:
-                info = reception.receive(
-                    info, offset, request, partial(self.finisher.tell_progress, request=request)
-                )
+                tell_progress = partial(self.finisher.tell_progress, request=request)
+                info = reception.receive(info, offset, request, tell_progress, hold)
             finally:
                 del self._received[info.id]
             if reception.is_stopped:
-                self.finisher.remove(info, State.TERMINATED, request)
+                self.finisher.remove(info, State.TERMINATED, request, hold)
         if reception.error is not None and not info.is_finished:
             raise reception.error
         self._follow_up(info, request)
@@ -300,10 +300,10 @@ class Uploads:
         :returns: what the pre-terminate hook wants the client to be told.
         """
         self._access(id, request)
-        with self.locker.lock(id):
+        with self.locker.lock(id) as hold:
             info = self._load(id, request)
             answer = self.hooks.ask(HookType.PRE_TERMINATE, info, request)
-            self.finisher.remove(info, State.TERMINATED, request)
+            self.finisher.remove(info, State.TERMINATED, request, hold)
         return answer
 
     def stop(self, id: str) -> bool:
@@ -314,11 +314,11 @@ class Uploads:
 
         :returns: whether there was something to end: finished uploads stay.
         """
-        with self.locker.lock(check_id(id)):
+        with self.locker.lock(check_id(id)) as hold:
             info = self.infos.load(id)
             if info.is_gone or info.is_finished:
                 return False
-            self.finisher.remove(info, State.TERMINATED, RequestInfo())
+            self.finisher.remove(info, State.TERMINATED, RequestInfo(), hold)
         return True
 
     def remove(self, id: str) -> FileInfo:
@@ -328,11 +328,11 @@ class Uploads:
         :returns: the tombstone.
         :raises UploadGone: if it was removed before.
         """
-        with self.locker.lock(check_id(id)):
+        with self.locker.lock(check_id(id)) as hold:
             info = self.infos.load(id)
             if info.is_gone:
                 raise UploadGone
-            return self.finisher.remove(info, State.TERMINATED, RequestInfo())
+            return self.finisher.remove(info, State.TERMINATED, RequestInfo(), hold)
 
     def answered(self, hook: HookRequest, answer: HookResponse) -> None:
         """Obey the answer to a post-hook: that to post-receive can stop the upload.

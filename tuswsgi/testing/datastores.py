@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from tuswsgi.datastores.base import DataStore, Readable
-from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
+from tuswsgi.errors import LockLost, OffsetMismatch, UploadExists, UploadGone
 from tuswsgi.extensions import OF_STORES, Extension
 from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
+from tuswsgi.lockers.base import SURE, Hold
 
 #: More than a store takes at once, and no round number.
 LARGE = hashlib.shake_256(b"tuswsgi").digest(3 * 1024 * 1024 + 7)
@@ -76,6 +77,16 @@ class Blocks:
         self.asked += 1
         self._before_answer(b"".join(stored()))
         return self._accepts
+
+
+class LosesIt(Hold):
+    """A lock that is lost with the last byte of a body."""
+
+    def __init__(self, source: Blocks) -> None:
+        self._source = source
+
+    def is_lost(self) -> bool:
+        return not self._source._blocks
 
 
 class Died(BaseException):
@@ -139,7 +150,7 @@ class DataStoreContract:
 
     def test_it_may_be_prepared_and_closed_again(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"kept"))
+        store.append(info, 0, Blocks(b"kept"), SURE)
         store.prepare()
         store.close()
         store.close()
@@ -157,7 +168,7 @@ class DataStoreContract:
 
     def test_a_place_is_made_once(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"first"))
+        store.append(info, 0, Blocks(b"first"), SURE)
         for second in (info, FileInfo(id=info.id)):
             with pytest.raises(UploadExists):
                 store.create(second)
@@ -184,7 +195,7 @@ class DataStoreContract:
         assert place.append(Blocks(b"", LARGE)) == len(LARGE)
         place.close()
         assert store.offset(info) == len(LARGE)
-        assert store.append(info, len(LARGE), Blocks(b"more")) == len(LARGE) + 4
+        assert store.append(info, len(LARGE), Blocks(b"more"), SURE) == len(LARGE) + 4
         assert content(store, info) == LARGE + b"more"
 
     def test_an_open_place_may_stay_empty(self, store: DataStore) -> None:
@@ -192,11 +203,11 @@ class DataStoreContract:
         place = store.create_open(info)
         place.close()
         info = replace(info, storage=place.storage)
-        assert store.append(info, 0, Blocks(b"later")) == 5
+        assert store.append(info, 0, Blocks(b"later"), SURE) == 5
 
     def test_an_open_place_is_made_once(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"first"))
+        store.append(info, 0, Blocks(b"first"), SURE)
         with pytest.raises(UploadExists):
             store.create_open(info)
         assert content(store, info) == b"first"
@@ -225,7 +236,7 @@ class DataStoreContract:
     )
     def test_every_id_is_a_name(self, store: DataStore, id: str) -> None:
         info = created(store, check_id(id))
-        assert store.append(info, 0, Blocks(id.encode())) == len(id)
+        assert store.append(info, 0, Blocks(id.encode()), SURE) == len(id)
         assert content(store, info) == id.encode()
         store.delete(info)
         with pytest.raises(UploadGone):
@@ -234,7 +245,7 @@ class DataStoreContract:
     def test_ids_that_are_alike_are_not_the_same(self, store: DataStore) -> None:
         infos = [created(store, id) for id in ("abc", "ABC", "abc.", "abc~", "abc-", "abcd")]
         for info in infos:
-            store.append(info, 0, Blocks(info.id.encode()))
+            store.append(info, 0, Blocks(info.id.encode()), SURE)
         assert [content(store, info).decode() for info in infos] == [info.id for info in infos]
 
     # --- appending ---
@@ -242,21 +253,23 @@ class DataStoreContract:
     def test_what_is_appended_counts(self, store: DataStore) -> None:
         info, kept = created(store, size=None), b""
         for blocks in ([b"a"], [b"bc", b"", b"def"], [bytes(range(256))], [b"\r\n"], [LARGE]):
-            assert store.append(info, len(kept), Blocks(*blocks)) == len(kept + b"".join(blocks))
+            assert store.append(info, len(kept), Blocks(*blocks), SURE) == len(
+                kept + b"".join(blocks)
+            )
             kept += b"".join(blocks)
             assert store.offset(info) == len(kept)
             assert content(store, info) == kept
 
     def test_many_small_blocks(self, store: DataStore) -> None:
         info = created(store)
-        assert store.append(info, 0, Blocks(*[b"%d," % n for n in range(1000)])) == 3890
+        assert store.append(info, 0, Blocks(*[b"%d," % n for n in range(1000)]), SURE) == 3890
         assert content(store, info) == b"".join(b"%d," % n for n in range(1000))
 
     @pytest.mark.parametrize("kept", [b"", b"kept"])
     def test_an_empty_source_changes_nothing(self, store: DataStore, kept: bytes) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(kept))
-        assert store.append(info, len(kept), Blocks()) == len(kept)
+        store.append(info, 0, Blocks(kept), SURE)
+        assert store.append(info, len(kept), Blocks(), SURE) == len(kept)
         assert content(store, info) == kept
 
     @pytest.mark.parametrize("offset", [0, 1, 5, 9, 11, 2**31, 2**63 - 1])
@@ -267,9 +280,9 @@ class DataStoreContract:
         if provisional and Extension.CHECKSUM not in store.extensions:
             pytest.skip("the store does not serve checksums")
         info = created(store, size=20)
-        store.append(info, 0, Blocks(b"0123456789"))
+        store.append(info, 0, Blocks(b"0123456789"), SURE)
         with pytest.raises(OffsetMismatch) as mismatch:
-            store.append(info, offset, Blocks(b"x", provisional=provisional))
+            store.append(info, offset, Blocks(b"x", provisional=provisional), SURE)
         assert mismatch.value.offset == 10
         assert store.offset(info) == 10
         assert content(store, info) == b"0123456789"
@@ -277,12 +290,12 @@ class DataStoreContract:
     def test_bytes_count_as_they_come(self, store: DataStore) -> None:
         # The source may fail where no contract foresees it; what it gave is there.
         info = created(store)
-        store.append(info, 0, Blocks(b"one"))
+        store.append(info, 0, Blocks(b"one"), SURE)
         with pytest.raises(Died):
-            store.append(info, 3, Blocks(b"two", breaks=Died()))
+            store.append(info, 3, Blocks(b"two", breaks=Died()), SURE)
         offset = store.offset(info)
         assert 3 <= offset <= 6
-        store.append(info, offset, Blocks(b"onetwo!"[offset:]))
+        store.append(info, offset, Blocks(b"onetwo!"[offset:]), SURE)
         assert content(store, info) == b"onetwo!"
 
     def test_uploads_do_not_touch_each_other(self, store: DataStore) -> None:
@@ -291,7 +304,7 @@ class DataStoreContract:
         def fill(number: int) -> None:
             for n in range(20):
                 block = bytes([number]) * 1000
-                assert store.append(infos[number], n * 1000, Blocks(block)) == (n + 1) * 1000
+                assert store.append(infos[number], n * 1000, Blocks(block), SURE) == (n + 1) * 1000
 
         with ThreadPoolExecutor(len(infos)) as pool:
             list(pool.map(fill, range(len(infos))))
@@ -307,27 +320,27 @@ class DataStoreContract:
         self, store: DataStore, block: bytes, accepts: bool
     ) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"old"))
+        store.append(info, 0, Blocks(b"old"), SURE)
         seen: list[bytes] = []
         source = Blocks(block, provisional=True, accepts=accepts, before_answer=seen.append)
         kept = b"old" + block if accepts else b"old"
-        assert store.append(info, 3, source) == len(kept)
+        assert store.append(info, 3, source, SURE) == len(kept)
         assert source.asked == 1
         assert seen == [block], "what this append stored, for a checksum that comes afterwards"
         assert store.offset(info) == len(kept)
         assert content(store, info) == kept
-        assert store.append(info, len(kept), Blocks(b"more")) == len(kept) + 4
+        assert store.append(info, len(kept), Blocks(b"more"), SURE) == len(kept) + 4
         assert content(store, info) == kept + b"more"
 
     @pytest.mark.usefixtures("verifying")
     def test_provisional_bytes_do_not_count_before(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"old"))
+        store.append(info, 0, Blocks(b"old"), SURE)
         offsets: list[int] = []
         source = Blocks(
             b"new", provisional=True, before_answer=lambda kept: offsets.append(store.offset(info))
         )
-        assert store.append(info, 3, source) == 6
+        assert store.append(info, 3, source, SURE) == 6
         assert offsets == [3]
 
     @pytest.mark.usefixtures("verifying")
@@ -336,29 +349,122 @@ class DataStoreContract:
         self, store: DataStore, provisional: bool
     ) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"old"))
+        store.append(info, 0, Blocks(b"old"), SURE)
         with pytest.raises(Died):
-            store.append(info, 3, Blocks(b"bad and long", provisional=True, breaks=Died()))
+            store.append(info, 3, Blocks(b"bad and long", provisional=True, breaks=Died()), SURE)
         assert store.offset(info) == 3
         with pytest.raises(OffsetMismatch):
-            store.append(info, 15, Blocks(b"x"))
-        assert store.append(info, 3, Blocks(b"good", provisional=provisional)) == 7
+            store.append(info, 15, Blocks(b"x"), SURE)
+        assert store.append(info, 3, Blocks(b"good", provisional=provisional), SURE) == 7
         assert store.offset(info) == 7
         assert content(store, info) == b"oldgood"
+
+    # --- sealing ---
+
+    @pytest.mark.parametrize("late", ["more and more", "cut off", "accepted"])
+    def test_who_wrote_before_a_seal_changes_nothing(self, store: DataStore, late: str) -> None:
+        if late != "more and more" and Extension.CHECKSUM not in store.extensions:
+            pytest.skip("the store verifies nothing")
+        info = created(store, size=16)
+        store.append(info, 0, Blocks(b"kept"), SURE)
+        sealed: list[FileInfo] = []
+
+        class Late(Blocks):
+            """A body during which somebody else takes the upload over."""
+
+            def read(self, n: int) -> bytes:
+                if not self._blocks and not sealed:
+                    sealed.append(replace(info, storage=store.seal(info)))
+                    seen = store.offset(sealed[0])
+                    assert seen == (7 if late == "more and more" else 4)
+                    store.append(sealed[0], seen, Blocks(b"successor"), SURE)
+                    self._blocks.append(b"late, and longer than all of the others")
+                return super().read(n)
+
+        late_source = Late(b"own", provisional=late != "more and more", accepts=late == "accepted")
+        store.append(info, 4, late_source, SURE)
+        (taken_over,) = sealed
+        kept = b"keptownsuccessor" if late == "more and more" else b"keptsuccessor"
+        assert store.offset(taken_over) == len(kept)
+        assert content(store, taken_over) == kept
+        for start in range(len(kept) + 1):
+            assert content(store, taken_over, start) == kept[start:]
+        store.append(taken_over, len(kept), Blocks(b"!" * (16 - len(kept))), SURE)
+        self._finish_sealed(store, taken_over, kept.ljust(16, b"!"))
+
+    def test_an_upload_can_be_sealed_again_and_again(self, store: DataStore) -> None:
+        info, kept = created(store, size=12), b""
+        for block in (b"one,", b"", b"two,", b"last"):
+            info = replace(info, storage=store.seal(info))
+            assert store.offset(info) == len(kept)
+            with pytest.raises(OffsetMismatch):
+                store.append(info, len(kept) + 1, Blocks(b"x"), SURE)
+            store.append(info, len(kept), Blocks(block), SURE)
+            kept += block
+            assert content(store, info) == kept
+        self._finish_sealed(store, info, b"one,two,last")
+
+    def test_two_who_seal_at_once_do_not_disturb_each_other(self, store: DataStore) -> None:
+        info = created(store, size=8)
+        store.append(info, 0, Blocks(b"kept"), SURE)
+        winner = replace(info, storage=store.seal(info))
+        store.append(winner, 4, Blocks(b"more"), SURE)
+        store.seal(info)
+        assert content(store, winner) == b"keptmore"
+
+    def test_without_an_upload_there_is_nothing_to_seal(self, store: DataStore) -> None:
+        info = created(store)
+        store.delete(info)
+        with pytest.raises(UploadGone):
+            store.seal(info)
+
+    def test_a_sealed_upload_can_be_removed(self, store: DataStore) -> None:
+        info = created(store, size=8)
+        store.append(info, 0, Blocks(b"kept"), SURE)
+        info = replace(info, storage=store.seal(info))
+        store.append(info, 4, Blocks(b"more"), SURE)
+        store.delete(info)
+        with pytest.raises(UploadGone):
+            store.offset(info)
+        with pytest.raises(UploadGone):
+            store.open(info)
+
+    def _finish_sealed(self, store: DataStore, info: FileInfo, data: bytes) -> None:
+        for _ in range(2):  # as after a crash
+            finished = replace(info, offset=len(data), storage=store.finish(info, SURE))
+            assert content(store, finished) == data
+            assert content(store, info) == data, "the record may not be saved"
+        store.tidy(info)
+        store.tidy(info)
+        assert content(store, finished) == data
+        store.delete(finished)
+        with pytest.raises(UploadGone):
+            store.open(finished)
+
+    @pytest.mark.usefixtures("verifying")
+    def test_what_is_accepted_too_late_does_not_count(self, store: DataStore) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"kept"), SURE)
+        source = Blocks(b"late", provisional=True)
+        with pytest.raises(LockLost):
+            store.append(info, 4, source, LosesIt(source))
+        assert store.offset(info) == 4
+        assert store.append(info, 4, Blocks(b"more"), SURE) == 8
+        assert content(store, info) == b"keptmore"
 
     # --- finishing ---
 
     def test_finishing_again_does_no_harm(self, store: DataStore) -> None:
         info = created(store, size=4)
-        store.append(info, 0, Blocks(b"done"))
+        store.append(info, 0, Blocks(b"done"), SURE)
         done = replace(info, offset=4)
-        store.finish(done)
-        store.finish(done)
+        store.finish(done, SURE)
+        store.finish(done, SURE)
         assert content(store, done) == b"done"
 
     def test_an_empty_upload_can_be_finished(self, store: DataStore) -> None:
         info = created(store, size=0)
-        store.finish(info)
+        store.finish(info, SURE)
         assert store.offset(info) == 0
         assert content(store, info) == b""
 
@@ -367,8 +473,8 @@ class DataStoreContract:
     def part(self, store: DataStore, data: bytes) -> FileInfo:
         """Return a finished partial upload."""
         info = created(store, size=len(data), is_partial=True)
-        store.append(info, 0, Blocks(data))
-        store.finish(info)
+        store.append(info, 0, Blocks(data), SURE)
+        store.finish(info, SURE)
         return replace(info, offset=len(data), state=State.FINISHED, finished_at=2.5)
 
     def final(self, store: DataStore, *parts: FileInfo) -> FileInfo:
@@ -387,7 +493,7 @@ class DataStoreContract:
         large = self.part(store, LARGE)
         final = self.final(store, two, one, none, two, large)
         assert store.offset(final) == 0
-        store.concatenate(final, [two, one, none, two, large])
+        store.concatenate(final, [two, one, none, two, large], SURE)
         assert store.offset(final) == final.size
         assert content(store, final) == b"two,one,two," + LARGE
         assert content(store, one) == b"one,"
@@ -398,16 +504,39 @@ class DataStoreContract:
         parts = [self.part(store, data) for data in (b"one,", b"two")]
         final = self.final(store, *parts)
         for _ in range(3):
-            store.concatenate(final, parts)
+            store.concatenate(final, parts, SURE)
             assert store.offset(final) == 7
-        store.finish(final)
+        store.finish(final, SURE)
         assert content(store, final) == b"one,two"
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_two_who_join_the_same_parts_do_not_disturb_each_other(self, store: DataStore) -> None:
+        parts = [self.part(store, data) for data in (LARGE, b"two")]
+        final = self.final(store, *parts)
+
+        class Late(Hold):
+            """A holder that stands still before its last step, while others do all of them."""
+
+            def check(self) -> None:
+                store.concatenate(final, parts, SURE)
+                assert content(store, final) == LARGE + b"two"
+
+        store.concatenate(final, parts, Late())
+        assert content(store, final) == LARGE + b"two"
+
+    @pytest.mark.usefixtures("concatenating")
+    def test_who_has_lost_the_lock_joins_nothing(self, store: DataStore) -> None:
+        part = self.part(store, b"part")
+        final = self.final(store, part)
+        with pytest.raises(LockLost):
+            store.concatenate(final, [part], LosesIt(Blocks()))
+        assert store.offset(final) == 0
 
     @pytest.mark.usefixtures("concatenating")
     def test_parts_without_bytes_can_be_joined(self, store: DataStore) -> None:
         part = self.part(store, b"")
         final = self.final(store, part, part)
-        store.concatenate(final, [part, part])
+        store.concatenate(final, [part, part], SURE)
         assert content(store, final) == b""
 
     @pytest.mark.usefixtures("concatenating")
@@ -417,7 +546,7 @@ class DataStoreContract:
         store.delete(two)
         for _ in range(2):
             with pytest.raises(UploadGone):
-                store.concatenate(final, [one, two])
+                store.concatenate(final, [one, two], SURE)
             assert store.offset(final) == 0
             assert content(store, final) == b""
 
@@ -425,7 +554,7 @@ class DataStoreContract:
     def test_the_final_upload_outlives_its_parts(self, store: DataStore) -> None:
         parts = [self.part(store, data) for data in (b"one,", b"two")]
         final = self.final(store, *parts)
-        store.concatenate(final, parts)
+        store.concatenate(final, parts, SURE)
         for part in parts:
             store.delete(part)
         assert content(store, final) == b"one,two"
@@ -435,12 +564,12 @@ class DataStoreContract:
     @pytest.mark.parametrize("start", [0, 1, 9, 10, 11, 2**40])
     def test_reading_begins_anywhere(self, store: DataStore, start: int) -> None:
         info = created(store, size=10)
-        store.append(info, 0, Blocks(b"0123456789"))
+        store.append(info, 0, Blocks(b"0123456789"), SURE)
         assert content(store, info, start) == b"0123456789"[start:]
 
     def test_a_reader_gives_at_most_what_is_asked(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(LARGE))
+        store.append(info, 0, Blocks(LARGE), SURE)
         opened = store.open(info, 1)
         try:
             first = opened.read(10)
@@ -451,7 +580,7 @@ class DataStoreContract:
 
     def test_many_read_at_once(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(LARGE))
+        store.append(info, 0, Blocks(LARGE), SURE)
         readers = [store.open(info, start) for start in range(8)]
         with ThreadPoolExecutor(len(readers)) as pool:
             for start, read in enumerate(pool.map(read_all, readers)):
@@ -459,10 +588,10 @@ class DataStoreContract:
 
     def test_who_reads_does_not_stop_who_writes(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"one"))
+        store.append(info, 0, Blocks(b"one"), SURE)
         opened = store.open(info)
         try:
-            store.append(info, 3, Blocks(b"two"))
+            store.append(info, 3, Blocks(b"two"), SURE)
             assert opened.read(3)
             assert content(store, info) == b"onetwo"
         finally:
@@ -473,14 +602,14 @@ class DataStoreContract:
     def test_what_is_deleted_is_gone(self, store: DataStore) -> None:
         info, neighbour = created(store), created(store)
         for upload in (info, neighbour):
-            store.append(upload, 0, Blocks(b"bytes"))
+            store.append(upload, 0, Blocks(b"bytes"), SURE)
         store.delete(info)
         with pytest.raises(UploadGone):
             store.offset(info)
         with pytest.raises(UploadGone):
             store.open(info)
         with pytest.raises(UploadGone):
-            store.append(info, 5, Blocks(b"x"))
+            store.append(info, 5, Blocks(b"x"), SURE)
         assert content(store, neighbour) == b"bytes"
 
     def test_deleting_again_is_no_error(self, store: DataStore) -> None:
@@ -493,10 +622,10 @@ class DataStoreContract:
     def test_deleting_removes_what_was_left_behind(self, store: DataStore) -> None:
         info = created(store)
         with pytest.raises(Died):
-            store.append(info, 0, Blocks(b"bad", provisional=True, breaks=Died()))
+            store.append(info, 0, Blocks(b"bad", provisional=True, breaks=Died()), SURE)
         store.delete(info)
         again = created(store, info.id)
-        assert store.append(again, 0, Blocks(b"good")) == 4
+        assert store.append(again, 0, Blocks(b"good"), SURE) == 4
         assert store.offset(again) == 4
         assert content(store, again) == b"good"
 
@@ -511,7 +640,7 @@ class DataStoreContract:
     def test_places_are_told_by_their_age(self, store: DataStore, listing: None) -> None:
         before = time.time() - 60
         info, other = created(store), created(store)
-        store.append(info, 0, Blocks(b"bytes"))
+        store.append(info, 0, Blocks(b"bytes"), SURE)
         assert list(store.places(before)) == []
         found = {place.upload: place for place in store.places(time.time() + 60)}
         assert set(found) == {info.id, other.id}
@@ -522,7 +651,7 @@ class DataStoreContract:
 
     def test_a_place_is_cleared_once(self, store: DataStore, listing: None) -> None:
         info, neighbour = created(store), created(store)
-        store.append(neighbour, 0, Blocks(b"bytes"))
+        store.append(neighbour, 0, Blocks(b"bytes"), SURE)
         (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
         assert store.clear(place)
         assert not store.clear(place)
@@ -533,7 +662,7 @@ class DataStoreContract:
     def test_a_place_that_has_changed_is_not_cleared(self, store: DataStore, listing: None) -> None:
         info = created(store)
         (place,) = store.places(time.time() + 60)
-        store.append(info, 0, Blocks(b"bytes"))
+        store.append(info, 0, Blocks(b"bytes"), SURE)
         assert not store.clear(place)
         assert content(store, info) == b"bytes"
 
@@ -543,9 +672,9 @@ class DataStoreContract:
         info = created(store)
         with pytest.raises(UploadExists):
             other.create(FileInfo(id=info.id))
-        store.append(info, 0, Blocks(b"one,"))
+        store.append(info, 0, Blocks(b"one,"), SURE)
         assert other.offset(info) == 4
-        other.append(info, 4, Blocks(b"two"))
+        other.append(info, 4, Blocks(b"two"), SURE)
         assert store.offset(info) == 7
         assert content(store, info) == content(other, info) == b"one,two"
         other.delete(info)
@@ -560,7 +689,7 @@ class DataStoreContract:
         source = Blocks(
             b"new", provisional=True, before_answer=lambda kept: offsets.append(other.offset(info))
         )
-        store.append(info, 0, source)
+        store.append(info, 0, source, SURE)
         assert offsets == [0]
         assert other.offset(info) == 3
 
@@ -568,5 +697,5 @@ class DataStoreContract:
     def test_another_instance_can_join(self, store: DataStore, other: DataStore) -> None:
         parts = [self.part(store, b"one,"), self.part(other, b"two")]
         final = self.final(store, *parts)
-        other.concatenate(final, parts)
+        other.concatenate(final, parts, SURE)
         assert content(store, final) == b"one,two"

@@ -107,11 +107,10 @@ class LeaseContract:
         self, near: LeaseLocker, far: LeaseLocker
     ) -> None:
         requests = Requests()
-        with near.lock("a", requests) as is_lost:
-            assert is_lost is not None
+        with near.lock("a", requests) as hold:
             end = time.monotonic() + 2.5 * self.lease
             while time.monotonic() < end:
-                assert not is_lost()
+                assert not hold.is_lost()
                 self._expect_locked(far, "a")
                 time.sleep(0.05)
         assert requests.reasons == []
@@ -121,13 +120,12 @@ class LeaseContract:
     ) -> None:
         requests = Requests()
         with ExitStack() as held:
-            is_lost = held.enter_context(near.lock("a", requests))
-            assert is_lost is not None
+            hold = held.enter_context(near.lock("a", requests))
             with monkeypatch.context() as away:
                 self._cut_off(near, away)
                 far_held = ExitStack()
                 far_held.enter_context(far.lock("a", ignore))
-                assert is_lost(), "two holders"
+                assert hold.is_lost(), "two holders"
                 requests.wait_for(LockLost)
             with far_held:
                 # Giving back what was lost frees nobody else's lock.
@@ -145,23 +143,20 @@ class LeaseContract:
             raise Unavailable
 
         monkeypatch.setattr(near, "_prolong", hang)
-        with near.lock("a", requests) as is_lost:
+        with near.lock("a", requests) as hold:
             requests.wait_for(LockLost)
-            assert is_lost is not None
-            assert is_lost()
+            assert hold.is_lost()
             hangs.set()
 
     def test_a_lock_that_was_taken_away_is_lost(self, near: LeaseLocker, far: LeaseLocker) -> None:
         requests, other = Requests(), Requests()
-        with near.lock("a", requests) as is_lost, near.lock("b", other) as is_other_lost:
-            assert is_lost is not None
-            assert is_other_lost is not None
+        with near.lock("a", requests) as hold, near.lock("b", other) as other_hold:
             token = near._holder("a")
             assert token is not None
             far._give_back("a", token)
             requests.wait_for(LockLost)
-            assert is_lost()
-            assert not is_other_lost()
+            assert hold.is_lost()
+            assert not other_hold.is_lost()
         assert other.reasons == []
         with far.lock("a", ignore):
             pass
@@ -175,7 +170,98 @@ class LeaseContract:
         with far.lock("a", ignore):
             assert time.monotonic() - taken_at > 0.9 * self.lease
 
+    # --- a lock that was not given back ---
+
+    def test_a_lock_that_was_given_back_is_not_contested(
+        self, near: LeaseLocker, far: LeaseLocker
+    ) -> None:
+        for locker in (near, far, near):
+            with locker.lock("a", ignore) as hold:
+                assert not hold.is_contested
+
+    def test_a_lock_that_ran_out_is_contested_until_it_is_settled(
+        self, near: LeaseLocker, far: LeaseLocker
+    ) -> None:
+        self._die(near, near._acquire("a", ignore))
+        for _ in range(2):
+            with far.lock("a", ignore) as hold:
+                assert hold.is_contested
+        with far.lock("a", ignore) as hold:
+            hold.settle()
+            assert not hold.is_contested
+        with far.lock("a", ignore) as hold:
+            assert not hold.is_contested
+
+    def test_who_settled_and_died_is_the_next_who_may_write(
+        self, near: LeaseLocker, far: LeaseLocker, make: MakeLocker
+    ) -> None:
+        self._die(near, near._acquire("a", ignore))
+        lease = far._acquire("a", ignore)
+        lease.settle()
+        self._die(far, lease)
+        with contextmanager(self._prepared)(make(self.lease, None)) as third:
+            assert third.lease == self.lease
+            with third.lock("a", ignore) as hold:
+                assert hold.is_contested
+                hold.settle()
+            with third.lock("a", ignore) as hold:
+                assert not hold.is_contested
+
+    def test_a_late_release_takes_no_mark_of_others(
+        self, near: LeaseLocker, far: LeaseLocker, make: MakeLocker
+    ) -> None:
+        lease = near._acquire("a", ignore)
+        self._die(near, lease)
+        successor = far._acquire("a", ignore)
+        successor.settle()
+        near._give_back("a", lease.token)
+        self._expect_locked(near, "a")
+        self._die(far, successor)
+        with contextmanager(self._prepared)(make(self.lease, None)) as third:  # noqa: SIM117
+            with third.lock("a", ignore) as hold:
+                assert hold.is_contested
+
+    def test_a_lost_lock_cannot_be_settled(self, near: LeaseLocker, far: LeaseLocker) -> None:
+        self._die(near, near._acquire("a", ignore))
+        with far.lock("a", ignore) as hold:
+            assert isinstance(hold, Lease)
+            far._give_back("a", hold.token)
+            with near.lock("a", ignore) as successor:
+                with pytest.raises(LockLost):
+                    hold.settle()
+                assert successor.is_contested
+
+    def test_a_lock_whose_release_failed_runs_out(
+        self, near: LeaseLocker, far: LeaseLocker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with near.lock("another", ignore), ExitStack() as held:
+            held.enter_context(near.lock("a", ignore))
+            with monkeypatch.context() as away:
+                self._cut_off(near, away)
+                held.close()
+            with far.lock("a", ignore):
+                pass
+
     # --- on one host ---
+
+    def test_the_lock_of_a_dead_neighbour_is_not_contested(
+        self, neighbours: tuple[LeaseLocker, LeaseLocker]
+    ) -> None:
+        first, second = neighbours
+        self._die(first, first._acquire("a", ignore))
+        for _ in range(2):
+            with second.lock("a", ignore) as hold:
+                assert not hold.is_contested
+
+    def test_a_neighbour_cannot_tell_that_another_host_is_dead(
+        self, neighbours: tuple[LeaseLocker, LeaseLocker], near: LeaseLocker
+    ) -> None:
+        first, second = neighbours
+        self._die(near, near._acquire("a", ignore))
+        # It has not settled anything when it dies, and so writes nothing.
+        self._die(first, first._acquire("a", ignore))
+        with second.lock("a", ignore) as hold:
+            assert hold.is_contested
 
     def test_the_lock_of_a_dead_neighbour_is_free_at_once(
         self, neighbours: tuple[LeaseLocker, LeaseLocker]
