@@ -63,11 +63,11 @@ class TestConsulLocker(LockerContract):
 
     def test_locks_are_lost_with_the_session(self, locker, other, consul):
         requests = Requests()
-        with locker.lock("a", requests) as is_lost:
+        with locker.lock("a", requests) as hold:
             consul.end_session(locker._find("a")[1])
             with other.lock("a", ignore):
                 requests.wait()
-                assert is_lost()
+                assert hold.is_lost()
                 with locker.lock("b", ignore) as is_b_lost:
                     assert not is_b_lost()
         assert isinstance(requests.reasons[-1], LockLost)
@@ -100,12 +100,12 @@ class TestConsulLeases(LeaseContract):
 def test_locks_are_lost_when_consul_goes_and_work_when_it_is_back(consul, caplog):
     lost = Requests()
     with prepared(consul.dsn) as locker, prepared(consul.dsn) as other:
-        with locker.lock("a", lost) as is_lost:
+        with locker.lock("a", lost) as hold:
             consul.kill()
             with pytest.raises(Unavailable), other.lock("b", ignore):
                 pytest.fail("locked")
             lost.wait()
-            assert is_lost()
+            assert hold.is_lost()
             assert isinstance(lost.reasons[0], LockLost)
         consul.start()
         TestConsulLocker().test_other_instances_share_the_locks(locker, other)
@@ -116,13 +116,13 @@ def test_a_lock_that_could_not_be_given_back_is_free_later(consul):
     with (
         prepared(consul.dsn, lease=4.0) as locker,
         prepared(consul.dsn) as other,
-        locker.lock("b", ignore) as is_lost,
+        locker.lock("b", ignore) as hold,
     ):
         with locker.lock("a", ignore):
             consul.kill()
         consul.start()
         with other.lock("a", ignore):
-            assert not is_lost()
+            assert not hold.is_lost()
 
 
 def test_leases_are_as_long_as_consul_wants_them(monkeypatch, consul):

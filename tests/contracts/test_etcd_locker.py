@@ -101,23 +101,23 @@ class TestEtcdLocker(LockerContract):
 
     def test_locks_are_lost_with_the_session(self, locker, other, shared):
         requests = Requests()
-        with locker.lock("a", requests) as is_lost:
+        with locker.lock("a", requests) as hold:
             lease = locker._find("a")[1]
             call(shared, "/v3/lease/revoke", ID=lease)
             with other.lock("a", ignore):
                 requests.wait()
-                assert is_lost()
+                assert hold.is_lost()
                 with locker.lock("b", ignore) as is_b_lost:
                     assert not is_b_lost()
         assert isinstance(requests.reasons[-1], LockLost)
 
     def test_a_new_session_does_not_bring_old_locks_back(self, locker, shared):
         requests = Requests()
-        with locker.lock("a", requests) as is_lost:
+        with locker.lock("a", requests) as hold:
             call(shared, "/v3/lease/revoke", ID=locker._find("a")[1])
             with locker.lock("b", ignore):
                 requests.wait()
-                assert is_lost()
+                assert hold.is_lost()
 
     def test_requests_are_heard_after_a_compaction(self, locker, other, shared, prefix):
         self.test_other_instances_share_the_locks(locker, other)
@@ -144,12 +144,12 @@ class TestEtcdLeases(LeaseContract):
 def test_locks_are_lost_when_etcd_goes_and_work_when_it_is_back(own, caplog):
     lost = Requests()
     with prepared(own.dsn) as locker, prepared(own.dsn) as other:
-        with locker.lock("a", lost) as is_lost:
+        with locker.lock("a", lost) as hold:
             own.kill()
             with pytest.raises(Unavailable), other.lock("b", ignore):
                 pytest.fail("locked")
             lost.wait()
-            assert is_lost()
+            assert hold.is_lost()
             assert isinstance(lost.reasons[0], LockLost)
         own.start()
         expect_request(locker, other, "c")
@@ -161,10 +161,10 @@ def test_locks_are_lost_when_etcd_goes_and_work_when_it_is_back(own, caplog):
 
 def test_a_short_absence_of_etcd_costs_no_lock(own):
     requests = Requests()
-    with prepared(own.dsn, lease=20.0) as locker, locker.lock("a", requests) as is_lost:
+    with prepared(own.dsn, lease=20.0) as locker, locker.lock("a", requests) as hold:
         own.restart()
         assert locker._prolong({locker._holder("a"): "a"})
-        assert not is_lost()
+        assert not hold.is_lost()
     assert requests.reasons == []
 
 
@@ -172,20 +172,20 @@ def test_a_lock_that_could_not_be_given_back_is_free_later(own):
     with (
         prepared(own.dsn, lease=6.0) as locker,
         prepared(own.dsn) as other,
-        locker.lock("b", ignore) as is_lost,
+        locker.lock("b", ignore) as hold,
     ):
         with locker.lock("a", ignore):
             own.kill()
         own.start()
         with other.lock("a", ignore):
-            assert not is_lost()
+            assert not hold.is_lost()
 
 
 def test_an_etcd_that_hangs_is_not_waited_for(own):
     with (
         prepared(own.dsn, lease=8.0) as locker,
         prepared(own.dsn) as other,
-        locker.lock("a", ignore) as is_lost,
+        locker.lock("a", ignore) as hold,
     ):
         os.kill(own._process.pid, signal.SIGSTOP)
         try:
@@ -195,7 +195,7 @@ def test_an_etcd_that_hangs_is_not_waited_for(own):
             os.kill(own._process.pid, signal.SIGCONT)
         # What it did late, of what nobody waited for any more, does not stay.
         with other.lock("b", ignore):
-            assert not is_lost()
+            assert not hold.is_lost()
 
 
 def test_another_address_is_asked_when_one_is_gone(own, shared):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tuswsgi.errors import (
     ConfigurationError,
+    LockLost,
     StorageFull,
     Unavailable,
+    UploadInterrupted,
     UploadLocked,
     UploadNotFound,
 )
@@ -96,6 +101,37 @@ class TestFileLocker(LockerContract):
             file.unlink()
         with other.lock("a"), pytest.raises(UploadLocked), locker.try_lock("a"):
             pass
+
+    def test_a_directory_that_was_removed_is_made_again(self, locker, other):
+        with locker.lock("a", ignore):
+            pass
+        shutil.rmtree(locker.directory)
+        locker.check()
+        shutil.rmtree(locker.directory)
+        requests = Requests()
+        with locker.lock("a", requests), pytest.raises(UploadLocked), other.try_lock("a", ignore):
+            pytest.fail("two holders")
+        with self._held(locker, "a", requests) as release, ThreadPoolExecutor(1) as pool:
+            waiter = pool.submit(self._take, other, "a")
+            requests.wait_for(UploadInterrupted)
+            release.set()
+            waiter.result(SOON)
+
+    def test_who_holds_a_lock_whose_file_was_removed_is_told(self, locker, other):
+        requests = Requests()
+        with locker.lock("a", requests):
+            shutil.rmtree(locker.directory)
+            with other.lock("a", ignore):
+                requests.wait_for(LockLost)
+
+    def test_sockets_of_other_hosts_stay(self, locker, other):
+        theirs = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        post = locker._mailbox.get()._post
+        theirs.bind(str(post._prefix / "01234567-1-89abcdef.sock"))
+        theirs.close()
+        other.prepare()
+        assert post.path("01234567-1-89abcdef.sock").is_socket()
+        post.path("01234567-1-89abcdef.sock").unlink()
 
     def test_nothing_is_left_behind(self, locker):
         with locker.lock("a", ignore), locker.lock("b", ignore):

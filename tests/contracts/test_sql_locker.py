@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 import databases
 import pytest
@@ -55,16 +56,30 @@ class OnDatabase(LockerContract):
         with pytest.raises(UploadLocked), locker.try_lock("a", ignore):
             pytest.fail("two holders")
 
-    def test_what_the_dead_left_behind_is_removed_at_start(self, locker, other, dsn):
-        assert locker._take("a", "dead.worker.1")
-        with locker.lock("b", ignore):
-            while locker._holder("a"):
+    def test_what_the_dead_left_behind_is_removed_at_last(self, locker, other, dsn):
+        for id in ("a", "b"):
+            assert locker._take(id, "dead.worker.1")
+        with locker.lock("c", ignore):
+            while locker._holder("b"):
                 time.sleep(0.05)
+            locker._change(
+                "UPDATE tuswsgi_locks SET ends_at = ends_at - ? WHERE id = 'a'", 31 * 86400
+            )
             other.prepare()
-            assert rows(dsn) == ["b"]
+            # The holder of the other one may only stand still.
+            assert rows(dsn) == ["b", "c"]
 
 
 class LeasesOnDatabase(LeaseContract):
+    def test_a_lock_whose_release_failed_runs_out(self, near, far, monkeypatch):
+        with near.lock("another", ignore), ExitStack() as held:
+            held.enter_context(near.lock("a", ignore))
+            with monkeypatch.context() as away:
+                self._cut_off(near, away)
+                held.close()
+            with far.lock("a", ignore):
+                pass
+
     @pytest.fixture
     def make(self, dsn):
         pool = PoolSettings(databases.POOL_SIZE)
@@ -126,12 +141,12 @@ def test_locks_are_lost_when_the_database_goes_and_work_when_it_is_back(kind, ca
         for locker in lockers:
             locker.prepare()
         locker, other = lockers
-        with locker.lock("a", lost) as is_lost:
+        with locker.lock("a", lost) as hold:
             server.kill()
             with pytest.raises(Unavailable), other.lock("b", ignore):
                 pytest.fail("locked")
             lost.wait_for(LockLost)
-            assert is_lost()
+            assert hold.is_lost()
         server.start()
         with other.lock("a", ignore):
             pass

@@ -7,6 +7,10 @@ know what is locked, and waiting is the business of the base class.
 A lock is one byte, found by hashing the id, of one of a few files that are always there.
 A file per lock would be made and removed with every request, and a file system like ext4
 gets slower and slower at that.
+
+Somebody may remove the directory while locks are held, a cleaner of temporary files for one.
+It is made again, and who holds a lock in a file that has no name any more is told within a
+second that the lock is lost: others may have it in the file's successor.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from typing import NamedTuple
 
 from tuswsgi.errors import (
     ConfigurationError,
+    LockLost,
     StorageFull,
     Unavailable,
     UploadInterrupted,
@@ -51,12 +56,27 @@ _FILES = 64
 #: How many of each file stay open without a lock.
 _MOST_FREE = 4
 
+#: Seconds between two looks whether the directory is still there.
+_LOOK = 1.0
+
 #: Open file description locks: unlike those of lockf they exclude the greenlets of one
 #: process, too. Linux has them; elsewhere a lock is a file after all, which stays.
 _SET_LOCK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
 
 #: ``struct flock``: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
+
+
+def _boot() -> str:
+    """Return the name of this host since it booted, empty where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+#: What the names of this host's sockets begin with.
+_HOST = f"{_boot()[:8]}-"
 
 
 class Lock(NamedTuple):
@@ -99,11 +119,11 @@ class FileLocker(Locker[Held]):
         locks: hence the kernel's own name.
         """
         try:
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
             found = self.directory.stat()
-            return f"{boot}-{found.st_dev:x}-{found.st_ino:x}"
         except OSError:
             return None
+        boot = _boot()
+        return f"{boot}-{found.st_dev:x}-{found.st_ino:x}" if boot else None
 
     def prepare(self) -> None:
         try:
@@ -119,7 +139,9 @@ class FileLocker(Locker[Held]):
 
     def check(self) -> None:
         error = aside(why_unwritable, self.directory)
-        if error is not None:
+        if isinstance(error, FileNotFoundError):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        elif error is not None:
             raise Unavailable from error
 
     def close(self) -> None:
@@ -238,11 +260,12 @@ class Mailbox:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+        self.name = f"{_HOST}{os.getpid()}-{secrets.token_hex(4)}.sock"
         self._pid = os.getpid()
         self._holders: dict[str, Held] = {}
-        self._post = Post(directory)
-        self._inbox = self._post.bind(self.name)
+        self._directory = directory
+        self._open()
+        self._looked_at = time.monotonic()
         self._closing = False
         self._watcher: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -260,6 +283,8 @@ class Mailbox:
 
     def broadcast(self, id: str) -> None:
         """Send a release request to all processes, without waiting."""
+        if self._watcher is None:
+            self._look()
         message = f"{time.monotonic_ns()} {id}".encode()
         for name in self._post.names():
             try:
@@ -289,18 +314,41 @@ class Mailbox:
                 )
                 self._watcher.start()
 
+    def _open(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._post = Post(self._directory)
+        self._inbox = self._post.bind(self.name)
+        self._inbox.settimeout(_LOOK)
+
     def _watch(self) -> None:
         # A greenlet lives on in a forked child, where the socket is still the parent's.
         while not self._closing and os.getpid() == self._pid:
             try:
                 message = self._inbox.recv(512)
+                if os.getpid() == self._pid:
+                    self._deliver(message)
+                    self._look()
+            except TimeoutError:
+                self._look()
             except OSError:
                 logger.exception("Cannot receive requests to release locks")
                 time.sleep(0.1)
-                continue
-            if os.getpid() == self._pid:
-                self._deliver(message)
         self._dispose()
+
+    def _look(self) -> None:
+        """Find out now and then whether the files of this process still have their names."""
+        now = time.monotonic()
+        if self._closing or os.getpid() != self._pid or now - self._looked_at < _LOOK / 2:
+            return
+        self._looked_at = now
+        for id, held in list(self._holders.items()):
+            if not _has_name(held.lock.fd):
+                logger.error("The lock of %s is lost: somebody has removed its file", id)
+                ask_to_release(held.on_release_request, LockLost())
+        if not self._post.path(self.name).is_socket():
+            logger.error("Somebody has removed %s; it is made again", self._post.path(self.name))
+            self._dispose()
+            self._open()
 
     def _deliver(self, message: bytes) -> None:
         sent, _, id = message.decode("ascii", "replace").partition(" ")
@@ -319,7 +367,7 @@ class Post:
     def __init__(self, directory: Path) -> None:
         self._directory = self._prefix = directory
         self._fd: int | None = None
-        if len(os.fsencode(self.path(f"{2**32}-{0:08x}.sock"))) > _LONGEST_ADDRESS:
+        if len(os.fsencode(self.path(f"{_HOST}{2**32}-{0:08x}.sock"))) > _LONGEST_ADDRESS:
             self._shorten()
         self._outbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._outbox.setblocking(False)
@@ -340,8 +388,11 @@ class Post:
         return self._directory / name
 
     def names(self) -> list[str]:
-        """Return the names of all sockets, also of processes that are dead."""
-        return [path.name for path in self._directory.glob("*.sock")]
+        """Return the names of this host's sockets, also of processes that are dead.
+
+        Where hosts share the directory, those of others look dead from here.
+        """
+        return [path.name for path in self._directory.glob(f"{_HOST}*.sock")]
 
     def bind(self, name: str) -> socket.socket:
         inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -378,7 +429,20 @@ def _place(id: str) -> tuple[str, int]:
 
 
 def _open(directory: Path, name: str) -> int:
-    return os.open(f"{directory}/{contained(name)}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = f"{directory}/{contained(name)}"
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        directory.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o600)
+
+
+def _has_name(fd: int) -> bool:
+    try:
+        return os.fstat(fd).st_nlink > 0
+    except OSError:
+        return True  # another thread has closed it a moment ago, and its lock is no more
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -231,17 +231,6 @@ class LeaseContract:
                     hold.settle()
                 assert successor.is_contested
 
-    def test_a_lock_whose_release_failed_runs_out(
-        self, near: LeaseLocker, far: LeaseLocker, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with near.lock("another", ignore), ExitStack() as held:
-            held.enter_context(near.lock("a", ignore))
-            with monkeypatch.context() as away:
-                self._cut_off(near, away)
-                held.close()
-            with far.lock("a", ignore):
-                pass
-
     # --- on one host ---
 
     def test_the_lock_of_a_dead_neighbour_is_not_contested(
