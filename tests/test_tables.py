@@ -51,7 +51,9 @@ def test_an_empty_database_gets_the_tables(connection: SqlConnection) -> None:
     assert version(connection) == 0
     prepare_tables(connection)
     assert version(connection) == SCHEMA
-    run(connection, "INSERT INTO tuswsgi_locks VALUES ('id', 'token', 'worker', 1.5, FALSE)")
+    run(
+        connection, "INSERT INTO tuswsgi_locks VALUES ('id', 'token', 'mark', 'worker', 1.5, FALSE)"
+    )
 
 
 def test_older_tables_are_upgraded(connection: SqlConnection) -> None:
@@ -64,7 +66,9 @@ def test_older_tables_are_upgraded(connection: SqlConnection) -> None:
     )
     prepare_tables(connection)
     assert version(connection) == SCHEMA
-    run(connection, "INSERT INTO tuswsgi_locks VALUES ('id', 'token', 'worker', 1.5, FALSE)")
+    run(
+        connection, "INSERT INTO tuswsgi_locks VALUES ('id', 'token', 'mark', 'worker', 1.5, FALSE)"
+    )
     sql = "SELECT * FROM tuswsgi_waiting"
     rows = connection.read(lambda database: database.execute_sql(sql).fetchall())
     assert [tuple(row) for row in rows] == [("part", "final")]

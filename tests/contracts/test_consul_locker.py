@@ -68,8 +68,8 @@ class TestConsulLocker(LockerContract):
             with other.lock("a", ignore):
                 requests.wait()
                 assert hold.is_lost()
-                with locker.lock("b", ignore) as is_b_lost:
-                    assert not is_b_lost()
+                with locker.lock("b", ignore) as hold_of_b:
+                    assert not hold_of_b.is_lost()
         assert isinstance(requests.reasons[-1], LockLost)
 
     def test_one_of_many_locks_is_lost_alone(self, locker, other):
@@ -81,7 +81,7 @@ class TestConsulLocker(LockerContract):
         try:
             other._give_back("77", locker._holder("77"))
             requests["77"].wait()
-            assert [id for id in ids if lost[id]()] == ["77"]
+            assert [id for id in ids if lost[id].is_lost()] == ["77"]
         finally:
             for hold in holds:
                 hold.__exit__(None, None, None)

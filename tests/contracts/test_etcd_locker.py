@@ -107,8 +107,8 @@ class TestEtcdLocker(LockerContract):
             with other.lock("a", ignore):
                 requests.wait()
                 assert hold.is_lost()
-                with locker.lock("b", ignore) as is_b_lost:
-                    assert not is_b_lost()
+                with locker.lock("b", ignore) as hold_of_b:
+                    assert not hold_of_b.is_lost()
         assert isinstance(requests.reasons[-1], LockLost)
 
     def test_a_new_session_does_not_bring_old_locks_back(self, locker, shared):

@@ -430,7 +430,7 @@ class TestStrays:
         client = serve(storage="file-storage")
         url = client.create(9, b"old")
         directory = Path(options["data_dir"])
-        left = directory / f".{id_of(url)}.concat"
+        left = directory / f".{id_of(url)}.concat-0123456789abcdef"
         left.write_bytes(b"half")
         marker, stale = (directory / f".{name}.unverified" for name in (id_of(url), "not an id"))
         for path in (marker, stale):

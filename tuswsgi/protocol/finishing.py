@@ -18,8 +18,8 @@ from tuswsgi.datastores.base import DataStore
 from tuswsgi.errors import (
     HookRefusal,
     MaxSizeExceeded,
+    TusError,
     UploadGone,
-    UploadLocked,
     UploadNotFound,
 )
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
@@ -102,7 +102,10 @@ class Finisher:
         events = self.hooks.record(HookType.POST_TERMINATE, info, request)
         hold.check()
         info = self.infos.delete(info, events, state=state, now=time.time())
-        self.data.delete(info)
+        try:
+            self.data.delete(info)
+        except Exception:
+            log.exception("The bytes of %s could not be removed; the clean-up tries again", info.id)
         self.hooks.tell(HookType.POST_TERMINATE, info, request)
         tell(upload_terminated, self.sender, info)
         return info
@@ -180,6 +183,8 @@ class Finisher:
         for id in self.infos.finals_waiting_for(part.id):
             try:
                 self.build_final(id, request)
+            except TusError as error:
+                log.info("The final upload %s is not built yet: %s", id, error)
             except Exception:
                 # The part itself is finished and its client must hear so; the next HEAD of
                 # the final upload, or the sweep, tries again.
@@ -222,8 +227,8 @@ class Finisher:
                     part = self.infos.load(id)
                     if not part.is_gone and not self.infos.finals_waiting_for(id):
                         self.remove(part, State.TERMINATED, request, hold)
-            except UploadLocked:
-                log.info("The part %s of %s is in use and stays", id, final.id)
+            except TusError as error:
+                log.info("The part %s of %s stays: %s", id, final.id, error)
             except Exception:
                 log.exception("The part %s of %s could not be removed", id, final.id)
 
