@@ -63,7 +63,9 @@ class Finisher:
             return info
         if info.state is State.RECEIVING:
             info = self.infos.save(info.but(storage=self.data.seal(info)))
-            log.warning("%s goes on without who lost its lock and may still write", info.id)
+            log.warning(
+                "%s was taken over from a holder that may still write: it is sealed", info.id
+            )
         hold.settle()
         return info
 
