@@ -1,8 +1,9 @@
 """Hosts that stand still for longer than their leases, and go on as if nothing had happened.
 
-Some servers share the data directory and the server of records and locks. One of them is
-stopped again and again, at any point of whatever it does, until others have taken over; then
-it wakes up. Whatever was acknowledged stays, and nothing is finished that is not verified.
+Some servers share the data directory and the server of records and locks. They are stopped
+again and again, at any moment, or at the worst: between the last look at the lock and the step
+that it is for. When others have taken over they wake up. Whatever was acknowledged stays, and
+nothing is finished that is not verified.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -37,6 +39,9 @@ from e2e.client import (
 from e2e.conftest import SERVE, Server, free_port, running
 from e2e.uploader import PASSING
 
+#: Where the servers find what makes them stand still.
+STANDING_STILL = Path(__file__).parent / "standing_still"
+
 #: Seconds.
 LEASE = 1.0
 
@@ -60,18 +65,30 @@ class Hosts:
     def client(self) -> Client:
         return random.choice(self.servers).client
 
-    @contextmanager
-    def standing_still(self) -> Iterator[Server]:
-        """Stop the workers of one server for the length of a ``with`` block."""
-        server = random.choice(self.servers)
-        stopped = server.workers()
-        for worker in stopped:
+    def stop_one(self) -> None:
+        """Let a server stand still from this moment on."""
+        for worker in random.choice(self.servers).workers():
             os.kill(worker, signal.SIGSTOP)
-        try:
-            yield server
-        finally:
-            for worker in stopped:
-                os.kill(worker, signal.SIGCONT)
+
+    def wake(self, pause: float, is_over: threading.Event) -> int:
+        """Wake up whoever has stood still for so many seconds, and return how often that was."""
+        since: dict[int, float] = {}
+        count = 0
+        while not is_over.wait(0.05) or since:
+            now = time.monotonic()
+            for worker in (one for server in self.servers for one in server.workers()):
+                if not _stands_still(worker):
+                    continue
+                if now - since.setdefault(worker, now) > pause:
+                    del since[worker]
+                    count += 1
+                    os.kill(worker, signal.SIGCONT)
+        return count
+
+
+def _stands_still(worker: int) -> bool:
+    stat = Path(f"/proc/{worker}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 @contextmanager
@@ -79,6 +96,10 @@ def hosts(
     directory: Path, number: int, shared: PrivateServer, *flags: str, lease: float = LEASE
 ) -> Iterator[Hosts]:
     data_dir = directory / "data"
+    environ = {
+        "PYTHONPATH": os.pathsep.join([str(STANDING_STILL), *sys.path]),
+        "STAND_STILL_WITHIN": "6",
+    }
     with ExitStack() as stack:
         stack.callback(shared.remove)
         servers = []
@@ -88,7 +109,7 @@ def hosts(
                 *("--workers", "1", "--runtime-dir", str(directory / f"host{host}")),
                 *("--lock-lease", str(lease), "--lock-timeout", "5s", *flags),
             ]
-            servers.append(stack.enter_context(running(Server(command, data_dir))))
+            servers.append(stack.enter_context(running(Server(command, data_dir, environ))))
         yield Hosts(servers)
 
 
@@ -341,15 +362,16 @@ def test_nothing_is_lost_when_hosts_stand_still(
     with kind(tmp_path, 3, "--remove-parts", *clean_up) as shared, ThreadPoolExecutor(8) as pool:
         jobs = [one(shared, seed) for seed, one in enumerate(classes)]
         working = [pool.submit(job.run_until, is_over) for job in jobs]
+        waker = pool.submit(shared.wake, pause, is_over)
         try:
             for _ in range(rounds):
-                time.sleep(random.uniform(0.0, 0.4))
-                with shared.standing_still():
-                    wait(working, pause, FIRST_COMPLETED)
-                if any(one.done() for one in working):
-                    break  # it failed, and says so below
+                shared.stop_one()
+                # It ends only if it fails, and says so below.
+                if wait([*working, waker], pause + random.random(), FIRST_COMPLETED).done:
+                    break
         finally:
             is_over.set()
+            print(f"servers stood still {waker.result()} times")
             for job in jobs:
                 print(type(job).__name__, job.done, dict(job.answers))
         for one in working:
