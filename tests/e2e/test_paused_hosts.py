@@ -358,11 +358,11 @@ def test_nothing_is_lost_when_hosts_stand_still(
 ) -> None:
     clean_up = ("--gc-partial-age", f"{PARTIAL_AGE}s", "--gc-interval", "1s")
     classes = [Rivals, Rivals, Rivals, Concatenation, Concatenation, Termination, Ageing]
-    is_over = threading.Event()
+    is_over, is_calm = threading.Event(), threading.Event()
     with kind(tmp_path, 3, "--remove-parts", *clean_up) as shared, ThreadPoolExecutor(8) as pool:
         jobs = [one(shared, seed) for seed, one in enumerate(classes)]
         working = [pool.submit(job.run_until, is_over) for job in jobs]
-        waker = pool.submit(shared.wake, pause, is_over)
+        waker = pool.submit(shared.wake, pause, is_calm)
         try:
             for _ in range(rounds):
                 shared.stop_one()
@@ -371,6 +371,8 @@ def test_nothing_is_lost_when_hosts_stand_still(
                     break
         finally:
             is_over.set()
+            wait(working)
+            is_calm.set()
             print(f"servers stood still {waker.result()} times")
             for job in jobs:
                 print(type(job).__name__, job.done, dict(job.answers))
