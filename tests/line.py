@@ -23,6 +23,10 @@ class Line:
         self.accepted = 0
         self.open: list[socket.socket] = []
         self.loses_answer = False
+        #: What a client says last before the server goes, and who said it.
+        self._last_words: bytes | None = None
+        self._restarts = False
+        self._doomed: socket.socket | None = None
         self._flows = threading.Event()
         self._flows.set()
         self._is_there = True
@@ -44,6 +48,14 @@ class Line:
     def lose_answer(self) -> None:
         """The server's next answer gets lost, and its connection with it."""
         self.loses_answer = True
+
+    def cut_after(self, text: bytes, *, restarts: bool = False) -> None:
+        """The server goes when it has done what a request with `text` wants of it, and before
+        anybody hears of that.
+
+        :param restarts: it is back at once.
+        """
+        self._last_words, self._restarts = text, restarts
 
     def unblock(self) -> None:
         self._flows.set()
@@ -99,8 +111,13 @@ class Line:
             while data := source.recv(65536):
                 if record:
                     self.sent += data
+                if record and self._last_words is not None and self._last_words in data:
+                    self._last_words, self._doomed = None, source
                 if is_answer and self.loses_answer:
                     self.loses_answer = False
+                    break
+                if is_answer and target is self._doomed:
+                    (self.drop if self._restarts else self.cut)()
                     break
                 self._flows.wait()
                 target.sendall(data)

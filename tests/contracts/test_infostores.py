@@ -11,7 +11,13 @@ from threading import Thread
 import pytest
 
 from tuswsgi.connections.sql import connect
-from tuswsgi.errors import ConfigurationError, StorageFull, Unavailable, UploadNotFound
+from tuswsgi.errors import (
+    ConfigurationError,
+    StorageFull,
+    Unavailable,
+    UploadExists,
+    UploadNotFound,
+)
 from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores import record
 from tuswsgi.infostores.file import FileInfoStore
@@ -55,6 +61,13 @@ class TestFileInfoStore(Shared):
     @pytest.fixture
     def directory(self, tmp_path):
         return tmp_path / "info"
+
+    @pytest.fixture
+    def fill(self, monkeypatch):
+        def fail(*args):
+            raise OSError(errno.ENOSPC, "full")
+
+        return lambda: monkeypatch.setattr(os, "link", fail)
 
     def test_what_is_not_ours_is_skipped(self, store, directory, caplog):
         info = upload()
@@ -191,6 +204,32 @@ class TestFileInfoStore(Shared):
             store.save(info)
         assert list(store.list()) == [info]
 
+    def test_trouble_after_a_record_was_written_is_no_refusal(self, store, monkeypatch):
+        unlink = os.unlink
+
+        def fail(path):
+            unlink(path)
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(os, "unlink", fail)
+        with pytest.raises(Unavailable):
+            store.create(info := upload())
+        assert store.load(info.id) == info
+
+    def test_a_record_that_is_written_twice_over_nfs_is_our_own(self, store, monkeypatch):
+        link = os.link
+
+        def repeat(source, target):
+            link(source, target)
+            link(source, target)
+
+        store.create(other := upload())
+        monkeypatch.setattr(os, "link", repeat)
+        store.create(info := upload())
+        assert store.load(info.id) == info
+        with pytest.raises(UploadExists):
+            store.create(other)
+
     def test_a_directory_that_cannot_be_is_said(self, tmp_path):
         (tmp_path / "info").write_text("a file")
         with pytest.raises(ConfigurationError, match="cannot be used"):
@@ -207,6 +246,14 @@ class TestSqliteInfoStore(Shared):
 
     def make(self, directory):
         return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=self.durable)
+
+    @pytest.fixture
+    def fill(self, store):
+        def limit(database):
+            (pages,) = database.execute_sql("PRAGMA page_count").fetchone()
+            database.execute_sql(f"PRAGMA max_page_count = {pages}")
+
+        return lambda: store._connection.write(limit)
 
     def test_commits_are_as_durable_as_configured(self, store):
         store.create(upload())

@@ -86,7 +86,13 @@ class InfoStore(ABC):
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
         """Write the record of a new upload and its `events`.
 
-        :raises UploadExists: if there is a record with this id, also a tombstone.
+        The two errors below are the only ones by which a caller knows that nothing was
+        written. After any other exception, ``Unavailable`` or the end of the greenlet, the
+        record may be there, now or in a moment: the answer to a commit may have got lost.
+
+        :raises UploadExists: if there is a record with this id, also a tombstone. A store that
+            tries again must not take for another's what its first attempt wrote.
+        :raises StorageFull: if there is no room for the record.
         """
 
     @abstractmethod

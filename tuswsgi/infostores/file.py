@@ -25,6 +25,7 @@ from tuswsgi.errors import (
     ConfigurationError,
     InfoConflict,
     StorageFull,
+    TusError,
     Unavailable,
     UploadExists,
     UploadNotFound,
@@ -110,13 +111,14 @@ class FileInfoStore(InfoStore):
             self._mark(kept)
             with self._written(kept) as temporary:
                 try:
-                    # Unlike a rename this fails if there is such a file.
-                    os.link(temporary, path)
-                except FileExistsError:
-                    raise UploadExists from None
-                finally:
+                    _link(temporary, path)
+                except BaseException:
                     os.unlink(temporary)
-            self._sync(self._directory)
+                    raise
+                # From here on it is not certain any more that nothing is written.
+                with _trouble(path, full=Unavailable):
+                    os.unlink(temporary)
+                    self._sync(self._directory)
 
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
         path = self._path(info.id)
@@ -408,11 +410,25 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
+def _link(source: Path, target: Path) -> None:
+    """Give a record its name.
+
+    :raises UploadExists: if another one has it.
+    """
+    try:
+        # Unlike a rename this fails if there is such a file.
+        os.link(source, target)
+    except FileExistsError:
+        # Over NFS a request that is sent again finds what it has done the first time.
+        if os.stat(source).st_nlink < 2:
+            raise UploadExists from None
+
+
 @contextmanager
-def _trouble(path: Path) -> Iterator[None]:
+def _trouble(path: Path, full: type[TusError] = StorageFull) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         logger.exception("Cannot read or write %s", path)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (StorageFull if full else Unavailable) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (full if is_full else Unavailable) from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from tuswsgi.errors import HookFailed, StorageFull, UploadExists, UploadGone, UploadNotFound
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 _HOLD_AGAIN = 10.0
 
 _UNFINISHED = (State.RECEIVING, State.WAITING)
+
+#: ``InfoStore.create``, or what promises room besides.
+_Create = Callable[[FileInfo, Sequence[Event]], None]
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,11 @@ class Creator:
             created = empty if hooks.follows_tusd else info
             if self._is_told(info):
                 events = [*hooks.record(HookType.POST_CREATE, created, request), *events]
-            self.finisher.infos.create(info, events)
         except Exception:
+            # No record was written, so nobody can know of it.
             data.delete(info)
             raise
+        self._write(self.finisher.infos.create, info, events)
         if self._is_told(info):
             hooks.tell(HookType.POST_CREATE, created, request)
         tell(upload_created, self.finisher.sender, info)
@@ -101,9 +105,9 @@ class Creator:
                 info = self._promising(info.but(storage=self._place(info)), reception)
                 held = self._hold(info, reception, request)
                 with locker.lock(_lock_of(info.storage)):
-                    info, twin = self._take(info)
+                    info, twin, is_new = self._take(info)
                     if twin is None:
-                        self._write(info, held.events)
+                        twin = self._write_or_find(info, held.events, is_new=is_new)
             if twin is None:
                 # Who may have had the lock before writes no byte without the record.
                 hold.settle()
@@ -129,8 +133,8 @@ class Creator:
             info = info.but(storage=self.finisher.data.create(info))
             info = self._promising(info, reception)
             held = self._hold(info, reception, request)
-            self._write(info, held.events)
             try:
+                self._write(self.finisher.room.create, info, held.events)
                 return self._receive(info, reception, request, held, hold)
             except Exception:
                 self._remove(info.id, request, hold)
@@ -138,11 +142,12 @@ class Creator:
 
     def _remove(self, id: str, request: RequestInfo, hold: Hold) -> None:
         try:
-            info = self.finisher.infos.load(id)
-            if not info.is_gone and not info.is_finished:
+            # What failed may have been written all the same.
+            info = self._record_of(id)
+            if info is not None and not info.is_gone and not info.is_finished:
                 self.finisher.remove(info, State.TERMINATED, request, hold)
         except Exception:
-            log.exception("The upload %s, of which nobody was told, keeps its room", id)
+            log.exception("The upload %s, of which nobody was told, may keep its room", id)
 
     def _promising(self, info: FileInfo, reception: Reception) -> FileInfo:
         """Return an upload that promises what its request brings, if it promises no length."""
@@ -179,15 +184,16 @@ class Creator:
         except UploadNotFound:
             return None
 
-    def _take(self, info: FileInfo) -> tuple[FileInfo, FileInfo | None]:
-        """Make the place of `info` and return it, with the upload that has the place already.
+    def _take(self, info: FileInfo) -> tuple[FileInfo, FileInfo | None, bool]:
+        """Make the place of `info` and return it, with the upload that has the place already,
+        and whether the place is a new one.
 
         An empty place without a record is what a crash leaves between the two. Nobody else
         can be between them now: the place is locked.
         """
         data = self.finisher.data
         try:
-            return info.but(storage=data.create(info)), None
+            return info.but(storage=data.create(info)), None, True
         except UploadExists:
             try:
                 is_empty = data.offset(info) == 0
@@ -196,7 +202,7 @@ class Creator:
             owner = self._owner_of(info.storage, None if is_empty else _UNFINISHED)
             if owner is None and not is_empty:
                 raise
-            return info, owner
+            return info, owner, False
 
     def _owner_of(self, place: Storage, states: Collection[State] | None) -> FileInfo | None:
         """Look through all uploads in these states: it is slow, but collisions are rare."""
@@ -208,12 +214,40 @@ class Creator:
             after = page[-1].id
         return None
 
-    def _write(self, info: FileInfo, events: Sequence[Event]) -> None:
+    def _write(self, create: _Create, info: FileInfo, events: Sequence[Event]) -> None:
+        """Write the record of an upload whose place this request has made.
+
+        Where nobody knows whether there is a record now, the bytes stay: somebody may have
+        been told of them. Those that nobody needs are the clean-up's.
+        """
         try:
-            self.finisher.room.create(info, events)
-        except Exception:
+            create(info, events)
+        except StorageFull:
             self.finisher.data.delete(info)
             raise
+
+    def _write_or_find(
+        self, info: FileInfo, events: Sequence[Event], *, is_new: bool
+    ) -> FileInfo | None:
+        """Write the record of an upload, or return the one that has its id by now.
+
+        That is so where the info store wrote the record of an earlier POST after this one had
+        looked for it. What lies in the place may then be that upload's, and stays.
+
+        :param is_new: this request has made the place.
+        """
+        create: _Create = self.finisher.room.create
+        try:
+            if is_new:
+                self._write(create, info, events)
+            else:
+                create(info, events)
+        except UploadExists:
+            twin = self._record_of(info.id)
+            if twin is None:
+                raise
+            return twin
+        return None
 
     def _hold(self, info: FileInfo, reception: Reception, request: RequestInfo) -> _Held:
         """Return the post-create of an upload, held back if this request may complete it."""

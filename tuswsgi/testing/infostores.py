@@ -7,12 +7,12 @@ on with other processes that die is not tested here, since that needs its own pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
+from tuswsgi.errors import InfoConflict, StorageFull, UploadExists, UploadNotFound
 from tuswsgi.hooks.base import HookType
 from tuswsgi.info import MAX_SIZE, FileInfo, Metadata, State, new_id
 from tuswsgi.infostores.base import Census, InfoStore
@@ -32,6 +32,11 @@ class InfoStoreContract(OutboxContract):
     def other(self, store: InfoStore) -> InfoStore:
         """Another prepared store on the same records, as a second process has it."""
         pytest.skip("the records belong to one instance")
+
+    @pytest.fixture
+    def fill(self, store: InfoStore) -> Callable[[], None]:
+        """What leaves the store without room for one more record of a megabyte."""
+        pytest.skip("nobody can say when the store is full")
 
     # --- records ---
 
@@ -71,6 +76,20 @@ class InfoStoreContract(OutboxContract):
         (winner,) = (size for size in sizes if size is not None)
         assert store.load(id).size == winner
         assert len(store.events(id)) == 1
+
+    def test_what_does_not_fit_is_not_written(
+        self, store: InfoStore, fill: Callable[[], None]
+    ) -> None:
+        store.create(there := upload())
+        fill()
+        info = upload(metadata=Metadata("large " + "A" * 2**20), expires_at=1.0)
+        with pytest.raises(StorageFull):
+            store.create(info, [event(info)])
+        with pytest.raises(UploadNotFound):
+            store.load(info.id)
+        assert list(store.list()) == [there]
+        assert list(store.expired(2.0)) == []
+        assert list(store.outbox(dead=False)) == []
 
     def test_save_replaces_the_record_and_counts(self, store: InfoStore) -> None:
         info = upload()
