@@ -68,6 +68,7 @@ BACKENDS = ("tuswsgi.datastores", "tuswsgi.infostores", "tuswsgi.lockers", "tusw
 #: What backends of one kind have in common, and is no backend itself.
 SHARED = {
     ("tuswsgi.datastores", "tuswsgi.datastores.places"),
+    ("tuswsgi.datastores", "tuswsgi.datastores.quarantine"),
     ("tuswsgi.datastores", "tuswsgi.datastores.segments"),
     ("tuswsgi.infostores", "tuswsgi.infostores.record"),
     ("tuswsgi.infostores", "tuswsgi.infostores.markers"),

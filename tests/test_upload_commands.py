@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from e2e.client import wait_until
 from protocol.client import Client, closing, metadata, path_of
 
 from tuswsgi.app import Tus, create_app
 from tuswsgi.cli import main
 from tuswsgi.config import Config
-from tuswsgi.info import State
+from tuswsgi.info import FileInfo, State, made_at, new_id
+from tuswsgi.testing.datastores import Blocks
 
 
 @pytest.fixture(autouse=True)
@@ -238,6 +240,55 @@ class TestCleanUp:
         assert summary == "1 would be removed (1 unfinished), 3 bytes."
         assert client.offset(url) == 3
         assert run("gc", "--dry-run", *flags).stdout == "Nothing would have been removed.\n"
+
+    def lose(self, client: Client, flags: list[str], count: int) -> list[str]:
+        """Leave bytes as uploads do whose records are lost; return their ids."""
+        data = client.tus.uploads.data
+        client.create(5)
+        last = made_at(new_id())
+        wait_until(lambda: made_at(new_id()) != last, "the next millisecond")
+        ids = [new_id() for _ in range(count)]
+        for id in ids:
+            data.append(FileInfo(id=id, storage=data.create(FileInfo(id=id))), 0, Blocks(b"lost"))
+            os.utime(Path(flags[1]) / id, (1.0, 1.0))
+        client.create(5)
+        return ids
+
+    SOON = ("--gc-grace", "0", "--network-timeout", "0")
+
+    def test_what_has_no_record_goes_to_the_quarantine(
+        self, client: Client, flags: list[str]
+    ) -> None:
+        (id,) = self.lose(client, flags, 1)
+        _, line, summary = run("gc", "--dry-run", *self.SOON, *flags).stdout.splitlines()
+        assert line.split()[:3] == [id, "no", "record"]
+        assert summary == "1 would be moved to the quarantine (1 no record), 4 bytes."
+        assert run("gc", *self.SOON, *flags).stdout == (
+            "1 moved to the quarantine (1 no record), 4 bytes.\n"
+        )
+        (path,) = (Path(flags[1]) / ".tuswsgi" / "quarantine").glob(f"*/{id}")
+        assert path.read_bytes() == b"lost"
+        assert run("gc", "--dry-run", *self.SOON, *flags).stdout.startswith("Nothing")
+        moved_at = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime(time.time() - 31 * 86400))
+        (path.parent / ".." / moved_at).mkdir()
+        path.rename(path.parent / ".." / moved_at / id)
+        *_, summary = run("gc", "--dry-run", *self.SOON, *flags).stdout.splitlines()
+        assert summary == "1 would be removed (1 quarantine), 4 bytes."
+        assert run("gc", *self.SOON, *flags).stdout == "1 removed (1 quarantine), 4 bytes.\n"
+
+    def test_many_without_a_record_stay_until_it_is_meant(
+        self, client: Client, flags: list[str]
+    ) -> None:
+        ids = self.lose(client, flags, 11)
+        for more in ((), ("--dry-run",)):
+            result = run("gc", *more, *self.SOON, *flags, code=1)
+            assert result.stdout.startswith("Nothing")
+            assert "At least 11 files of uploads have no record" in result.stderr
+            assert "tuswsgi gc --quarantine-many" in result.stderr
+        assert all((Path(flags[1]) / id).exists() for id in ids)
+        meant = run("gc", "--quarantine-many", *self.SOON, *flags)
+        assert meant.stdout == "11 moved to the quarantine (11 no record), 44 bytes.\n"
+        assert not any((Path(flags[1]) / id).exists() for id in ids)
 
     def test_an_upload_in_use_stays(self, client: Client, flags: list[str]) -> None:
         url = client.create(9, b"old")

@@ -148,6 +148,10 @@ class _Counters:
         text = "Hooks that could not be sent or were not understood."
         self._hook_errors = counter("hook_errors", text, "transport", "type")
         self._reclaimed = counter("reclaimed_bytes", "Bytes that the clean-up has removed.")
+        text = "Files without a record: what the clean-up did with them."
+        moves = counter("quarantine_files", text, "action")
+        actions = ("quarantined", "put back", "discarded")
+        self._moves = {action: moves.labels(action) for action in actions}
         self.connections = Gauge(
             "tuswsgi_open_connections",
             "Connections of clients.",
@@ -163,6 +167,7 @@ class _Counters:
         telemetry.lock_waited.connect(self._on_wait)
         telemetry.hook_sent.connect(self._on_hook)
         telemetry.bytes_reclaimed.connect(self._on_reclaimed)
+        telemetry.quarantine_changed.connect(self._on_move)
         signals.upload_created.connect(self._on_created)
         signals.upload_finished.connect(self._on_finished)
         signals.upload_terminated.connect(self._on_terminated)
@@ -190,6 +195,9 @@ class _Counters:
 
     def _on_reclaimed(self, sender: object, size: int) -> None:
         self._reclaimed.inc(size)
+
+    def _on_move(self, sender: object, action: str) -> None:
+        self._moves[action].inc()
 
     def _on_created(self, sender: object, info: FileInfo) -> None:
         self._created.inc()

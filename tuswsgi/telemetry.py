@@ -35,6 +35,10 @@ hook_sent = _signals.signal("tuswsgi-hook-sent")
 #: The clean-up has removed ``size`` bytes.
 bytes_reclaimed = _signals.signal("tuswsgi-bytes-reclaimed")
 
+#: The clean-up has moved a file to the quarantine, for no record tells of it (the ``action`` is
+#: ``quarantined``), moved it to its place again (``put back``) or removed it (``discarded``).
+quarantine_changed = _signals.signal("tuswsgi-quarantine-changed")
+
 
 def report(signal: NamedSignal, sender: Any, **values: Any) -> None:
     """Send a signal. What a receiver raises is logged: counting must not fail the work."""

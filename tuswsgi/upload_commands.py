@@ -30,26 +30,43 @@ Load = Callable[[], "Config"]
 
 @click.command(cls=ConfiguredCommand)
 @config_option
-@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
-def gc(load: Load, dry_run: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed or moved.")
+@click.option(
+    "--quarantine-many",
+    is_flag=True,
+    help="Move uploads without a record to the quarantine even if they are many.",
+)
+def gc(load: Load, dry_run: bool, quarantine_many: bool) -> None:
     """Remove now what nobody needs any more, as the servers do now and then.
 
     The options of the section gc say what that is. An upload in use stays.
     """
     with _uploads(load) as (config, uploads):
-        from tuswsgi.protocol.cleanup import CleanUp
+        from tuswsgi.protocol.cleanup import CleanUp, TooManyStrays
         from tuswsgi.protocol.settings import CleanUpSettings
 
-        removed: list[Removal] = []
+        found: list[Removal] = []
+        failure: TooManyStrays | None = None
         with _progress("Looking") as step:
             clean_up = CleanUp(
-                uploads, config.build(CleanUpSettings), dry_run=dry_run, on_look=step
+                uploads,
+                config.build(CleanUpSettings),
+                dry_run=dry_run,
+                quarantine_many=quarantine_many,
+                on_look=step,
             )
             for search in clean_up.searches():
-                removed += search.removals()
-    if dry_run and removed:
-        click.echo(_listed(removed))
-    click.echo(_summary(removed, "would be removed" if dry_run else "removed"))
+                try:
+                    for removal in search.removals():
+                        found.append(removal)
+                except TooManyStrays as error:
+                    failure = error
+    if dry_run and found:
+        click.echo(_listed(found))
+    for line in _summaries(found, dry_run=dry_run):
+        click.echo(line)
+    if failure is not None:
+        raise click.ClickException(str(failure))
 
 
 @click.group()
@@ -215,6 +232,15 @@ def _listed(removed: Sequence[Removal]) -> str:
 
     rows = [(one.id, str(one.reason), span(one.age), str(one.bytes)) for one in removed]
     return table([("ID", "REASON", "AGE", "BYTES"), *rows])
+
+
+def _summaries(found: Sequence[Removal], *, dry_run: bool) -> Iterator[str]:
+    removed = [one for one in found if one.is_for_good]
+    moved = [one for one in found if not one.is_for_good]
+    if removed or not moved:
+        yield _summary(removed, "would be removed" if dry_run else "removed")
+    if moved:
+        yield _summary(moved, f"{'would be moved' if dry_run else 'moved'} to the quarantine")
 
 
 def _summary(removed: Sequence[Removal], what: str) -> str:

@@ -227,6 +227,62 @@ class TestFileDataStore(DataStoreContract):
         (store.data_dir / "directory").symlink_to("/etc")
         assert list(store.places(LATER)) == []
 
+    def test_mv_puts_back_what_was_moved(self, store):
+        info = created(store)
+        path = Path(store.location(info))
+        path.write_bytes(b"bytes")
+        (place,) = store.places(LATER)
+        location = Path(store.quarantine(place).location)
+        relative = path.relative_to(store.data_dir)
+        (folder,) = (store.data_dir / ".tuswsgi" / "quarantine").iterdir()
+        assert location == (folder / relative).absolute()
+        assert location.read_bytes() == b"bytes"
+        location.rename(path)
+        assert content(store, info) == b"bytes"
+
+    def test_unverified_bytes_do_not_count_when_they_are_back(self, store):
+        info = created(store)
+        path = Path(store.location(info))
+        path.write_bytes(b"bytes")
+        marker_of(path).write_text("3\n")
+        (place,) = store.places(LATER)
+        moved = store.quarantine(place)
+        (left,) = store.places(LATER)
+        assert left.is_temporary
+        assert store.clear(left)
+        assert store.put_back(moved)
+        assert store.offset(info) == 3
+        assert [*(store.data_dir / ".tuswsgi" / "quarantine").iterdir()] == []
+
+    def test_nothing_stays_of_what_is_discarded(self, store):
+        path = Path(store.location(created(store)))
+        marker_of(path).write_text("0\n")
+        (place,) = store.places(LATER)
+        assert store.discard(store.quarantine(place))
+        assert list((store.data_dir / ".tuswsgi" / "quarantine").iterdir()) == []
+
+    def test_a_file_system_without_hard_links_has_a_quarantine(self, store, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise PermissionError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+        info = created(store)
+        store.append(info, 0, Blocks(b"bytes"))
+        (place,) = store.places(LATER)
+        moved = store.quarantine(place)
+        store.create(info)
+        assert not store.put_back(moved)
+        store.delete(info)
+        assert store.put_back(moved)
+        assert content(store, info) == b"bytes"
+
+    def test_what_an_operator_put_beside_the_quarantine_stays(self, store):
+        quarantine = store.data_dir / ".tuswsgi" / "quarantine"
+        for name in ("mine/a", "2026-02-31T000000Z/a", "note"):
+            (quarantine / name).parent.mkdir(parents=True, exist_ok=True)
+            (quarantine / name).write_text("mine")
+        assert list(store.quarantined()) == []
+
     def test_a_directory_that_is_gone_has_no_places(self, tmp_path):
         assert list(FileDataStore(tmp_path / "gone").places(LATER)) == []
 

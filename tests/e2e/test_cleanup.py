@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,7 @@ def gone_at(file: Path) -> float:
 
 
 def test_bytes_of_a_killed_post_go_after_the_grace(serve: Serve) -> None:
-    server = serve(*SOON, workers=1)
+    server = serve(*SOON, "--gc-quarantine-age", "3s", workers=1)
     known = server.client.create(5)
     files = set(server.data_dir.iterdir())
     with server.client.connect() as connection:
@@ -172,8 +173,37 @@ def test_bytes_of_a_killed_post_go_after_the_grace(serve: Serve) -> None:
         server.kill()
     changed = file.stat().st_mtime
     server.start()
+    server.client.create(5)
     assert gone_at(file) - changed >= 4
-    server.wait_for(rf"Removed {file.name} \(no record\): \d+ s old, {MB} bytes")
+    told = server.wait_for(rf"No record tells of {file.name} \({MB} bytes\): it was moved to (\S+)")
+    moved = time.time()
+    assert gone_at(Path(told[1])) - moved >= 2
+    server.wait_for(rf"Removed {file.name} \(quarantine\): \d+ s old, {MB} bytes")
+    assert server.client.offset(known) == 0
+
+
+def test_bytes_without_a_record_are_found_in_the_quarantine(serve: Serve) -> None:
+    server = serve(*SOON)
+    known, data = server.client.create(5), content(300_000)
+    path = server.client.create(len(data))
+    server.client.finish(path, data)
+    server.kill()
+    with closing(sqlite3.connect(server.data_dir / ".tuswsgi" / "info.sqlite3")) as records:
+        backup = records.execute("SELECT * FROM tuswsgi_uploads WHERE id = ?", (id_of(path),))
+        (row,) = backup.fetchall()
+        records.execute("DELETE FROM tuswsgi_uploads WHERE id = ?", (id_of(path),))
+        records.commit()
+        server.start()
+        server.client.create(5)
+        told = server.wait_for(rf"No record tells of {id_of(path)} .* it was moved to (\S+)")
+        assert server.client.get(path).status == 404
+        assert Path(told[1]).read_bytes() == data
+        # The right records are back, and so is the upload.
+        marks = ", ".join("?" * len(row))
+        records.execute(f"INSERT INTO tuswsgi_uploads VALUES ({marks})", row)
+        records.commit()
+    server.wait_for(f"{id_of(path)} has a record now and was put back")
+    assert server.client.get(path).body == data
     assert server.client.offset(known) == 0
 
 

@@ -21,10 +21,10 @@ from tuswsgi.hooks.base import ChangeFileInfo, HookResponse, HookType, RequestIn
 from tuswsgi.info import FileInfo, State, made_at, new_id
 from tuswsgi.infostores.redis import RedisInfoStore
 from tuswsgi.lockers.base import SURE
-from tuswsgi.protocol.cleanup import CleanUp, Reason, Removal
+from tuswsgi.protocol.cleanup import CleanUp, Reason, Removal, TooManyStrays
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.sweep import Sweeper
-from tuswsgi.telemetry import bytes_reclaimed
+from tuswsgi.telemetry import bytes_reclaimed, quarantine_changed
 from tuswsgi.testing.datastores import Blocks
 
 HOUR, DAY = 3600, 86400
@@ -54,14 +54,19 @@ def info_of(client: Client, url: str) -> FileInfo:
 def leave(client: Client, id: str | None = None) -> FileInfo:
     """Leave bytes as a POST does that is killed in the middle."""
     client.tus.start()
-    data, last = client.tus.uploads.data, made_at(new_id()) or 0.0
+    data = client.tus.uploads.data
     if id is None:
-        # Ids tell milliseconds, and this one is to be younger than what is there.
-        wait_until(lambda: (made_at(new_id()) or 0.0) > last, "the next millisecond")
+        let_ids_grow()
     info = FileInfo(id=id or new_id())
     info = info.but(storage=data.create(info))
     data.append(info, 0, Blocks(b"lost"), SURE)
     return info
+
+
+def let_ids_grow() -> None:
+    """Wait until new ids are younger than those that there are: they tell milliseconds."""
+    last = made_at(new_id()) or 0.0
+    wait_until(lambda: (made_at(new_id()) or 0.0) > last, "the next millisecond")
 
 
 @contextmanager
@@ -327,6 +332,7 @@ class TestStrays:
     def client(self, serve: Serve, clock: Clock) -> Client:
         client = serve()
         client.create(5, b"known")  # an upload from before
+        let_ids_grow()
         return client
 
     def is_there(self, client: Client, info: FileInfo) -> bool:
@@ -335,8 +341,11 @@ class TestStrays:
         except UploadGone:
             return False
 
-    def test_they_go_after_the_grace(self, client: Client, clock: Clock) -> None:
+    def test_they_go_to_the_quarantine_after_the_grace(
+        self, client: Client, clock: Clock, backends: dict[str, str]
+    ) -> None:
         info = leave(client)
+        client.create(5, b"later")
         clock.ahead += DAY
         # A POST that still runs may have been silent for a minute.
         assert clean_up(client) == {}
@@ -344,6 +353,10 @@ class TestStrays:
         clock.ahead += 120
         assert reasons(client, dry_run=True) == {info.id: Reason.NO_RECORD}
         assert self.is_there(client, info)
+        if backends["storage"] == "memory-storage":
+            assert clean_up(client) == {}
+            assert self.is_there(client, info)  # it is gone with the process
+            return
         (removal,) = clean_up(client).values()
         assert (removal.reason, removal.id, removal.bytes) == (Reason.NO_RECORD, info.id, 4)
         assert not self.is_there(client, info)
@@ -424,7 +437,8 @@ class TestStrays:
         client.delete(url)
         info = leave(client, info.id)
         clock.ahead += 2 * DAY
-        assert reasons(client) == {info.id: Reason.NO_RECORD}
+        assert reasons(client) == {info.id: Reason.LEFT_OVER}
+        assert not self.is_there(client, info)
 
     def test_temporary_files_go(self, serve: Serve, options: dict[str, Any], clock: Clock) -> None:
         client = serve(storage="file-storage")
@@ -445,6 +459,205 @@ class TestStrays:
         assert not left.exists()
         assert not stale.exists()
         assert marker.exists()
+
+
+@pytest.mark.parametrize("backends", ["file"], indirect=True)
+class TestQuarantine:
+    """Where bytes without a record wait for who misses them."""
+
+    @pytest.fixture
+    def client(self, serve: Serve, clock: Clock) -> Client:
+        client = serve()
+        client.create(5, b"known")
+        let_ids_grow()
+        return client
+
+    @pytest.fixture
+    def quarantine(self, options: dict[str, Any]) -> Path:
+        return Path(options["data_dir"]) / ".tuswsgi" / "quarantine"
+
+    def files(self, quarantine: Path) -> list[Path]:
+        return [path for path in quarantine.rglob("*") if path.is_file()]
+
+    def lose(self, client: Client, *urls: str) -> list[FileInfo]:
+        """Go back to records that do not know of these uploads."""
+        infos = [info_of(client, url) for url in urls]
+        with closing(self.records(client)) as records, records:
+            for info in infos:
+                records.execute("DELETE FROM tuswsgi_uploads WHERE id = ?", (info.id,))
+        return infos
+
+    def records(self, client: Client) -> sqlite3.Connection:
+        path = client.tus.uploads.infos.info_db_dsn.removeprefix("sqlite:///")  # type: ignore[attr-defined]
+        return sqlite3.connect(path, timeout=60)
+
+    def test_it_says_where_they_are(
+        self, client: Client, clock: Clock, quarantine: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        info = leave(client)
+        client.create(5, b"later")
+        clock.ahead += 2 * DAY
+        clean_up(client)
+        (path,) = self.files(quarantine)
+        assert path.name == info.id
+        assert f"No record tells of {info.id} (4 bytes): it was moved to {path}" in caplog.text
+        assert clean_up(client) == {}
+
+    def test_they_go_after_an_age_of_their_own(
+        self, client: Client, clock: Clock, quarantine: Path
+    ) -> None:
+        info = leave(client)
+        client.create(5, b"later")
+        clock.ahead += 100 * DAY
+        assert reasons(client) == {info.id: Reason.NO_RECORD}
+        clock.ahead += 29 * DAY
+        assert clean_up(client) == {}
+        clock.ahead += 2 * DAY
+        assert reasons(client, dry_run=True) == {info.id: Reason.QUARANTINE}
+        assert len(self.files(quarantine)) == 1
+        (removal,) = clean_up(client).values()
+        assert (removal.reason, removal.bytes) == (Reason.QUARANTINE, 4)
+        assert removal.age == pytest.approx(31 * DAY, abs=HOUR)
+        assert self.files(quarantine) == []
+
+    def test_they_stay_there_without_an_age(
+        self, serve: Serve, clock: Clock, quarantine: Path
+    ) -> None:
+        client = serve(gc_quarantine_age="")
+        client.create(5, b"known")
+        leave(client)
+        client.create(5, b"later")
+        clock.ahead += 2 * DAY
+        clean_up(client)
+        clock.ahead += 10_000 * DAY
+        assert clean_up(client) == {}
+        assert len(self.files(quarantine)) == 1
+
+    def test_what_is_younger_than_all_records_stays(self, client: Client, clock: Clock) -> None:
+        # As it is where the records are those of a backup.
+        let_ids_grow()
+        (info,) = self.lose(client, client.create(9, b"mine"))
+        clock.ahead += 10 * DAY
+        assert clean_up(client, dry_run=True) == clean_up(client) == {}
+        assert client.tus.uploads.data.offset(info) == 4
+        removed = reasons(client, quarantine_many=True)
+        assert removed == {info.id: Reason.NO_RECORD}
+
+    @pytest.mark.parametrize("body", [b"hello", b"hello world"], ids=["unfinished", "finished"])
+    def test_they_come_back_with_their_records(
+        self, client: Client, clock: Clock, quarantine: Path, body: bytes
+    ) -> None:
+        url = client.create(11, body)
+        client.create(9, b"later")
+        (info,) = self.lose(client, url)
+        clock.ahead += 2 * DAY
+        assert reasons(client) == {info.id: Reason.NO_RECORD}
+        client.tus.uploads.infos.create(info)
+        assert clean_up(client, dry_run=True).keys() <= {info.id}
+        assert clean_up(client) == {}
+        client.append(url, b" world"[len(body) - 5 :], len(body))
+        assert client.content(url) == b"hello world"
+        assert self.files(quarantine) == []
+
+    def test_a_record_that_comes_at_the_last_moment(
+        self, client: Client, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        url = client.create(5, b"hello")
+        client.create(5, b"later")
+        (info,) = self.lose(client, url)
+        uploads = client.tus.uploads
+        move = uploads.data.quarantine
+
+        def write_and_move(place: Any) -> Any:
+            uploads.infos.create(info)
+            return move(place)
+
+        monkeypatch.setattr(uploads.data, "quarantine", write_and_move)
+        clock.ahead += 2 * DAY
+        assert clean_up(client) == {}
+        assert client.content(url) == b"hello"
+
+    def test_so_many_that_records_must_be_missing(
+        self, client: Client, clock: Clock, quarantine: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        urls = [client.create(3, b"old") for _ in range(11)]
+        client.create(5, b"later")
+        self.lose(client, *urls)
+        clock.ahead += 2 * DAY
+        with pytest.raises(TooManyStrays, match=r"At least 11 .* 2 uploads .*--quarantine-many"):
+            clean_up(client)
+        Sweeper(client.tus.uploads).sweep()
+        assert caplog.text.count("--quarantine-many") == 1
+        assert self.files(quarantine) == []
+        assert len(clean_up(client, quarantine_many=True, dry_run=True)) == 11
+        assert len(clean_up(client, quarantine_many=True)) == 11
+        assert {path.name for path in self.files(quarantine)} == set(map(id_of, urls))
+
+    def test_some_are_nothing_strange(self, client: Client, clock: Clock, quarantine: Path) -> None:
+        urls = [client.create(3, b"old") for _ in range(10)]
+        client.create(5, b"later")
+        self.lose(client, *urls)
+        clock.ahead += 2 * DAY
+        assert len(clean_up(client)) == len(self.files(quarantine)) == 10
+
+    def test_a_share_of_many_is_nothing_strange(
+        self, client: Client, clock: Clock, quarantine: Path
+    ) -> None:
+        infos = client.tus.uploads.infos
+        urls = [client.create(3, b"old") for _ in range(12)]
+        for _ in range(1200):
+            info = FileInfo(id=new_id(), state=State.FINISHED, created_at=clock())
+            infos.create(info.but(finished_at=clock()))
+        self.lose(client, *urls)
+        clock.ahead += 2 * DAY
+        assert len(clean_up(client)) == len(self.files(quarantine)) == 12
+
+    def test_what_the_operator_put_back_is_an_upload_again(
+        self, client: Client, clock: Clock, quarantine: Path, options: dict[str, Any]
+    ) -> None:
+        url = client.create(5, b"hello")
+        client.create(5, b"later")
+        (info,) = self.lose(client, url)
+        clock.ahead += 2 * DAY
+        clean_up(client)
+        (path,) = self.files(quarantine)
+        path.rename(Path(options["data_dir"]) / info.id)
+        client.tus.uploads.infos.create(info)
+        assert clean_up(client) == {}
+        assert client.content(url) == b"hello"
+
+    def test_bytes_in_another_place_than_the_removed_upload(
+        self, client: Client, clock: Clock
+    ) -> None:
+        info = leave(client)
+        later = client.create(5, b"later")
+        other = info.but(storage=info_of(client, later).storage, created_at=clock())
+        infos = client.tus.uploads.infos
+        infos.create(other)
+        infos.delete(other, [], state=State.TERMINATED, now=clock())
+        clock.ahead += 2 * DAY
+        assert reasons(client) == {info.id: Reason.NO_RECORD}
+
+    def test_changes_are_told(self, client: Client, clock: Clock) -> None:
+        told: list[str] = []
+
+        def hear(tus: object, action: str) -> None:
+            if tus is client.tus:
+                told.append(action)
+
+        url = client.create(5, b"hello")
+        leave(client)
+        client.create(5, b"later")
+        (info,) = self.lose(client, url)
+        clock.ahead += 2 * DAY
+        with quarantine_changed.connected_to(hear):
+            clean_up(client, dry_run=True)
+            assert told == []
+            clean_up(client)
+            client.tus.uploads.infos.create(info)
+            clock.ahead += 31 * DAY
+            clean_up(client)
+        assert sorted(told) == ["discarded", "put back", "quarantined", "quarantined"]
 
 
 class TestTelling:
@@ -473,8 +686,11 @@ class TestTelling:
             if tus is client.tus:
                 told.append(size)
 
-        _, young = client.create(9, b"old"), client.create(9, b"young")
-        leave(client)
+        client.create(9, b"old")
+        gone = client.create(9)
+        client.delete(gone)
+        leave(client, id_of(gone))
+        young = client.create(9, b"young")
         clock.ahead += 2 * DAY
         client.append(young, b"x", 5)
         with bytes_reclaimed.connected_to(hear):

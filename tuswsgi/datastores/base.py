@@ -85,6 +85,20 @@ class Place:
     is_temporary: bool = False
 
 
+@dataclass(frozen=True)
+class Quarantined:
+    """Something that was moved away from the uploads, for nobody knew of it.
+
+    :param place: what it was, and where.
+    :param location: where an operator finds it now.
+    :param moved_at: when it was moved.
+    """
+
+    place: Place
+    location: str
+    moved_at: float
+
+
 #: Removes what may go until so many bytes of room are free, for an upload that wants them;
 #: returns how many it freed.
 MakeRoom = Callable[[int, FileInfo], int]
@@ -273,7 +287,38 @@ class DataStore(ABC):
         return iter(())
 
     def clear(self, place: Place) -> bool:
-        """Remove what ``places`` found if it is still as it was then.
+        """Remove for good what ``places`` found if it is still as it was then.
+
+        That is for what is temporary, and for what is left of uploads that were removed.
+
+        :returns: whether it was removed.
+        """
+        return False
+
+    # What has no record may be missed all the same: records may be those of a backup. So it
+    # is moved to a quarantine, from where an operator can put it back by hand, and where
+    # neither ``places`` nor any other method finds it. A store that has none leaves it.
+
+    def quarantine(self, place: Place) -> Quarantined | None:
+        """Move what ``places`` found to the quarantine if it is still as it was then.
+
+        :returns: ``None`` if it was not moved.
+        """
+        return None
+
+    def quarantined(self) -> Iterator[Quarantined]:
+        """Yield what is in the quarantine, in any order. Lets others run."""
+        return iter(())
+
+    def put_back(self, found: Quarantined) -> bool:
+        """Move it from the quarantine to its place, unless something else is there now.
+
+        :returns: whether it was moved.
+        """
+        return False
+
+    def discard(self, found: Quarantined) -> bool:
+        """Remove what is in the quarantine for good.
 
         :returns: whether it was removed.
         """

@@ -24,8 +24,15 @@ from pathlib import Path
 from posix import close
 from typing import ClassVar
 
-from tuswsgi.datastores import places
-from tuswsgi.datastores.base import DataStore, OpenPlace, Place, Readable, Source
+from tuswsgi.datastores import places, quarantine
+from tuswsgi.datastores.base import (
+    DataStore,
+    OpenPlace,
+    Place,
+    Quarantined,
+    Readable,
+    Source,
+)
 from tuswsgi.datastores.segments import SegmentReader, copy_file
 from tuswsgi.errors import (
     ConfigurationError,
@@ -195,6 +202,18 @@ class FileDataStore(DataStore):
 
     def clear(self, place: Place) -> bool:
         return places.clear(str(self.data_dir), place)
+
+    def quarantine(self, place: Place) -> Quarantined | None:
+        return quarantine.quarantine(str(self.data_dir), place)
+
+    def quarantined(self) -> Iterator[Quarantined]:
+        return quarantine.quarantined(str(self.data_dir), self.type)
+
+    def put_back(self, found: Quarantined) -> bool:
+        return quarantine.put_back(str(self.data_dir), found)
+
+    def discard(self, found: Quarantined) -> bool:
+        return quarantine.discard(found)
 
     def location(self, info: FileInfo) -> str | None:
         return str(self._path(info).absolute())

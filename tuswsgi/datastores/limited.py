@@ -12,7 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tuswsgi.datastores.base import DataStore, MakeRoom, OpenPlace, Place, Readable, Source
+from tuswsgi.datastores.base import (
+    DataStore,
+    MakeRoom,
+    OpenPlace,
+    Place,
+    Quarantined,
+    Readable,
+    Source,
+)
 from tuswsgi.errors import LimitReached
 from tuswsgi.info import FileInfo, Storage
 from tuswsgi.infostores.base import InfoStore
@@ -117,6 +125,18 @@ class LimitedDataStore(DataStore):
 
     def clear(self, place: Place) -> bool:
         return self.inner.clear(place)
+
+    def quarantine(self, place: Place) -> Quarantined | None:
+        return self.inner.quarantine(place)
+
+    def quarantined(self) -> Iterator[Quarantined]:
+        return self.inner.quarantined()
+
+    def put_back(self, found: Quarantined) -> bool:
+        return self.inner.put_back(found)
+
+    def discard(self, found: Quarantined) -> bool:
+        return self.inner.discard(found)
 
     def location(self, info: FileInfo) -> str | None:
         return self.inner.location(info)

@@ -29,16 +29,16 @@ def places(directory: str, type: str, before: float) -> Iterator[Place]:
 
     :param type: the name of the data store.
     """
-    for count, path in enumerate(_files(directory, "")):
+    for count, path in enumerate(files(directory, "")):
         if count % _PAGE == 0:
             let_others_run()
-        if (place := _place(directory, path, type)) is not None and place.changed_at < before:
+        if (place := look(directory, path, type)) is not None and place.changed_at < before:
             yield place
 
 
 def clear(directory: str, place: Place) -> bool:
     """Remove a file that ``places`` found; see ``DataStore.clear``."""
-    if _place(directory, place.storage.path or "", place.storage.type) != place:
+    if not is_still(directory, place):
         return False
     try:
         # To free the blocks of a huge file takes the kernel its time.
@@ -48,7 +48,18 @@ def clear(directory: str, place: Place) -> bool:
     return True
 
 
-def _files(directory: str, below: str) -> Iterator[str]:
+def is_still(directory: str, place: Place) -> bool:
+    """Return whether a file is as ``places`` found it."""
+    return look(directory, place.storage.path or "", place.storage.type) == place
+
+
+def marker_of(path: str) -> str:
+    """Return the file that says which bytes of an upload do not count, if there is one."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}.{name}.unverified"
+
+
+def files(directory: str, below: str) -> Iterator[str]:
     """Yield the paths of files, each relative to `directory`; links are not followed."""
     try:
         entries = os.scandir(f"{directory}/{below}")
@@ -59,10 +70,10 @@ def _files(directory: str, below: str) -> Iterator[str]:
             if entry.is_file(follow_symlinks=False):
                 yield f"{below}{entry.name}"
             elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                yield from _files(directory, f"{below}{entry.name}/")
+                yield from files(directory, f"{below}{entry.name}/")
 
 
-def _place(directory: str, path: str, type: str) -> Place | None:
+def look(directory: str, path: str, type: str) -> Place | None:
     """Return what a file is, ``None`` if it is nothing that may be looked at."""
     folder, slash, name = path.rpartition("/")
     temporary = _TEMPORARY.fullmatch(name)

@@ -1,8 +1,9 @@
 """Decides what of all that is kept nobody needs any more, and removes it.
 
-Each search looks at one kind of thing beside the requests, page by page, and disturbs
-nobody: an upload in use is left for the next time. What a search has found is looked at
-again under the upload's lock before it goes. When to search is the business of who calls.
+Bytes that no record tells of may be missed: they go to a quarantine first. Each search looks
+at one kind of thing beside the requests, page by page, and disturbs nobody: an upload in use
+is left for the next time. What a search has found is looked at again under the upload's lock
+before it goes. When to search is the business of who calls.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from enum import Enum
 from itertools import islice
 from typing import NamedTuple
 
-from tuswsgi.datastores.base import Place
+from tuswsgi.datastores.base import Place, Quarantined
 from tuswsgi.errors import TusError, UploadGone, UploadLocked, UploadNotFound
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.info import FileInfo, State, check_id, made_at
@@ -24,7 +25,7 @@ from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.process import let_others_run
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.telemetry import bytes_reclaimed, report
+from tuswsgi.telemetry import bytes_reclaimed, quarantine_changed, report
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ _EXPIRED = 1000
 
 #: How many places are compared with all records at once.
 _PLACES = 10_000
+
+#: So many strays are nothing strange, or this share of all uploads that are known.
+_FEW, _SHARE = 10, 0.01
 
 #: How many seconds at most are between an id and the creation of its upload.
 _MOMENT = 60.0
@@ -53,7 +57,9 @@ class Reason(str, Enum):
     FINISHED = "finished"  #: finished for `finished_age`
     PARTIAL = "partial"  #: a partial upload, unchanged for `partial_age`
     DATA_LOST = "data lost"  #: a record of an unfinished upload whose bytes are not there
-    NO_RECORD = "no record"  #: bytes that no record tells of
+    NO_RECORD = "no record"  #: bytes that no record tells of: to the quarantine
+    QUARANTINE = "quarantine"  #: in the quarantine for `quarantine_age`
+    LEFT_OVER = "left over"  #: bytes of an upload that was removed
     TEMPORARY = "temporary"  #: what a crash left of the data store's own
     TOMBSTONE = "tombstone"
 
@@ -63,7 +69,7 @@ class Reason(str, Enum):
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that was removed, or would be.
+    """Something that was removed or moved to the quarantine, or would be.
 
     :param age: for how many seconds nothing has happened to it.
     :param bytes: how many bytes of storage it took.
@@ -73,6 +79,27 @@ class Removal:
     id: str
     age: float
     bytes: int = 0
+
+    @property
+    def is_for_good(self) -> bool:
+        """Whether it is gone; it is in the quarantine otherwise."""
+        return self.reason is not Reason.NO_RECORD
+
+
+class TooManyStrays(Exception):
+    """So many uploads have no record that it is rather the records that are missing.
+
+    :param strays: how many there are at least.
+    :param known: how many uploads have a record.
+    """
+
+    def __init__(self, strays: int, known: int) -> None:
+        super().__init__(
+            f"At least {strays} files of uploads have no record, and {known} uploads have one. "
+            "Nothing was moved to the quarantine. Do the records come from a backup, or is it the "
+            "wrong info store? If all is as it should be, `tuswsgi gc --quarantine-many` moves "
+            "them, and with --dry-run it lists them."
+        )
 
 
 class Search(NamedTuple):
@@ -91,6 +118,7 @@ class CleanUp:
     """Removes what nobody needs any more.
 
     :param dry_run: only say what would be removed.
+    :param quarantine_many: move strays to the quarantine however many and however young.
     :param on_look: called before each thing that is looked at; what it raises ends the
         search.
     """
@@ -101,6 +129,7 @@ class CleanUp:
         settings: CleanUpSettings,
         *,
         dry_run: bool = False,
+        quarantine_many: bool = False,
         on_look: Callable[[], None] = lambda: None,
     ) -> None:
         self._uploads = uploads
@@ -108,6 +137,7 @@ class CleanUp:
         self._data = uploads.data
         self._settings = settings
         self._dry_run = dry_run
+        self._quarantine_many = quarantine_many
         self._on_look = on_look
 
     def searches(self) -> Sequence[Search]:
@@ -121,6 +151,7 @@ class CleanUp:
             ),
             "finished": (_least(own.finished_age, own.partial_age), self._finished),
             "tombstones": (own.tombstone_age, self._tombstones),
+            "quarantine": (_least(own.quarantine_age, own.grace), self._quarantined),
             "strays": (own.grace, self._strays),
         }
         return [Search(name, age, find) for name, (age, find) in ages.items() if age is not None]
@@ -152,8 +183,11 @@ class CleanUp:
                     if is_idle and not is_there:
                         lost.append(info.id)
         # Where no upload has its bytes it is the data store that is not there, e.g. a disk
-        # that is not mounted.
-        for id in lost if any_is_there else ():
+        # that is not mounted. And records may have been away, so that bytes were moved.
+        lost = lost if any_is_there else []
+        if lost:
+            self._put_all_back()
+        for id in lost:
             self._on_look()
             yield from self._remove(id, self._reason_if_lost)
 
@@ -267,86 +301,169 @@ class CleanUp:
     # --- bytes without a record ------------------------------------------------------------
 
     def _strays(self) -> Iterator[Removal]:
+        """Remove what crashes left, and move to the quarantine what no record tells of.
+
+        :raises TooManyStrays: before any of that is moved.
+        """
         # A POST writes its record at its end, and may have been silent for that long before.
         before = (
             time.time() - (self._settings.grace or 0.0) - self._uploads.settings.network_timeout
         )
-        found = filter(self._is_suspect(before), self._data.places(before))
-        while places := [*islice(found, _PLACES)]:
-            yield from self._remove_strays(places)
+        strays: list[Place] = []
+        known, found = _Known(), self._suspects(before)
+        while page := [*islice(found, _PLACES)]:
+            if any(not place.is_temporary for place, _ in page):
+                known = self._known({place.storage.path for place, _ in page})
+            for place, reason in page:
+                if place.storage.path in known.taken:
+                    continue
+                if reason is Reason.NO_RECORD:
+                    strays.append(place)
+                else:
+                    yield from self._clear(place)
+            if self._quarantine_many:
+                yield from self._quarantine_all(strays, known)
+                strays = []
+            elif len(strays) > max(_FEW, _SHARE * known.number):
+                raise TooManyStrays(len(strays), known.number)
+        yield from self._quarantine_all(strays, known)
 
-    def _is_suspect(self, before: float) -> Callable[[Place], bool]:
-        """Return what tells whether a place may be a stray.
+    def _suspects(self, before: float) -> Iterator[tuple[Place, Reason]]:
+        """Yield what may be nobody's.
 
-        Only a place that was made by this server's uploads can be: its name is an id that
-        was made after that of an upload that is still known. An info store that was emptied
-        or exchanged, or that forgets by itself, makes no strays of finished uploads.
+        Of all that is not temporary that is only what this server's uploads have made: its name
+        is an id that was made after that of an upload that is still known. An info store that
+        was emptied or exchanged, or that forgets by itself, makes no strays of finished uploads.
         """
         since = None if self._infos.is_forgetful else self._oldest()
-
-        def is_suspect(place: Place) -> bool:
+        for place in self._data.places(before):
             self._on_look()
-            if place.is_temporary:
-                return True
             made = made_at(place.upload)
-            return (
-                since is not None
-                and made is not None
-                and since < made < before
-                and not self._is_known(place)
-            )
-
-        return is_suspect
+            is_ours = since is not None and made is not None and since < made < before
+            if place.is_temporary or is_ours:
+                reason = self._fate(place)
+                if reason is not None:
+                    yield place, reason
 
     def _oldest(self) -> float | None:
         """Return when the oldest id of this server's own was made that is still known."""
         after = ""
         while page := self._infos.list(after=after, limit=100):
             for info in page:
-                made = made_at(info.id)
-                # Ids of other servers, and chosen ones, may look alike.
-                if made is not None and abs(made - info.created_at) < _MOMENT:
+                if (made := _made_at(info)) is not None:
                     return made
             after = page[-1].id
             let_others_run()
         return None
 
-    def _is_known(self, place: Place) -> bool:
+    def _fate(self, place: Place) -> Reason | None:
+        """Return why a place is not that of an upload; ``None`` if it is, for all we know."""
+        if place.is_temporary:
+            return Reason.TEMPORARY
         try:
-            return not self._infos.load(place.upload).is_gone
+            info = self._infos.load(place.upload)
         except UploadNotFound:
-            return False
+            return Reason.NO_RECORD
         except ValueError:
-            return True  # there is a record, but nobody can read it
+            return None  # there is a record, but nobody can read it
+        if not info.is_gone:
+            return None
+        return Reason.LEFT_OVER if _is_at(info, place) else Reason.NO_RECORD
 
-    def _remove_strays(self, places: Sequence[Place]) -> Iterator[Removal]:
-        taken = self._taken([place for place in places if not place.is_temporary])
-        for place in places:
-            if place.storage.path not in taken:
-                self._on_look()
-                yield from self._remove_stray(place)
+    def _known(self, paths: Collection[str | None]) -> _Known:
+        """Look through all uploads for those under another name: a hook chose their paths."""
+        number, newest, taken = 0, 0.0, set()
+        for info in self._records((*_UNFINISHED, *_FINISHED)):
+            number += 1
+            newest = max(newest, _made_at(info) or 0.0)
+            if info.storage.path in paths:
+                taken.add(info.storage.path)
+        return _Known(number, newest, taken)
 
-    def _taken(self, places: Collection[Place]) -> Collection[str | None]:
-        """Return which places are those of uploads under another name: a hook chose them."""
-        if not places:
-            return ()
-        paths = {place.storage.path for place in places}
-        known = self._records((*_UNFINISHED, *_FINISHED))
-        return {info.storage.path for info in known if info.storage.path in paths}
-
-    def _remove_stray(self, place: Place) -> Iterator[Removal]:
-        reason = Reason.TEMPORARY if place.is_temporary else Reason.NO_RECORD
-        age = time.time() - place.changed_at
-        removal = Removal(reason, place.upload, age, place.size)
-        is_removed = False
+    def _clear(self, place: Place) -> Iterator[Removal]:
+        removal = None
         with careful(place.upload), self._locked(place) as hold:
-            if place.is_temporary or not self._is_known(place):
+            reason = self._fate(place)
+            if reason is not None and reason is not Reason.NO_RECORD:
                 hold.check()
-                is_removed = self._dry_run or self._data.clear(place)
-                if is_removed and not self._dry_run:
+                if self._dry_run or self._data.clear(place):
+                    removal = _removal(reason, place)
+                    self._tell(removal)
+        if removal is not None:
+            yield removal
+
+    def _quarantine_all(self, strays: Sequence[Place], known: _Known) -> Iterator[Removal]:
+        for place in strays:
+            self._on_look()
+            # What is younger than every record waits: the records may be those of a backup.
+            if self._quarantine_many or (made_at(place.upload) or 0.0) <= known.newest:
+                yield from self._quarantine(place)
+
+    def _quarantine(self, place: Place) -> Iterator[Removal]:
+        is_moved = False
+        with careful(place.upload), self._locked(place) as hold:
+            if self._fate(place) is Reason.NO_RECORD:
+                hold.check()
+                is_moved = self._dry_run or self._move(place)
+        if is_moved:
+            yield _removal(Reason.NO_RECORD, place)
+
+    def _move(self, place: Place) -> bool:
+        moved = self._data.quarantine(place)
+        if moved is None:
+            return False
+        self._report_change("quarantined")
+        log.warning(
+            "No record tells of %s (%d bytes): it was moved to %s",
+            place.storage.path,
+            place.size,
+            moved.location,
+        )
+        # A POST may have written its record just now.
+        return not self._put_back(moved)
+
+    def _quarantined(self) -> Iterator[Removal]:
+        for found in self._data.quarantined():
+            self._on_look()
+            yield from self._look_again(found)
+
+    def _look_again(self, found: Quarantined) -> Iterator[Removal]:
+        removal = _removal(Reason.QUARANTINE, found.place, time.time() - found.moved_at)
+        is_removed = False
+        with careful(removal.id), self._locked(found.place) as hold:
+            hold.check()
+            if not self._put_back(found) and self._is_over(removal, found.place):
+                is_removed = self._dry_run or self._data.discard(found)
+                if is_removed:
                     self._tell(removal)
         if is_removed:
             yield removal
+
+    def _is_over(self, removal: Removal, place: Place) -> bool:
+        age = self._settings.quarantine_age
+        return age is not None and removal.age > age and self._fate(place) is not None
+
+    def _put_all_back(self) -> None:
+        for found in self._data.quarantined():
+            self._on_look()
+            with careful(found.place.upload), self._locked(found.place) as hold:
+                hold.check()
+                self._put_back(found)
+
+    def _put_back(self, found: Quarantined) -> bool:
+        """Move something to its place if an upload is known by now that has its bytes there."""
+        if self._dry_run or not self._is_missed(found.place) or not self._data.put_back(found):
+            return False
+        self._report_change("put back")
+        log.warning("%s has a record now and was put back", found.place.storage.path)
+        return True
+
+    def _is_missed(self, place: Place) -> bool:
+        try:
+            info = self._infos.load(place.upload)
+        except (UploadNotFound, ValueError):
+            return False
+        return not info.is_gone and _is_at(info, place)
 
     @contextmanager
     def _locked(self, place: Place) -> Iterator[Hold]:
@@ -368,6 +485,10 @@ class CleanUp:
                 yield info
 
     def _tell(self, removal: Removal) -> None:
+        if self._dry_run:
+            return
+        if removal.reason is Reason.QUARANTINE:
+            self._report_change("discarded")
         if removal.bytes and bytes_reclaimed.receivers:
             report(bytes_reclaimed, self._uploads.finisher.sender, size=removal.bytes)
         log.info(
@@ -377,6 +498,23 @@ class CleanUp:
             removal.age,
             removal.bytes,
         )
+
+    def _report_change(self, action: str) -> None:
+        if quarantine_changed.receivers:
+            report(quarantine_changed, self._uploads.finisher.sender, action=action)
+
+
+class _Known(NamedTuple):
+    """What is known of all uploads that are not removed.
+
+    :param number: how many there are.
+    :param newest: when the youngest id of this server's own was made.
+    :param taken: which of some paths are theirs.
+    """
+
+    number: int = 0
+    newest: float = 0.0
+    taken: Collection[str | None] = ()
 
 
 @contextmanager
@@ -390,6 +528,23 @@ def careful(id: str) -> Iterator[None]:
         log.info("The upload %s stays as it is: %s", id, error)
     except Exception:
         log.exception("The upload %s could not be swept", id)
+
+
+def _removal(reason: Reason, place: Place, age: float | None = None) -> Removal:
+    return Removal(
+        reason, place.upload, time.time() - place.changed_at if age is None else age, place.size
+    )
+
+
+def _is_at(info: FileInfo, place: Place) -> bool:
+    return (info.storage.path or info.id) == place.storage.path
+
+
+def _made_at(info: FileInfo) -> float | None:
+    """Return when the id of an upload was made, ``None`` if it is not this server's own."""
+    made = made_at(info.id)
+    # Ids of other servers, and chosen ones, may look alike.
+    return made if made is not None and abs(made - info.created_at) < _MOMENT else None
 
 
 def _changed_at(info: FileInfo) -> float:

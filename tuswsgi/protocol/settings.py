@@ -51,9 +51,15 @@ class CleanUpSettings:
     )
     grace: float | None = option(
         86400.0,
-        "After how long without a change that is removed which only crashes leave behind: bytes "
-        "without a record, records of unfinished uploads without their bytes, temporary files. "
-        "Longer than any hook lasts. Unset: never.",
+        "After how long without a change that is removed which only crashes leave behind: records "
+        "of unfinished uploads without their bytes, temporary files; bytes without a record are "
+        "moved to the quarantine. Longer than any hook lasts. Unset: never.",
+        kind=Duration,
+    )
+    quarantine_age: float | None = option(
+        30 * 86400.0,
+        "How long bytes without a record stay in the quarantine, `.tuswsgi/quarantine` below the "
+        "data directory, where an operator who misses them finds them. Unset: for ever.",
         kind=Duration,
     )
     interval: float = option(

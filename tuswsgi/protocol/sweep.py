@@ -16,7 +16,7 @@ from tuswsgi.errors import TusError, UploadLocked
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.info import State
 from tuswsgi.lockers.base import SURE, Hold
-from tuswsgi.protocol.cleanup import CleanUp, Search, careful
+from tuswsgi.protocol.cleanup import CleanUp, Search, TooManyStrays, careful
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
 
@@ -113,13 +113,23 @@ class Sweeper:
                 self._clean_up(search)
 
     def _clean_up(self, search: Search) -> None:
-        removed = total = 0
-        for removal in search.removals():
-            removed += 1
-            total += removal.bytes
+        removed = moved = total = 0
+        try:
+            for removal in search.removals():
+                removed += removal.is_for_good
+                moved += not removal.is_for_good
+                total += removal.bytes
+        except TooManyStrays as error:
+            log.error("%s", error)
         self._due[search.name] = time.monotonic() + search.age * _LATE
-        if removed:
-            log.info("Cleaned up %s: %d removed, %d bytes", search.name, removed, total)
+        if removed or moved:
+            log.info(
+                "Cleaned up %s: %d removed, %d moved to the quarantine, %d bytes",
+                search.name,
+                removed,
+                moved,
+                total,
+            )
 
     def _rest(self, hold: Hold) -> None:
         until = time.monotonic() + self._settings.interval

@@ -666,6 +666,74 @@ class DataStoreContract:
         assert not store.clear(place)
         assert content(store, info) == b"bytes"
 
+    @pytest.fixture
+    def quarantining(self, store: DataStore, listing: None) -> None:
+        """For stores that have a quarantine."""
+        info = created(store)
+        (place,) = store.places(time.time() + 60)
+        if store.quarantine(place) is None:
+            assert store.offset(info) == 0
+            pytest.skip("the store has no quarantine")
+        (found,) = store.quarantined()
+        assert store.discard(found)
+
+    def test_what_is_in_the_quarantine_is_no_upload(
+        self, store: DataStore, quarantining: None
+    ) -> None:
+        info, neighbour = created(store), created(store)
+        store.append(info, 0, Blocks(b"bytes"))
+        (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
+        moved = store.quarantine(place)
+        assert moved is not None
+        assert moved.place == place
+        assert abs(moved.moved_at - time.time()) < 60
+        assert list(store.quarantined()) == [moved]
+        assert store.quarantine(place) is None
+        assert [place.upload for place in store.places(time.time() + 60)] == [neighbour.id]
+        with pytest.raises(UploadGone):
+            store.offset(info)
+
+    def test_what_has_changed_is_not_moved(self, store: DataStore, quarantining: None) -> None:
+        info = created(store)
+        (place,) = store.places(time.time() + 60)
+        store.append(info, 0, Blocks(b"bytes"))
+        assert store.quarantine(place) is None
+        assert content(store, info) == b"bytes"
+
+    def test_what_was_moved_is_put_back(self, store: DataStore, quarantining: None) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"bytes"))
+        (place,) = store.places(time.time() + 60)
+        moved = store.quarantine(place)
+        assert moved is not None
+        assert store.put_back(moved)
+        assert not store.put_back(moved)
+        assert list(store.quarantined()) == []
+        assert content(store, info) == b"bytes"
+        store.append(info, 5, Blocks(b" more"))
+        assert content(store, info) == b"bytes more"
+
+    def test_nothing_is_put_in_the_place_of_another(
+        self, store: DataStore, quarantining: None
+    ) -> None:
+        info = created(store)
+        store.append(info, 0, Blocks(b"first"))
+        (place,) = store.places(time.time() + 60)
+        assert (first := store.quarantine(place)) is not None
+        store.create(info)
+        store.append(info, 0, Blocks(b"second"))
+        assert not store.put_back(first)
+        assert content(store, info) == b"second"
+        # Both are kept if the second one goes there, too.
+        (place,) = store.places(time.time() + 60)
+        assert (second := store.quarantine(place)) is not None
+        assert sorted(found.place.size for found in store.quarantined()) == [5, 6]
+        assert store.put_back(first)
+        assert content(store, info) == b"first"
+        assert store.discard(second)
+        assert not store.discard(second)
+        assert list(store.quarantined()) == []
+
     # --- two processes ---
 
     def test_another_instance_sees_the_same(self, store: DataStore, other: DataStore) -> None:

@@ -1,0 +1,160 @@
+"""Where files that no record tells of wait, for somebody to miss them.
+
+This file owns a hidden directory of the directory of uploads: ``.tuswsgi/quarantine/<time>/``
+has what was moved there at a time, by the same paths as before, so that ``mv`` puts it back.
+Everything is renamed within one file system and never copied. What is in there is no upload.
+"""
+
+from __future__ import annotations
+
+import calendar
+import os
+import re
+import time
+from collections.abc import Iterator
+from itertools import count
+
+from tuswsgi.datastores import places
+from tuswsgi.datastores.base import Place, Quarantined
+from tuswsgi.process import aside, let_others_run
+
+_ROOT = ".tuswsgi/quarantine"
+
+_TIME = "%Y-%m-%dT%H%M%SZ"
+
+#: A time, and a number where a path was taken already in that second.
+_FOLDER = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d{6}Z)(\.\d+)?", re.ASCII)
+
+#: How many files are looked at before others run.
+_PAGE = 100
+
+
+def quarantine(directory: str, place: Place) -> Quarantined | None:
+    """Move a file that ``places`` found; see ``DataStore.quarantine``."""
+    if not places.is_still(directory, place):
+        return None
+    source, moved_at = f"{directory}/{place.storage.path}", int(time.time())
+    target = _free_path(directory, place, moved_at)
+    try:
+        _move(source, target)
+    except FileNotFoundError:
+        return None  # another process was faster
+    return Quarantined(place, os.path.abspath(target), moved_at)
+
+
+def quarantined(directory: str, type: str) -> Iterator[Quarantined]:
+    """Yield what was moved; see ``DataStore.quarantined``.
+
+    :param type: the name of the data store.
+    """
+    try:
+        folders = os.listdir(f"{directory}/{_ROOT}")
+    except FileNotFoundError:
+        return
+    for folder in sorted(folders):
+        moved_at = _time_of(folder)
+        if moved_at is None:
+            continue
+        below = f"{directory}/{_ROOT}/{folder}"
+        for number, path in enumerate(places.files(below, "")):
+            if number % _PAGE == 0:
+                let_others_run()
+            if (place := places.look(below, path, type)) is not None:
+                yield Quarantined(place, os.path.abspath(f"{below}/{path}"), moved_at)
+
+
+def put_back(directory: str, found: Quarantined) -> bool:
+    """Move a file to where it was; see ``DataStore.put_back``."""
+    target = f"{directory}/{found.place.storage.path}"
+    try:
+        if os.path.lexists(target):
+            return False
+        _move(found.location, target)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError):
+        return False
+    _remove_rest(found)
+    return True
+
+
+def discard(found: Quarantined) -> bool:
+    """Remove a file for good; see ``DataStore.discard``."""
+    try:
+        # To free the blocks of a huge file takes the kernel its time.
+        aside(os.unlink, found.location)
+    except FileNotFoundError:
+        return False  # another process was faster, or an operator
+    _remove_rest(found)
+    return True
+
+
+def _free_path(directory: str, place: Place, moved_at: int) -> str:
+    folder = f"{directory}/{_ROOT}/{time.strftime(_TIME, time.gmtime(moved_at))}"
+    for number in count():
+        path = f"{folder}{f'.{number}' if number else ''}/{place.storage.path}"
+        if not os.path.lexists(path):
+            return path
+    raise AssertionError  # there is always one more number
+
+
+def _move(source: str, target: str) -> None:
+    """Rename a file, but never over another one, with what says which of its bytes count.
+
+    Whoever dies in between leaves one file with both names, and nothing without its marker.
+    """
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    marker = _copy_marker(source, target)
+    try:
+        _rename(source, target)
+    except BaseException:
+        if marker is not None:
+            os.unlink(marker)
+        raise
+    # The marker that stays behind is a temporary file without its upload.
+
+
+def _rename(source: str, target: str) -> None:
+    try:
+        # A rename would replace what is there.
+        os.link(source, target, follow_symlinks=False)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError):
+        raise
+    except OSError:
+        # The file system knows no second names.
+        if os.path.lexists(target):
+            raise FileExistsError from None
+        os.rename(source, target)
+    else:
+        os.unlink(source)
+
+
+def _copy_marker(source: str, target: str) -> str | None:
+    copy = places.marker_of(target)
+    try:
+        with open(places.marker_of(source), "rb") as found, open(copy, "wb") as file:
+            file.write(found.read())
+    except FileNotFoundError:
+        return None
+    return copy
+
+
+def _time_of(folder: str) -> float | None:
+    match = _FOLDER.fullmatch(folder)
+    try:
+        return match and calendar.timegm(time.strptime(match["time"], _TIME))
+    except ValueError:
+        return None
+
+
+def _remove_rest(found: Quarantined) -> None:
+    """Remove the marker of a file that is not there any more, and folders that are empty now."""
+    try:
+        os.unlink(places.marker_of(found.location))
+    except FileNotFoundError:
+        pass  # it hardly ever has one
+    folder = os.path.dirname(found.location)
+    for _ in range((found.place.storage.path or "").count("/") + 1):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            return  # there is more in it
+        folder = os.path.dirname(folder)
