@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, ParamSpec, TypeVar
 
 T = TypeVar("T")
@@ -107,14 +108,16 @@ def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """
     if not is_cooperative():
         return function(*args, **kwargs)
-    from gevent import GreenletExit, get_hub
+    from gevent import GreenletExit, Timeout, get_hub
 
     running = get_hub().threadpool.spawn(function, *args, **kwargs)
     try:
         result: T = running.get()
-    except GreenletExit:
-        # It still uses what belongs to this greenlet.
-        running.wait()
+    except BaseException:
+        # It still uses what belongs to this greenlet, which may be struck more than once.
+        while not running.ready():
+            with suppress(GreenletExit, Timeout):
+                running.wait()
         raise
     return result
 

@@ -413,3 +413,50 @@ foreign.stdout.close()
 
 def test_a_foreign_writer_does_not_block_the_hub(tmp_path):
     run_python(BUSY, tmp_path / "info.sqlite3")
+
+
+#: Ends the greenlet that commits, for itself and for others, in the middle of that: as a worker
+#: ends its requests when `graceful_timeout` is over.
+STRUCK = """
+from gevent import monkey; monkey.patch_all()
+import sys
+import gevent
+from tuswsgi.infostores.sql import SqlInfoStore
+from tuswsgi.testing.records import event, upload
+
+block = monkey.get_original("threading", "Event")
+store = SqlInfoStore("sqlite:///" + sys.argv[1], force_fsync=True)
+store.prepare()
+store.create(upload())
+database = store._connection._handles.get().writer._database
+execute, reached, goes_on = database.execute_sql, block(), block()
+
+def slow(sql, params=None):
+    if sql == "COMMIT":
+        reached.set()
+        assert goes_on.wait(60)
+    return execute(sql, params)
+
+database.execute_sql = slow
+infos = [upload() for _ in range(5)]
+leader, *others = [gevent.spawn(store.create, info, [event(info)]) for info in infos]
+while not reached.is_set():
+    gevent.sleep(0.001)
+for _ in range(int(sys.argv[2])):
+    leader.kill(block=False)
+    gevent.sleep(0.01)
+assert not leader.ready() and not any(other.ready() for other in others)
+goes_on.set()
+gevent.joinall([leader, *others], timeout=60)
+assert isinstance(leader.value, gevent.GreenletExit), leader.exception
+for other in others:
+    other.get()
+assert all(store.load(info.id) == info for info in infos)
+store.create(info := upload())
+assert store.load(info.id) == info
+"""
+
+
+@pytest.mark.parametrize("blows", [1, 3])
+def test_what_is_committed_is_no_failure_where_who_commits_is_ended(tmp_path, blows):
+    run_python(STRUCK, tmp_path / "info.sqlite3", blows)

@@ -204,6 +204,8 @@ class _Writer:
         self._queue: deque[_Write] = deque()
         self._led = False
         self._closing = False
+        #: Whether the batch of whoever leads is done, so that each write knows how it ended.
+        self._done = False
 
     def run(self, fn: Callable[[Database], T]) -> T:
         write = _Write(fn)
@@ -260,16 +262,16 @@ class _Writer:
             return [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
 
     def _commit(self, batch: list[_Write]) -> None:
+        self._done = False
         try:
             if self._slow:
                 aside(self._run, batch)
             else:
                 self._run(batch)
         except BaseException as error:
-            # Closing rolls back, whatever state the connection is in.
-            self._database.close()
-            for write in batch:
-                write.error = error if isinstance(error, Exception) else Unavailable()
+            # The end of this greenlet may have come while a thread did the work to its end.
+            if not self._done:
+                self._fail(batch, error)
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -277,10 +279,20 @@ class _Writer:
                 if write.woken is not None:
                     write.woken.set()
 
+    def _fail(self, batch: list[_Write], error: BaseException) -> None:
+        # Closing rolls back, whatever state the connection is in.
+        self._database.close()
+        for write in batch:
+            write.error = error if isinstance(error, Exception) else Unavailable()
+
     def _run(self, batch: list[_Write]) -> None:
         if len(batch) == 1:
             batch[0].run_alone(self._database)
-            return
+        else:
+            self._run_together(batch)
+        self._done = True
+
+    def _run_together(self, batch: list[_Write]) -> None:
         self._database.execute_sql("SAVEPOINT before_all")
         try:
             for write in batch:
