@@ -261,13 +261,29 @@ class TestFileDataStore(DataStoreContract):
         assert store.discard(store.quarantine(place))
         assert list((store.data_dir / ".tuswsgi" / "quarantine").iterdir()) == []
 
+    def test_segments_go_to_the_quarantine_and_come_back(self, store):
+        info = created(store, size=12)
+        store.append(info, 0, Blocks(b"one,"), SURE)
+        for block in (b"two,", b"last"):
+            info = info.but(storage=store.seal(info))
+            store.append(info, store.offset(info), Blocks(block), SURE)
+        (place,) = store.places(LATER)
+        found = store.quarantine(place)
+        for left in store.places(LATER):
+            store.clear(left)
+        with pytest.raises(UploadGone):
+            store.offset(info)
+        assert store.put_back(found)
+        assert content(store, info) == b"one,two,last"
+        assert [one.storage.path for one in store.places(LATER)] == [info.storage.path]
+
     def test_a_file_system_without_hard_links_has_a_quarantine(self, store, monkeypatch):
         def refuse(*args, **kwargs):
             raise PermissionError(errno.EPERM, "no links here")
 
         monkeypatch.setattr(os, "link", refuse)
         info = created(store)
-        store.append(info, 0, Blocks(b"bytes"))
+        store.append(info, 0, Blocks(b"bytes"), SURE)
         (place,) = store.places(LATER)
         moved = store.quarantine(place)
         store.create(info)

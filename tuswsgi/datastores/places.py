@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from itertools import count
 
 from tuswsgi.datastores.base import Place
 from tuswsgi.info import Storage
@@ -29,8 +30,8 @@ def places(directory: str, type: str, before: float) -> Iterator[Place]:
 
     :param type: the name of the data store.
     """
-    for count, path in enumerate(files(directory, "")):
-        if count % _PAGE == 0:
+    for number, path in enumerate(files(directory, "")):
+        if number % _PAGE == 0:
             let_others_run()
         if (place := look(directory, path, type)) is not None and place.changed_at < before:
             yield place
@@ -53,10 +54,18 @@ def is_still(directory: str, place: Place) -> bool:
     return look(directory, place.storage.path or "", place.storage.type) == place
 
 
-def marker_of(path: str) -> str:
-    """Return the file that says which bytes of an upload do not count, if there is one."""
+def companions(path: str) -> Iterator[str]:
+    """Yield the files that belong to that of an upload: its segments, and the markers of what
+    does not count.
+    """
     folder, slash, name = path.rpartition("/")
-    return f"{folder}{slash}.{name}.unverified"
+    for number in count():
+        segment = f"{folder}{slash}.{name}.segment{number}"
+        if number and not os.path.lexists(segment):
+            return
+        marker = f"{folder}{slash}.{name}.unverified{number or ''}"
+        yield from [segment] if number else []
+        yield from [marker] if os.path.lexists(marker) else []
 
 
 def files(directory: str, below: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import calendar
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 from tuswsgi.datastores import places
@@ -97,19 +97,22 @@ def _free_path(directory: str, place: Place, moved_at: int) -> str:
 
 
 def _move(source: str, target: str) -> None:
-    """Rename a file, but never over another one, with what says which of its bytes count.
+    """Rename a file, but never over another one, with the files that belong to it.
 
-    Whoever dies in between leaves one file with both names, and nothing without its marker.
+    Whoever dies in between leaves files with both names, and nothing without its companions.
     """
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    marker = _copy_marker(source, target)
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    copies = []
     try:
+        for companion in places.companions(source):
+            copies.append(f"{folder}/{os.path.basename(companion)}")
+            _name_again(companion, copies[-1])
         _rename(source, target)
     except BaseException:
-        if marker is not None:
-            os.unlink(marker)
+        _unlink(copies)
         raise
-    # The marker that stays behind is a temporary file without its upload.
+    # What stays behind of them are temporary files without their upload.
 
 
 def _rename(source: str, target: str) -> None:
@@ -127,14 +130,21 @@ def _rename(source: str, target: str) -> None:
         os.unlink(source)
 
 
-def _copy_marker(source: str, target: str) -> str | None:
-    copy = places.marker_of(target)
+def _name_again(source: str, target: str) -> None:
     try:
-        with open(places.marker_of(source), "rb") as found, open(copy, "wb") as file:
-            file.write(found.read())
-    except FileNotFoundError:
-        return None
-    return copy
+        os.link(source, target, follow_symlinks=False)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError):
+        raise
+    except OSError:
+        os.rename(source, target)  # the file system knows no second names
+
+
+def _unlink(paths: Iterable[str]) -> None:
+    for path in paths:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass  # another process was faster, or it never came to be
 
 
 def _time_of(folder: str) -> float | None:
@@ -146,11 +156,8 @@ def _time_of(folder: str) -> float | None:
 
 
 def _remove_rest(found: Quarantined) -> None:
-    """Remove the marker of a file that is not there any more, and folders that are empty now."""
-    try:
-        os.unlink(places.marker_of(found.location))
-    except FileNotFoundError:
-        pass  # it hardly ever has one
+    """Remove what belonged to a file that is not there any more, and folders that are empty."""
+    aside(_unlink, list(places.companions(found.location)))
     folder = os.path.dirname(found.location)
     for _ in range((found.place.storage.path or "").count("/") + 1):
         try:

@@ -681,7 +681,7 @@ class DataStoreContract:
         self, store: DataStore, quarantining: None
     ) -> None:
         info, neighbour = created(store), created(store)
-        store.append(info, 0, Blocks(b"bytes"))
+        store.append(info, 0, Blocks(b"bytes"), SURE)
         (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
         moved = store.quarantine(place)
         assert moved is not None
@@ -696,13 +696,13 @@ class DataStoreContract:
     def test_what_has_changed_is_not_moved(self, store: DataStore, quarantining: None) -> None:
         info = created(store)
         (place,) = store.places(time.time() + 60)
-        store.append(info, 0, Blocks(b"bytes"))
+        store.append(info, 0, Blocks(b"bytes"), SURE)
         assert store.quarantine(place) is None
         assert content(store, info) == b"bytes"
 
     def test_what_was_moved_is_put_back(self, store: DataStore, quarantining: None) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"bytes"))
+        store.append(info, 0, Blocks(b"bytes"), SURE)
         (place,) = store.places(time.time() + 60)
         moved = store.quarantine(place)
         assert moved is not None
@@ -710,18 +710,18 @@ class DataStoreContract:
         assert not store.put_back(moved)
         assert list(store.quarantined()) == []
         assert content(store, info) == b"bytes"
-        store.append(info, 5, Blocks(b" more"))
+        store.append(info, 5, Blocks(b" more"), SURE)
         assert content(store, info) == b"bytes more"
 
     def test_nothing_is_put_in_the_place_of_another(
         self, store: DataStore, quarantining: None
     ) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"first"))
+        store.append(info, 0, Blocks(b"first"), SURE)
         (place,) = store.places(time.time() + 60)
         assert (first := store.quarantine(place)) is not None
         store.create(info)
-        store.append(info, 0, Blocks(b"second"))
+        store.append(info, 0, Blocks(b"second"), SURE)
         assert not store.put_back(first)
         assert content(store, info) == b"second"
         # Both are kept if the second one goes there, too.
