@@ -10,7 +10,7 @@ import binascii
 import os
 import re
 import time
-from base64 import b64decode, b64encode
+from base64 import b32hexencode, b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,10 +21,13 @@ from tuswsgi.errors import InvalidMetadata, UploadNotFound
 #: The largest length and offset: they are kept in signed 64-bit columns.
 MAX_SIZE = 2**63 - 1
 
-#: How many digits of a new id are its time, in milliseconds.
-_TIME_DIGITS = 12
+#: A new id in bytes: its time, in milliseconds, and what is random.
+_TIME_BYTES, _RANDOM_BYTES = 6, 16
 
-_NEW_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+#: How many digits of it, of 5 bits each, hold the time, and how many bits of them do not.
+_TIME_DIGITS, _OVERHANG = 10, 2
+
+_NEW_ID = re.compile(r"[0-9a-v]{36}", re.ASCII)
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~-]{0,127}", re.ASCII)
 
@@ -33,16 +36,20 @@ def new_id() -> str:
     """Return a new id in a form that every URL and file system takes.
 
     It begins with the time, so that records of uploads that come one after another lie
-    beside each other in a database; 80 random bits follow, which nobody guesses.
+    beside each other in a database; 128 random bits follow, since to know it is all that it
+    takes to use an upload where the application does not ask for more. The digits are those
+    of base32hex (RFC 4648, 7) in lower case: they sort as numbers do, and 1,000 URLs with
+    them fit in an ``Upload-Concat`` of 64 KiB.
     """
-    return f"{time.time_ns() // 1_000_000:0{_TIME_DIGITS}x}{os.urandom(10).hex()}"
+    now = (time.time_ns() // 1_000_000).to_bytes(_TIME_BYTES, "big")
+    return b32hexencode(now + os.urandom(_RANDOM_BYTES)).decode().rstrip("=").lower()
 
 
 def made_at(id: str) -> float | None:
     """Return when ``new_id`` made an id, ``None`` if it did not make it for sure."""
     if _NEW_ID.fullmatch(id) is None:
         return None
-    return int(id[:_TIME_DIGITS], 16) / 1000
+    return (int(id[:_TIME_DIGITS], 32) >> _OVERHANG) / 1000
 
 
 def check_id(id: str) -> str:
