@@ -6,8 +6,11 @@ import pytest
 
 from protocol.client import Client, assert_refused, path_of
 from protocol.conftest import Serve, on_memory
+from protocol.test_hooks import NO, assert_hooks_no, listen
 from tuswsgi.hooks.base import HookRequest, HookResponse
 from tuswsgi.info import State
+
+DEFERRED = {"Upload_Defer_Length": "1", "Upload_Concat": "partial"}
 
 
 def id_of(url: str) -> str:
@@ -65,6 +68,50 @@ class TestFinal:
     def test_a_thousand_parts(self, client: Client) -> None:
         part = client.part(b"x")
         assert client.content(path_of(client.final(*[part] * 1000))) == b"x" * 1000
+
+    def test_more_parts_than_that(self, client: Client) -> None:
+        part = client.part(b"x")
+        asked = listen(client, "pre-access")
+        assert_refused(client.final(*[part] * 1001), 400, "more than 1000 partial uploads")
+        assert asked == []
+        assert client.stored() == 1
+
+    def test_as_many_parts_as_are_configured(self, serve: Serve) -> None:
+        client = serve(max_parts=2)
+        part = client.part(b"x")
+        assert client.content(path_of(client.final(part, part))) == b"xx"
+        assert_refused(client.final(part, part, part), 400, "more than 2 partial uploads")
+
+    def test_parts_that_are_too_large_together(self, serve: Serve) -> None:
+        client = serve(max_file_size=10)
+        part, deferred = client.part(b"12345"), client.create(**DEFERRED)
+        client.append(deferred, b"1", 0)
+        assert client.content(path_of(client.final(part, part))) == b"1234512345"
+        for parts in ([part] * 3, [part, part, deferred]):
+            assert_refused(client.final(*parts), 413, "larger than this server accepts")
+        assert client.stored() == 3
+
+    def test_parts_for_which_there_is_no_room(self, serve: Serve) -> None:
+        client = serve(storage="file-storage", min_free_disk=0)
+        part = client.create(10**9, Upload_Concat="partial")
+        assert_refused(client.final(*[part] * 1000), 507)
+        assert client.stored() == 1
+
+    def test_parts_whose_length_tells_later_that_there_is_no_room(
+        self, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = serve(storage="file-storage", min_free_disk=0)
+        data = client.tus.uploads.data
+        part = client.create(**DEFERRED)
+        url = path_of(client.final(part, part))
+        client.append(part, b"hello", 0)
+        monkeypatch.setattr(data, "free_space", lambda: 9)
+        client.append(part, b"", 5, Upload_Length=5)
+        monkeypatch.setattr(data, "concatenate", pytest.fail)
+        assert client.head(url).status_code == 507
+        monkeypatch.undo()
+        assert client.offset(url) == 10
+        assert client.content(url) == b"hellohello"
 
     def test_metadata_is_not_inherited(self, client: Client) -> None:
         # "the partial uploads' metadata SHALL NOT be transferred to the new final upload."
@@ -200,6 +247,35 @@ class TestParts:
         final = path_of(client.final(part))
         assert_refused(client.final(final), 400, "not partial")
         assert client.stored() == 3
+
+
+class TestAccess:
+    def test_each_part_is_asked_about_once(self, client: Client) -> None:
+        a, b = client.part(b"a"), client.part(b"b")
+        asked = listen(client, "pre-access")
+        url = path_of(client.final(a, b, a, a))
+        told = [(hook.request.method, hook.info.id) for hook in asked]
+        assert told == [("POST", id_of(a)), ("POST", id_of(b))]
+        assert client.content(url) == b"abaa"
+
+    @pytest.mark.parametrize("remove_parts", [False, True])
+    def test_a_part_that_is_not_to_be_touched(self, serve: Serve, remove_parts: bool) -> None:
+        client = serve(remove_parts=remove_parts)
+        mine, others = client.part(b"mine"), client.part(b"others'")
+        listen(client, "pre-access", None, NO)
+        created = listen(client, "pre-create")
+        assert_hooks_no(client.final(mine, others))
+        assert created == []
+        assert {info.id for info in client.tus.uploads.infos.list()} == {id_of(mine), id_of(others)}
+        listen(client, "pre-access")
+        stored = client.tus.uploads.infos.load(id_of(others))
+        assert stored.state is State.FINISHED
+
+    def test_trouble_with_asking(self, client: Client) -> None:
+        part = client.part(b"x")
+        listen(client, "pre-access", OSError("down"))
+        assert_refused(client.final(part), 503)
+        assert client.stored() == 1
 
 
 class TestUnfinished:

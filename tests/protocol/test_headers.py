@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import zlib
 from base64 import b64encode
+from uuid import UUID
 
 import pytest
 
@@ -20,7 +22,8 @@ from tuswsgi.errors import (
     UnsupportedVersion,
     UploadNotFound,
 )
-from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
+from tuswsgi.info import FileInfo, Metadata, State, check_id, made_at, new_id
+from tuswsgi.options import KiB
 from tuswsgi.protocol.checksum import ALGORITHMS, Checksum
 from tuswsgi.protocol.headers import TusHeaders, content_length, describe, final_urls
 
@@ -221,8 +224,8 @@ class TestConcat:
         assert headers().concat is None
         assert headers(upload_concat="partial").concat == "partial"
         assert headers(upload_concat="final;/a /b").concat == "final;/a /b"
-        assert final_urls("final;/a  /b /a") == ["/a", "/b", "/a"]
-        assert final_urls("final; /a") == ["/a"]
+        assert final_urls("final;/a  /b /a", 3) == ["/a", "/b", "/a"]
+        assert final_urls("final; /a", 1) == ["/a"]
 
     @pytest.mark.parametrize("text", ["", "Partial", "partial;", "final", "Final;/a", "x", "0"])
     def test_others(self, text: str) -> None:
@@ -232,7 +235,7 @@ class TestConcat:
     @pytest.mark.parametrize("text", ["final;", "final; ", "final;  "])
     def test_no_parts(self, text: str) -> None:
         with pytest.raises(InvalidConcat, match="names no partial upload"):
-            final_urls(text)
+            final_urls(text, 1000)
 
 
 class TestChecksum:
@@ -334,8 +337,34 @@ class TestIds:
         ids = {new_id() for _ in range(1000)}
         assert len(ids) == 1000
         for id in ids:
-            assert len(bytes.fromhex(id)) * 8 >= 128
             assert check_id(id) == id
+
+    def test_of_new_ids_nothing_but_the_time_can_be_guessed(self) -> None:
+        ids = [new_id() for _ in range(1000)]
+        made = [made_at(id) for id in ids]
+        assert all(at is not None and abs(at - time.time()) < 60 for at in made)
+        numbers = [int(id, 32) for id in ids]
+        bits = 5 * len(ids[0])
+        # A bit of the time is the same in nearly all of them, a random one in half of them.
+        ones = [sum(number >> bit & 1 for number in numbers) for bit in range(bits)]
+        assert sum(300 < count < 700 for count in ones) >= 122
+
+    def test_new_ids_sort_by_their_time(self) -> None:
+        ids = [new_id()]
+        while len({made_at(id) for id in ids}) < 5:
+            ids.append(new_id())
+        made = [made_at(id) for id in sorted(ids)]
+        assert made == sorted(made, key=lambda at: at or 0.0)
+
+    def test_a_thousand_urls_fit_in_a_header(self) -> None:
+        url = f"https://example.org/files/{new_id()}"
+        assert len("Upload-Concat: final;" + " ".join([url] * 1000)) < 64 * KiB
+
+    @pytest.mark.parametrize(
+        "id", ["", "a", "0" * 32, "0" * 37, "w" * 36, "A" * 36, str(UUID(int=7))]
+    )
+    def test_ids_of_others_tell_no_time(self, id: str) -> None:
+        assert made_at(id) is None
 
     @pytest.mark.parametrize("id", ["a", "-", "_", "a.b", "A~", "0" * 128])
     def test_ids(self, id: str) -> None:

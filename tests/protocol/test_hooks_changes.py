@@ -11,6 +11,7 @@ import pytest
 
 from protocol.client import MIME, Breaking, Client, assert_refused, metadata, path_of
 from protocol.conftest import Serve
+from protocol.test_hooks import NO, assert_hooks_no, listen
 from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse, HookType
 from tuswsgi.info import Metadata, Storage
 
@@ -155,6 +156,17 @@ class TestCollisions:
         client.create(5, X_Owner="ann")
         assert_refused(client.post(5, X_Owner="bob"), 409)
         assert client.post(5, X_Owner="ann").status_code == 201
+
+    @every_choice
+    def test_one_that_is_not_to_be_touched(self, client: Client, change: dict[str, str]) -> None:
+        choose(client, **change)
+        url = client.create(5)
+        id = url.rpartition("/")[2]
+        asked = listen(client, "pre-access", NO)
+        # A PATCH that holds it is not disturbed, either.
+        with client.tus.uploads.locker.lock(id, pytest.fail):
+            assert_hooks_no(client.post(5))
+        assert [(hook.request.method, hook.info.id) for hook in asked] == [("POST", id)]
 
     def test_an_id_with_the_path_of_another(self, client: Client) -> None:
         choose(client, path="taken")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from tuswsgi.errors import HookFailed, StorageFull, UploadExists, UploadGone, UploadNotFound
+from tuswsgi.errors import HookFailed, UploadExists, UploadGone, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.info import FileInfo, Metadata, State, Storage
 from tuswsgi.infostores.base import InfoStore
@@ -62,7 +62,7 @@ class Creator:
         Bytes come first: a crash in between leaves bytes that nobody knows of, to be
         cleaned up, and never a record of bytes that are not there.
         """
-        self._check_space(info)
+        self.finisher.check_space(info)
         data, hooks = self.finisher.data, self.finisher.hooks
         place = data.create_open(info)
         empty = info = info.but(storage=place.storage)
@@ -96,8 +96,11 @@ class Creator:
 
         :raises UploadExists: if the id or the path is another upload's.
         """
-        self._check_space(info)
+        self.finisher.check_space(info)
         locker, let_go = self.finisher.locker, reception.reader.interrupt
+        known = self._record_of(info.id)
+        if known is not None:
+            self._check_access(info, known, request)
         with locker.lock(info.id, let_go) as hold:
             reception.reader.guard(hold)
             twin = self._record_of(info.id)
@@ -113,7 +116,10 @@ class Creator:
                 hold.settle()
                 return self._receive(info, reception, request, held, hold)
             if twin.id == info.id:
+                if known is None:
+                    self._check_access(info, twin, request)
                 return self._go_on(info, twin.id, request, hold)
+        self._check_access(info, twin, request)
         with locker.lock(twin.id, let_go) as hold:
             return self._go_on(info, twin.id, request, hold)
 
@@ -127,7 +133,7 @@ class Creator:
 
         :raises LimitReached: if there is no room.
         """
-        self._check_space(info)
+        self.finisher.check_space(info)
         with self.finisher.locker.lock(info.id, reception.reader.interrupt) as hold:
             reception.reader.guard(hold)
             info = info.but(storage=self.finisher.data.create(info))
@@ -155,11 +161,6 @@ class Creator:
             return info.but(reserved=reception.length)
         return info
 
-    def _check_space(self, info: FileInfo) -> None:
-        free = self.finisher.data.free_space()
-        if free is not None and free - (info.size or 0) < self.finisher.settings.min_free_disk:
-            raise StorageFull
-
     def _is_told(self, info: FileInfo) -> bool:
         """Whether there is a post-create for an upload, at the end of its POST.
 
@@ -170,6 +171,17 @@ class Creator:
         return not info.is_final and (self.finisher.hooks.follows_tusd or not info.is_finished)
 
     # --- an upload that was chosen ------------------------------------------------------
+
+    def _check_access(self, info: FileInfo, twin: FileInfo, request: RequestInfo) -> None:
+        """Refuse to go on with an upload before anybody who holds it is disturbed: which one it
+        is may follow from what the client said.
+
+        :raises UploadExists: if it is not the one that `info` is to be.
+        :raises HookRefusal: if the request may not touch it.
+        """
+        if not _is_again(info, twin):
+            raise UploadExists
+        self.finisher.hooks.ask(HookType.PRE_ACCESS, twin, request)
 
     def _place(self, info: FileInfo) -> Storage:
         try:

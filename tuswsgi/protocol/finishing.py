@@ -18,6 +18,7 @@ from tuswsgi.datastores.base import DataStore
 from tuswsgi.errors import (
     HookRefusal,
     MaxSizeExceeded,
+    StorageFull,
     TusError,
     UploadGone,
     UploadNotFound,
@@ -174,11 +175,21 @@ class Finisher:
                     info = self.room.save(info, size=size)
                 info = info.but(size=size)
                 if self.data.offset(info) != size:
+                    self.check_space(info)
                     self.data.concatenate(info, parts, hold)
                 info = self.finish(info, request, hold)
         if self.settings.remove_parts and info.state is State.FINISHED:
             self._remove_parts(info, request)
         return info
+
+    def check_space(self, info: FileInfo) -> None:
+        """Refuse what would not fit beside what must stay free, before any of it is written.
+
+        :raises StorageFull: while there is no room for it.
+        """
+        free = self.data.free_space()
+        if free is not None and free - (info.size or 0) < self.settings.min_free_disk:
+            raise StorageFull
 
     def part_finished(self, part: FileInfo, request: RequestInfo) -> None:
         """Build the final uploads that waited for `part`. The caller holds no lock."""

@@ -180,15 +180,21 @@ def _number(name: str, text: str, error: type[BadRequest]) -> int:
     return number
 
 
-def final_urls(concat: str) -> list[str]:
+def final_urls(concat: str, most: int) -> list[str]:
     """Return the URLs in an ``Upload-Concat`` header of a final upload.
 
     "The value MUST be `final` followed by a semicolon and a space-separated list of the
     partial upload URLs that need to be concatenated."
+
+    :param most: how many there may be. "The same partial upload MAY be present multiple times",
+        so that a short header can ask for much work.
+    :raises InvalidConcat: if there are more, or none.
     """
     urls = concat.removeprefix("final;").split()
     if not urls:
         raise InvalidConcat("The Upload-Concat header names no partial upload.")
+    if len(urls) > most:
+        raise InvalidConcat(f"The Upload-Concat header names more than {most} partial uploads.")
     return urls
 
 

@@ -13,6 +13,11 @@ from tuswsgi.info import MAX_SIZE
 from tuswsgi.options import Duration, MiB, Size, option
 
 
+def _at_least_one(value: int) -> None:
+    if value < 1:
+        raise ValidationError("Not 1 or more.")
+
+
 def _at_least_a_second(value: float) -> None:
     if value < 1:
         raise ValidationError("Not a duration of at least 1s.")
@@ -93,6 +98,12 @@ class UploadSettings:
     )
     allow_empty: bool = option(
         True, "Whether uploads of length 0 may be created.", rustus="ALLOW_EMPTY"
+    )
+    max_parts: int = option(
+        1000,
+        "How many partial uploads a final upload may be made of, repeated ones counted each time: "
+        "all of them are copied, and `pre-access` is asked about each.",
+        validate=_at_least_one,
     )
     remove_parts: bool = option(
         False,

@@ -144,14 +144,15 @@ class Uploads:
             not part.is_finished for part in parts.values()
         ):
             raise PartsUnfinished
-        size = sum_of_sizes([parts[id] for id in info.partial_uploads])
-        if size is not None and size > self.settings.max_size:
+        whole = [parts[id] for id in info.partial_uploads]
+        if sum(part.promised for part in whole) > self.settings.max_size:
             raise MaxSizeExceeded
-        return info.but(size=size)
+        return info.but(size=sum_of_sizes(whole))
 
     def _load_part(self, id: str, request: RequestInfo) -> FileInfo:
         try:
-            return self._load(id, request)
+            # Whoever has a part in an upload of his own can read it there.
+            return self._access(id, request)
         except UploadNotFound:
             raise UploadNotFound(
                 "The Upload-Concat header names an upload that does not exist."

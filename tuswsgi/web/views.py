@@ -145,9 +145,8 @@ class Views:
         # creation." (Concatenation)
         if deferred or headers.length is not None:
             raise InvalidUploadLength("A final upload takes no Upload-Length header.")
-        parts = tuple(
-            upload_id(url, call.environ, self._settings) for url in tus.final_urls(concat)
-        )
+        urls = tus.final_urls(concat, self._uploads.settings.max_parts)
+        parts = tuple(upload_id(url, call.environ, self._settings) for url in urls)
         return Creation(None, headers.metadata, concat, parts)
 
     def _chunk(self, call: Call) -> Chunk:
