@@ -96,6 +96,13 @@ def test_the_dsn_of_rustus_is_taken_and_masked() -> None:
     assert shown("--info-db-dsn", "x://a:b@c")["info_db_dsn"] == ("********", "--info-db-dsn")
 
 
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_credentials_for_every_origin_are_a_mistake(command: str) -> None:
+    result = run("config", command, "--cors-credentials")
+    assert result.exit_code == 2
+    assert "cors_credentials = true: With cors = * pages of every origin" in result.stderr
+
+
 def test_a_list_by_a_repeated_flag() -> None:
     assert shown("--cors", "http://a", "--cors", "http://b")["cors"][0] == "http://a,http://b"
 

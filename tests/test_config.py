@@ -161,6 +161,12 @@ def test_secrets_do_not_appear_in_problems(monkeypatch: pytest.MonkeyPatch) -> N
     assert found == ["[tuswsgi] info_db_dsn = ******** (from --info-db-dsn): Not a valid string."]
 
 
+def test_secrets_in_urls_do_not_appear_in_problems() -> None:
+    (found,) = problems(flags={"hooks_http_urls": "ftp://anna:PASSWORD@host/x?token=PASSWORD,x"})
+    assert "PASSWORD" not in found
+    assert "Not an absolute URL" in found
+
+
 def test_the_environment_may_name_the_file(ini: Path) -> None:
     ini.write_text("[tuswsgi]\nport = 5\n")
     environ = {"TUSWSGI_CONFIG": str(ini), "TUSWSGI_HOST": "h"}

@@ -15,6 +15,7 @@ ROOT = Path(tuswsgi.__file__).parent
 #: Rows from the bottom up; a module is in the row of its longest prefix.
 ROWS = {
     "tuswsgi": 0,  # the package itself loads its public names when they are first used
+    "tuswsgi.display": 0,
     "tuswsgi.errors": 0,
     "tuswsgi.extensions": 0,
     "tuswsgi.info": 0,

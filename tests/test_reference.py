@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tuswsgi import reference
 from tuswsgi.config import Config, all_options
+from tuswsgi.options import Items, Text
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -56,6 +58,34 @@ def test_secrets_are_masked() -> None:
     (line,) = (line for line in shown.splitlines() if line.startswith("info_db_dsn"))
     assert "********" in line
     assert line.endswith("# TUSWSGI_INFO_DB_DSN")
+
+
+URLS = (
+    "https://anna:PASSWORD@host:1/path?token=PASSWORD&PASSWORD",
+    "amqp://:PASSWORD@host/vhost?heartbeat=PASSWORD",
+    "anna:PASSWORD@host:8081",
+    "postgres://anna:PASS/PASSWORD?PASSWORD@host/name",
+)
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_option_shows_the_secrets_of_urls(url: str) -> None:
+    values: dict[str, Any] = {one.key: one.default for one in all_options()}
+    texts: dict[str, Any] = {one.key: url for one in all_options() if isinstance(one.field, Text)}
+    for one in all_options():
+        if isinstance(one.field, Items) and isinstance(one.field.item, Text):
+            texts[one.key] = (url, url)
+    assert {"hooks_http_urls", "hooks_grpc_endpoint", "sentry_dsn", "locker_dsn"} <= texts.keys()
+    shown = reference.configured(Config(values | texts, {}))
+    assert shown.count("********") >= len(texts)
+    assert "PASS" not in shown
+
+
+def test_what_a_url_has_besides_secrets_is_shown() -> None:
+    flags = {"hooks_http_urls": f"{URLS[0]},http://localhost:8000/hooks"}
+    shown = reference.configured(Config.load(flags=flags))
+    first = "https://********@host:1/path?token=********&********"
+    assert f"urls = {first},http://localhost:8000/hooks " in shown
 
 
 def test_an_unset_secret_is_not_masked() -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from marshmallow import Schema, ValidationError
 
+from tuswsgi.display import MASK, without_secrets
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.options import Option, options_of
 from tuswsgi.registry import option_groups
@@ -26,9 +27,6 @@ G = TypeVar("G")
 
 #: Where the value of an option comes from that nobody set.
 DEFAULT = "default"
-
-#: What stands for the value of a secret.
-MASK = "********"
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -74,9 +72,11 @@ class Config:
             **_from_flags(flags, options, problems),
         }
         values = _convert(given, options, problems)
+        config = cls(values, {key: one.source for key, one in given.items()})
+        problems += _contradictions(config)
         if problems:
             raise ConfigurationError("\n".join(problems))
-        return cls(values, {key: one.source for key, one in given.items()})
+        return config
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Config:
@@ -205,7 +205,14 @@ def _convert(
 def _complaint(option: Option, given: _Given, messages: Iterable[str]) -> str:
     value = MASK if option.secret else f"{given.value!s}"
     place = f"[{option.section}] {option.name} = {value} (from {given.source})"
-    return f"{place}: {' '.join(messages)}"
+    return without_secrets(f"{place}: {' '.join(messages)}")
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what is wrong with options that are right by themselves: the groups know it."""
+    for group in option_groups():
+        if hasattr(group, "contradictions"):
+            yield from config.build(group).contradictions()
 
 
 def _hint(word: str, known: Iterable[str]) -> str:

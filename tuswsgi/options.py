@@ -25,6 +25,8 @@ from typing import Any
 
 from marshmallow import ValidationError, fields
 
+from tuswsgi.display import MASK, without_secrets
+
 KiB = 1024
 MiB = 1024 * KiB
 GiB = 1024 * MiB
@@ -163,7 +165,11 @@ class Items(fields.Field["tuple[Any, ...]"]):
         return tuple(items)
 
     def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> str:
-        return ",".join(str(self.item._serialize(item, None, None)) for item in value)
+        return ",".join(map(self.item_text, value))
+
+    def item_text(self, item: Any) -> str:
+        """Return one of the values as text."""
+        return str(self.item._serialize(item, None, None))
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,16 @@ class Option:
         """Return a value as it would stand in the INI file; nothing for an unset one."""
         return "" if value is None else str(self.field._serialize(value, self.name, None))
 
+    def show_masked(self, value: Any) -> str:
+        """Return a value as an operator may see it: nothing of a secret, and URLs without their
+        credentials, whatever the option is.
+        """
+        if self.secret and value is not None:
+            return MASK
+        if isinstance(self.field, Items):
+            return ",".join(without_secrets(self.field.item_text(item)) for item in value or ())
+        return without_secrets(self.show(value))
+
 
 def option(
     default: Any,
@@ -245,7 +261,7 @@ def option(
     :param rustus: rustus' environment variable without its prefix ``RUSTUS_``.
     :param short: the letter of a short flag.
     :param aliases: more flags that mean this option, without their dashes.
-    :param secret: never to be shown.
+    :param secret: never to be shown. What URLs hold of secrets is hidden in any case.
     :param validate: called with a value; raises marshmallow's ``ValidationError``.
     """
     declared = {

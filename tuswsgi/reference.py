@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from tuswsgi.config import MASK, Config
+from tuswsgi.config import Config
 from tuswsgi.options import Option, options_of, title
 from tuswsgi.registry import option_groups
 
@@ -64,13 +64,12 @@ def difference(file: Path, text: str) -> str:
 
 
 def configured(config: Config) -> str:
-    """Return the value and the source of each option; secrets are masked."""
+    """Return the value and the source of each option; secrets are masked, those in URLs too."""
     text = ""
     for section, groups in _sections().items():
         text += f"[{section}]\n"
         for option in (option for group in groups for option in options_of(group)):
-            value = config.value(option)
-            shown = MASK if option.secret and value is not None else option.show(value)
+            shown = option.show_masked(config.value(option))
             text += f"{option.name} = {shown}".ljust(48) + f"  # {config.source(option)}\n"
     return text
 

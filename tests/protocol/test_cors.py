@@ -9,6 +9,7 @@ import pytest
 
 from protocol.client import MIME, Client
 from protocol.conftest import Serve, on_memory
+from tuswsgi.errors import ConfigurationError
 
 ORIGIN = "https://app.example.org"
 
@@ -186,6 +187,7 @@ class TestPreflight:
         client = serve(
             cors_allow_headers="X-Token, X-Tenant",
             cors_expose_headers="X-Trace",
+            cors=ORIGIN,
             cors_credentials=True,
             cors_max_age="1h",
         )
@@ -196,6 +198,20 @@ class TestPreflight:
             assert answer.headers["Access-Control-Allow-Credentials"] == "true"
             assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
             assert "x-trace" in words(answer.headers["Access-Control-Expose-Headers"])
+
+    @pytest.mark.parametrize("cors", [None, "*", "https://*", f"{ORIGIN},*", "HTTP*", "**"])
+    def test_credentials_are_for_origins_that_are_named(self, embed: Any, cors: str | None) -> None:
+        given = {} if cors is None else {"cors": cors}
+        with pytest.raises(ConfigurationError, match="Name the origins in cors") as caught:
+            embed(cors_credentials=True, **given)
+        assert str(caught.value).startswith("[tuswsgi] cors_credentials = true: With cors = ")
+        assert "\n" not in str(caught.value)
+
+    def test_credentials_are_for_no_origin_at_all(self, serve: Serve) -> None:
+        assert (
+            "Access-Control-Allow-Origin"
+            not in self.preflight(serve(cors="", cors_credentials=True)).headers
+        )
 
     def test_of_others(self, serve: Serve) -> None:
         response = self.preflight(serve(cors="https://other.org"))

@@ -6,12 +6,11 @@ error it met.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from tuswsgi.protocol.headers import REQUEST_HEADERS, RESPONSE_HEADERS
-from tuswsgi.web.settings import WebSettings
+from tuswsgi.web.settings import WebSettings, origin_pattern
 
 _METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
 
@@ -43,10 +42,7 @@ class Cors:
 
     def __init__(self, settings: WebSettings) -> None:
         self._any_origin = "*" in settings.cors
-        self._origins = [
-            re.compile(".*".join(map(re.escape, pattern.lower().split("*"))))
-            for pattern in settings.cors
-        ]
+        self._origins = [origin_pattern(origin) for origin in settings.cors]
         self._common = [
             ("Access-Control-Expose-Headers", ", ".join((*_EXPOSED, *settings.cors_expose_headers)))
         ]

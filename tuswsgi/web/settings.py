@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from marshmallow import ValidationError
 
-from tuswsgi.options import Duration, option
+from tuswsgi.options import MAIN, Duration, option
 
 
 class LocationForm(str, Enum):
@@ -23,6 +25,15 @@ WATCHED = HEALTH, READY, METRICS = ("/health", "/ready", "/metrics")
 
 #: Stands for the peers of a unix socket, which have no address.
 UNIX = "unix"
+
+
+#: An origin that nobody can have (RFC 6761, 6.4): what allows it allows all.
+_STRANGER = "https://stranger.invalid"
+
+
+def origin_pattern(origin: str) -> re.Pattern[str]:
+    """Return what an origin of ``cors`` means: ``*`` stands for any text."""
+    return re.compile(".*".join(map(re.escape, origin.lower().split("*"))))
 
 
 def _networks(values: tuple[str, ...]) -> None:
@@ -96,7 +107,9 @@ class WebSettings:
         rustus="CORS",
     )
     cors_credentials: bool = option(
-        False, "Let browsers send cookies and other credentials from these origins."
+        False,
+        "Let browsers send cookies and other credentials from these origins, which must then be "
+        "named in `cors`: with `*` every page of the web could act for its visitors.",
     )
     cors_allow_headers: tuple[str, ...] = option((), "More request headers that browsers may send.")
     cors_expose_headers: tuple[str, ...] = option(
@@ -105,3 +118,14 @@ class WebSettings:
     cors_max_age: float = option(
         86400.0, "How long browsers may remember the answer to a preflight.", kind=Duration
     )
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield what is wrong with the options together."""
+        # "Access-Control-Allow-Origin: *" takes no credentials (the Fetch standard, 3.3.5), and
+        # to name whatever origin asks instead would take that protection away.
+        strange = [origin for origin in self.cors if origin_pattern(origin).fullmatch(_STRANGER)]
+        if self.cors_credentials and strange:
+            yield (
+                f"[{MAIN}] cors_credentials = true: With cors = {strange[0]} pages of every origin "
+                "could use the credentials of their visitors. Name the origins in cors."
+            )
