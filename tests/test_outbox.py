@@ -79,6 +79,14 @@ def test_pending_and_dead_are_listed(infos: InfoStore, flags: list[str]) -> None
     assert only.split()[5:] == ["200", "never", "gone"]
 
 
+def test_what_clients_said_does_nothing_to_a_terminal(infos: InfoStore, flags: list[str]) -> None:
+    write(infos, "a")
+    (event,) = infos.outbox(dead=False)
+    infos.put_back(replace(event, error="cannot store \x1b[2J\u202e.txt"))
+    _, line = hooks("pending", *flags).output.splitlines()
+    assert line.endswith(r"cannot store \x1b[2J\u202e.txt")
+
+
 def test_programs_get_json(infos: InfoStore, flags: list[str]) -> None:
     lost = write(infos, "upload-1")
     fail(infos, "upload-1", attempts=200, error="gone", dead=True)

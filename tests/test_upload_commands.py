@@ -67,7 +67,7 @@ class TestList:
         head, line = run("uploads", "list", *flags).stdout.splitlines()
         assert head.split() == ["ID", "STATE", "KIND", "SIZE", "OFFSET", "AGE", "OWNER", "FILENAME"]
         assert line.split()[:5] == [id_of(url), "receiving", "plain", "9", "3"]
-        assert line.split()[-1] == "my?file.txt"
+        assert line.split()[-1] == r"my\x1bfile.txt"
 
     def test_as_json(self, client: Client, flags: list[str]) -> None:
         url = client.create(3, b"all", Upload_Metadata=metadata(filename="кошка", raw=b"\xff"))

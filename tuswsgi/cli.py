@@ -274,6 +274,7 @@ def copy(
     with failing(exit_code=2):
         configuration = load()
     from tuswsgi import copying
+    from tuswsgi.display import printable
     from tuswsgi.errors import TusError
 
     click.echo("The servers of both stores must be stopped until this ends.", err=True)
@@ -287,7 +288,7 @@ def copy(
             try:
                 one.run(lambda ids, name: click.progressbar(ids, label=name, file=sys.stderr))
             finally:
-                click.echo("\n".join(one.report.lines()))
+                click.echo("\n".join(map(printable, one.report.lines())))
     except TusError as error:
         raise click.ClickException(str(error)) from error
     sys.exit(0 if one.report.is_complete else 1)
@@ -314,6 +315,8 @@ def upload(file: Path, url: str, chunk_size: str, retries: int, state: Path) -> 
         from tuswsgi.client import Remembered, Upload, UploadFailed
     except ImportError as error:
         raise click.ClickException("This needs tuspy: pip install 'tuswsgi[client]'") from error
+    from tuswsgi.display import printable
+
     with click.progressbar(length=file.stat().st_size, label=file.name, file=sys.stderr) as bar:
         one = Upload(
             file=file,
@@ -328,7 +331,7 @@ def upload(file: Path, url: str, chunk_size: str, retries: int, state: Path) -> 
             location = one.run()
         except (UploadFailed, OSError) as error:
             raise click.ClickException(str(error)) from error
-    click.echo(location)
+    click.echo(printable(location))
 
 
 def _size(text: str) -> int:

@@ -22,6 +22,8 @@ from tusclient.client import TusClient
 from tusclient.exceptions import TusCommunicationError
 from tusclient.uploader.uploader import Uploader
 
+from tuswsgi.display import printable
+
 _LONGEST_PAUSE = 30.0
 
 #: The statuses below 500 after which clients of the tus family come back.
@@ -157,7 +159,7 @@ def _reason(error: TusCommunicationError) -> str:
     if error.status_code is None:
         return f"The server cannot be reached: {_root(error)}."
     text = (error.response_content or b"").decode("utf-8", "replace").strip()
-    return f"The server answered {error.status_code}: {text or 'no reason given.'}"
+    return f"The server answered {error.status_code}: {printable(text) or 'no reason given.'}"
 
 
 def _root(error: BaseException) -> str:

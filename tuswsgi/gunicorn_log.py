@@ -12,6 +12,7 @@ from typing import Any
 
 from gunicorn.glogging import Logger
 
+from tuswsgi.display import printable
 from tuswsgi.logs import CLIENT, LogFormat, current_request, formatter
 
 
@@ -51,7 +52,11 @@ class TextLog(Logger):  # type: ignore[misc]  # gunicorn has no types
     ) -> dict[str, Any]:
         atoms: dict[str, Any] = super().atoms(resp, req, environ, request_time)
         atoms["h"] = environ.get(CLIENT) or atoms["h"]
-        return atoms
+        # Clients choose most of them. Those of the other format are escaped by it.
+        return {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in atoms.items()
+        }
 
 
 class JsonLog(TextLog):

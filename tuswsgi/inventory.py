@@ -17,6 +17,7 @@ from typing import Any
 from tuswsgi.app import Tus
 from tuswsgi.backends import Backends
 from tuswsgi.config import Config
+from tuswsgi.display import printable
 from tuswsgi.errors import ConfigurationError, TusError, UploadGone
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State
@@ -222,8 +223,8 @@ def _row(info: FileInfo, now: float) -> tuple[str, ...]:
         "deferred" if info.size is None else str(info.size),
         str(info.offset),
         span(now - info.created_at),
-        _printable(info.owner or ""),
-        _printable(info.metadata.text("filename") or info.metadata.text("name") or ""),
+        info.owner or "",
+        info.metadata.text("filename") or info.metadata.text("name") or "",
     )
 
 
@@ -231,9 +232,9 @@ def _lines(name: str, value: Any) -> list[str]:
     """Return a field for people; one that has fields of its own has lines of its own."""
     head = f"{name}:".ljust(14)
     if isinstance(value, Mapping) and value:
-        return [f"{name}:", *(f"  {_printable(f'{key}: {text}')}" for key, text in value.items())]
+        return [f"{name}:", *(f"  {printable(f'{key}: {text}')}" for key, text in value.items())]
     if name == "events" and value:
-        return ["events:", *(f"  {_printable(_event(event))}" for event in value)]
+        return ["events:", *(f"  {printable(_event(event))}" for event in value)]
     if isinstance(value, list):
         return [f"{head} {' '.join(value)}".rstrip()]
     if name.endswith("_at") and value is not None:
@@ -243,7 +244,7 @@ def _lines(name: str, value: Any) -> list[str]:
         return [f"{head} {when} ({f'in {since}' if ahead else f'{since} ago'})"]
     if isinstance(value, bool):
         value = "yes" if value else "no"
-    return [f"{head} {'' if value is None else _printable(str(value))}".rstrip()]
+    return [f"{head} {'' if value is None else printable(str(value))}".rstrip()]
 
 
 def _event(event: Mapping[str, Any]) -> str:
@@ -253,8 +254,3 @@ def _event(event: Mapping[str, Any]) -> str:
         f"{event['event']} by {event['transport']}, {state}, "
         f"{event['attempts']} attempts{error} ({event['id']})"
     )
-
-
-def _printable(text: str) -> str:
-    """Return what a client said without what would do something to a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
+from tuswsgi.display import without_controls
+
 #: The environ of the request that is being served here, ``None`` between requests.
 current_request: ContextVar[MutableMapping[str, Any] | None] = ContextVar(
     "tuswsgi_request", default=None
@@ -65,7 +67,7 @@ def request_fields() -> dict[str, Any]:
 
 
 class TextFormatter(logging.Formatter):
-    """Lines for people, with the id of the request at their end."""
+    """Lines for people, with the id of the request at their end, that no terminal obeys."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s [%(process)d] [%(levelname)s] %(message)s")
@@ -76,6 +78,9 @@ class TextFormatter(logging.Formatter):
         if self._time[0] != second:
             self._time = (second, time.strftime("[%Y-%m-%d %H:%M:%S %z]", time.localtime(second)))
         return self._time[1]
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_controls(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         line, environ = super().formatMessage(record), current_request.get()

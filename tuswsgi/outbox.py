@@ -15,6 +15,7 @@ from dataclasses import replace
 from tuswsgi import registry
 from tuswsgi.backends import Backends, InfoStoreName
 from tuswsgi.config import Config
+from tuswsgi.display import printable
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.hooks.base import Event
 from tuswsgi.infostores.base import InfoStore, prepared
@@ -85,7 +86,8 @@ def as_table(events: Iterable[Event], now: float | None = None) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of texts as a table, the first one its head."""
+    """Return rows of texts as a table, the first one its head. They may be anybody's."""
+    rows = [[printable(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from e2e.client import wait_until
 
 from tuswsgi.errors import HookFailed, HookRefusal
 from tuswsgi.hooks.base import HookRequest, HookResponse, HookType, RequestInfo
+from tuswsgi.hooks.delivery import Delivery, DeliverySettings
+from tuswsgi.hooks.events import event_of
 from tuswsgi.hooks.file import FileHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
 from tuswsgi.info import FileInfo, Metadata
+from tuswsgi.infostores.memory import MemoryInfoStore
 
 INFO = FileInfo(id="a1", size=10, offset=3, metadata=Metadata.of({"filename": b"a b.txt"}))
 REQUEST = RequestInfo("POST", "/files/", "192.0.2.1", 4711, {"x-test": "1"})
@@ -217,6 +222,25 @@ class TestAnswering:
             "pre-create of a1, stderr: ERROR two",
             "pre-create of a1, stderr: \ufffd",
         ]
+
+    def test_what_clients_say_does_nothing_to_a_terminal(self, write: Write, caplog) -> None:
+        program = write(r"printf 'no \033]0;x\007' >&2; exit 3")
+        receiver, infos = hook(file=program), MemoryInfoStore()
+        settings = DeliverySettings(delivery_attempts=1)
+        delivery = Delivery(infos, [receiver], settings)
+        delivery.start()
+        try:
+            info = FileInfo(id="a1")
+            infos.create(info, [event_of(request(HookType.POST_FINISH), "file", time.time())])
+            delivery.wake("a1")
+            wait_until(lambda: infos.outbox(dead=True), "the failure")
+        finally:
+            delivery.stop(5)
+        (event,) = infos.outbox(dead=True)
+        assert event.error is not None
+        assert event.error.endswith(r"ended with exit code 3: no \x1b]0;x\x07")
+        assert r"no \x1b]0;x\x07" in caplog.text
+        assert "\x1b" not in caplog.text
 
     def test_the_log_does_not_overflow(self, write: Write, caplog) -> None:
         hook(file=write("yes x | head -c 3000000; yes x | tr -d '\\n' | head -c 9999 >&2")).send(

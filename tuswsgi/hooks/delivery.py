@@ -8,7 +8,6 @@ with the change of state that the event tells of.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import ClassVar
 
 from marshmallow import ValidationError
 
+from tuswsgi.display import printable, without_secrets
 from tuswsgi.errors import TusError
 from tuswsgi.hooks.base import Event, Hook, HookRequest, HookResponse, HookType
 from tuswsgi.hooks.claims import Claims
@@ -391,9 +391,7 @@ def _surprise(error: Exception) -> Exception | None:
 
 
 def _cause(error: Exception) -> str:
-    """Say in one line why something failed, without what an URL may hold of secrets."""
+    """Say in one line why something failed, as it may be shown to anybody."""
     cause = error.__cause__ or error
     text = str(cause) if isinstance(cause, TusError) else f"{type(cause).__name__}: {cause}"
-    text = re.sub(r"(?<=://)[^/\s@]+@", "***@", text)
-    text = re.sub(r"\?[^\s'\")]+", "?***", text)
-    return " ".join(text.split())[:_ERROR_LENGTH]
+    return printable(" ".join(without_secrets(text).split()))[:_ERROR_LENGTH]

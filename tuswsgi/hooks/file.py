@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tuswsgi import spawn
+from tuswsgi.display import printable
 from tuswsgi.errors import HookFailed, HookRefusal
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, ask_in_turn
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
@@ -169,7 +169,8 @@ def _answer(path: Path, request: HookRequest, ended: spawn.Ended) -> HookRespons
         if request.type.blocking and ended.code == 0:
             raise HookFailed(f"The answer of {path} is wrong: {error}") from None
         # It was told of the event, which is what counts.
-        log.warning("The answer of %s to %s is wrong: %s", path, request.type, error)
+        said = printable(str(error))
+        log.warning("The answer of %s to %s is wrong: %s", path, request.type, said)
         return None
     if answer is None:
         _log_lines(request, "stdout", ended.output)
@@ -195,8 +196,8 @@ def _reason(error: OSError, path: Path) -> str:
 
 
 def _log_lines(request: HookRequest, stream: str, output: bytes) -> None:
-    """Log what a program wrote, in which clients may have had their say: no control codes."""
+    """Log what a program wrote, in which clients may have had their say."""
     lines = output.decode("utf-8", "replace").splitlines()
     for line in lines[-_LOGGED_LINES:]:
-        clean = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", line)
-        log.info("%s of %s, %s: %s", request.type, request.info.id, stream, clean[:_LOGGED_WIDTH])
+        shown = printable(line)[:_LOGGED_WIDTH]
+        log.info("%s of %s, %s: %s", request.type, request.info.id, stream, shown)

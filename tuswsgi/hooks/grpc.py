@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tuswsgi.display import printable
 from tuswsgi.errors import ConfigurationError, HookFailed
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
 from tuswsgi.hooks.payloads import (
@@ -162,7 +163,8 @@ class GrpcHook(Hook):
             if request.type.blocking:
                 raise HookFailed(f"{self.endpoint} answered nonsense: {error}") from None
             # It was told. To tell it again would not make its answer any better.
-            log.warning("%s of %s: nonsense: %s", request.type, request.info.id, error)
+            said = printable(str(error))
+            log.warning("%s of %s: nonsense: %s", request.type, request.info.id, said)
             return None
 
     def _open(self) -> grpc.Channel:

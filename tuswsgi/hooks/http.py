@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError
 
+from tuswsgi.display import printable
 from tuswsgi.errors import HookFailed, HookRefusal
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
@@ -206,7 +207,8 @@ class HttpHook(Hook):
             if type.blocking:
                 raise HookFailed(f"{told} nonsense: {error}") from None
             # It was told. To tell it again would not make its answer any better.
-            log.warning("%s of %s: %s nonsense: %s", type, request.info.id, told, error)
+            said = printable(str(error))
+            log.warning("%s of %s: %s nonsense: %s", type, request.info.id, told, said)
             return None
 
     def _open(self) -> HttpClient:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+from tuswsgi.display import printable
 from tuswsgi.errors import HookFailed, HookRefusal, TusError
 from tuswsgi.hooks.answers import check_change, check_response
 from tuswsgi.hooks.base import (
@@ -173,7 +174,7 @@ class HookManager:
                 sent.type,
                 sent.info.id,
                 hook.name,
-                error.__cause__ or error,
+                printable(str(error.__cause__ or error)),
                 exc_info=None if isinstance(error, TusError) else error,
             )
             if not hook.may_refuse:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from tuswsgi.display import printable
 from tuswsgi.errors import HookFailed
 from tuswsgi.hooks.base import HookRequest
 
@@ -40,5 +41,7 @@ def persistently(
             if left <= 0:
                 raise
             left -= 1
-            log.info("%s of %s is repeated: %s", request.type, request.info.id, error)
+            log.info(
+                "%s of %s is repeated: %s", request.type, request.info.id, printable(str(error))
+            )
         time.sleep(backoff)

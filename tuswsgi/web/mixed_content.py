@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tuswsgi.display import printable
 from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import is_trusted
 
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 #: How long nothing more is said, in seconds.
 _PAUSE = 600.0
+
+#: The most characters that are shown of a URL.
+_SHOWN = 200
 
 
 class MixedContentWatch:
@@ -38,8 +42,8 @@ class MixedContentWatch:
             self._silent_until = now + _PAUSE
             log.warning(
                 "A page of %s got the Location %s, which browsers may refuse (not https): %s",
-                _printable(origin),
-                _printable(location),
+                printable(origin[:_SHOWN]),
+                printable(location[:_SHOWN]),
                 self._reason(environ),
             )
 
@@ -52,8 +56,3 @@ class MixedContentWatch:
         if not is_trusted(environ.get("REMOTE_ADDR", ""), settings.trusted_proxies):
             return f"the peer {peer} is not one of trusted_proxies"
         return f"the proxy {peer} does not send X-Forwarded-Proto: https"
-
-
-def _printable(text: str) -> str:
-    """Return what clients say as it may stand in a line of a log."""
-    return text[:200].encode("unicode_escape").decode()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tuswsgi.display import printable
 from tuswsgi.errors import (
     BodyIncomplete,
     MethodNotAllowed,
@@ -121,5 +122,4 @@ def _tell(level: int, fields: dict[str, Any], cause: BaseException | None) -> No
 
 def _shown(text: str) -> str:
     """Return a text of somebody else's on one line, shortened."""
-    text = " ".join(text[:_SHOWN].split())
-    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
+    return printable(" ".join(text[:_SHOWN].split()))
