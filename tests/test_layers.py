@@ -79,6 +79,7 @@ SHARED = {
     ("tuswsgi.hooks", "tuswsgi.infostores.record"),
     ("tuswsgi.hooks", "tuswsgi.hooks.answers"),
     ("tuswsgi.hooks", "tuswsgi.hooks.events"),
+    ("tuswsgi.hooks", "tuswsgi.hooks.forwarding"),
     ("tuswsgi.hooks", "tuswsgi.hooks.payloads"),
     ("tuswsgi.hooks", "tuswsgi.hooks.claims"),
     ("tuswsgi.hooks", "tuswsgi.hooks.lanes"),

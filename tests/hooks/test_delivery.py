@@ -443,14 +443,73 @@ def test_a_store_that_comes_back_goes_on_where_it_was(caplog: pytest.LogCaptureF
         write(infos, "a", CREATED, FINISHED)
         messenger.wake("a")
         wait_until(lambda: "is written off later" in caplog.text, "a first try")
-        wait_until(lambda: "events cannot be read" in caplog.text, "a complaint")
+        wait_until(lambda: "cannot be delivered now" in caplog.text, "a complaint")
         receiver.behave = lambda request: None
         infos.is_away = False
-        wait_until(lambda: "can be read again" in caplog.text, "the end of the trouble")
+        wait_until(lambda: "can be delivered again" in caplog.text, "the end of the trouble")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [CREATED, FINISHED]
-    assert caplog.text.count("events cannot be read") == 1
+    assert caplog.text.count("cannot be delivered now") == 1
     assert "Traceback" not in caplog.text
+
+
+def refuse_threads(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the system have no more threads for deliveries, for so many of them."""
+    start, left = threading.Thread.start, [count]
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "tuswsgi-hook" and left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_events_that_found_no_thread_are_delivered_soon(
+    infos: InfoStore, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    # A lease that nobody would wait for.
+    receiver, settings = Receiver(), replace(QUICK, delivery_lease=3600.0)
+    refuse_threads(monkeypatch, count)
+    for upload in "abc":
+        write(infos, upload, CREATED, FINISHED)
+    with delivering(infos, receiver, settings=settings):
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert [receiver.types_of(upload) for upload in "abc"] == [[CREATED, FINISHED]] * 3
+
+
+def test_events_that_found_neither_thread_nor_store_are_not_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Away(MemoryInfoStore):
+        def put_back(self, event: Event) -> None:
+            raise Unavailable
+
+    infos, receiver = Away(), Receiver()
+    refuse_threads(monkeypatch, 1)
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_lease=1.0)):
+        write(infos, "a", FINISHED)
+        wait_until(lambda: pending(infos) == 0, "the end of its lease")
+    assert receiver.types_of("a") == [FINISHED]
+
+
+def test_an_error_that_cannot_be_told_does_not_hold_an_event(infos: InfoStore) -> None:
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def fail_once(request: HookRequest) -> None:
+        if len(receiver.begun) == 1:
+            raise Broken
+
+    receiver = Receiver()
+    receiver.behave = fail_once
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_lease=3600.0)):
+        write(infos, "a", CREATED, FINISHED)
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [CREATED, FINISHED]
 
 
 # --- what is sent once ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module, resources
 from pathlib import Path
 from types import ModuleType
@@ -163,6 +164,26 @@ def test_a_hook_is_told_as_tusd_tells_it(pb2: ModuleType) -> None:
     assert metadata["hook-sequence"] == "7"
     assert metadata["authorization"] == "Bearer jwt"
     assert "x-long" not in metadata
+
+
+@pytest.mark.parametrize("value", ["\xa0Bearer jwt", "ü", "a\x00b", "a\x1b[2J", "x" * 60_000])
+@pytest.mark.parametrize("type", [HookType.PRE_CREATE, HookType.POST_FINISH])
+def test_a_header_that_cannot_be_sent_stops_no_hook(
+    pb2: ModuleType, type: HookType, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = {"authorization": value, "cookie": "a=b", "x!y": "z", "x-other": value}
+    told = replace(hook_of(type), request=replace(REQUEST, headers=headers))
+    with answering(pb2) as service:
+        hook = transport(service.port, forward_headers=("Authorization", "Cookie", "X!Y"))
+        hook.send(told)
+        hook.close()
+    ((request, metadata),) = service.calls
+    assert request.event.httpRequest.header["Authorization"] == value
+    assert "authorization" not in metadata
+    assert metadata["cookie"] == "a=b"
+    assert caplog.messages == [
+        f"{type} of one: headers that cannot be sent are left out: authorization"
+    ]
 
 
 def test_before_its_creation_an_upload_has_no_id_and_may_have_no_length(pb2: ModuleType) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -157,6 +158,44 @@ def test_headers_of_the_client_are_sent_along_but_never_instead_of_ours() -> Non
     assert request.headers["Hook-Name"] == "pre-create"
     assert "Cookie" not in request.headers
     assert "X-Missing" not in request.headers
+
+
+NBSP = "\xa0Bearer jwt"
+
+
+@pytest.mark.parametrize(
+    "value", [NBSP, "\x85x", " x", "\tx", "a\x00b", "a\x1b[2J", "a\r\nEvil: 1", "\u20ac", "\udc80"]
+)
+@pytest.mark.parametrize("type", [HookType.PRE_CREATE, HookType.POST_FINISH])
+def test_a_header_that_cannot_be_sent_stops_no_hook(
+    type: HookType, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = {"authorization": value, "cookie": "a=\xfc", "x-request-id": value, "x-bad": value}
+    told = replace(hook_of(type), request=replace(REQUEST, headers=headers))
+    with receiving() as receiver:
+        hook = transport(receiver.url, receiver.url, proxy_headers=("Authorization", "Cookie"))
+        hook.send(told)
+        hook.close()
+    assert len(receiver.requests) == 2
+    for request in receiver.requests:
+        assert "Authorization" not in request.headers
+        assert "X-Request-ID" not in request.headers
+        assert request.headers["Cookie"] == "a=\xfc"
+    # Once, and by its name only.
+    lines = [line for line in caplog.messages if "left out" in line]
+    assert lines == [f"{type} of one: headers that cannot be sent are left out: Authorization"]
+
+
+def test_a_header_of_64_kib_is_sent_along() -> None:
+    headers = {"authorization": "x" * 65_000, "cookie": ""}
+    told = replace(hook_of(), request=replace(REQUEST, headers=headers))
+    with receiving() as receiver:
+        hook = transport(receiver.url, proxy_headers=("authorization", "Cookie"))
+        hook.send(told)
+        hook.close()
+    (request,) = receiver.requests
+    assert len(request.headers["Authorization"]) == 65_000
+    assert request.headers["Cookie"] == ""
 
 
 def test_a_receiver_can_check_the_signature() -> None:

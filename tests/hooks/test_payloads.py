@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime, timezone
 from ipaddress import ip_address
 from pathlib import Path
@@ -247,6 +248,14 @@ def test_the_whole_payload(name: FormatName) -> None:
     payload = payload_format(name).encode(hook(INFO.but(metadata=metadata)))
     expected = json.dumps(GOLDEN[name], separators=(",", ":"), ensure_ascii=False)
     assert payload == expected
+
+
+@pytest.mark.parametrize("name", FormatName)
+def test_a_payload_can_be_sent_whatever_clients_say(name: FormatName) -> None:
+    evil = "\x00\x1b[2J\x9b\xa0\u2028\udc80\ud800"
+    headers = {"x-name": evil, "authorization": evil}
+    payload = sent(name, hook(request=replace(REQUEST, uri=f"/{evil}", headers=headers)))
+    json.dumps(payload, ensure_ascii=False).encode()
 
 
 def test_tusd_v2_before_the_creation() -> None:

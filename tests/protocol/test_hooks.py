@@ -12,6 +12,7 @@ from protocol.conftest import Serve
 from tuswsgi.errors import HookRefusal, Unavailable
 from tuswsgi.hooks.base import HookRequest, HookResponse, HookType
 from tuswsgi.info import State
+from tuswsgi.options import KiB
 from tuswsgi.protocol.sweep import Sweeper
 
 NO = HookResponse(
@@ -143,6 +144,40 @@ class TestPreCreate:
         assert_refused(response, 503)
         assert "Set-Cookie" not in response.headers
         assert client.stored() == 0
+
+
+class TestHeaders:
+    def test_megabytes_of_them_are_not_told(self, client: Client, caplog: Any) -> None:
+        asked = listen(client, "pre-create")
+        junk = {f"X_Junk_{number}": "y" * 60_000 for number in range(50)}
+        assert client.post(5, X_User="anna", **junk).status_code == 201
+        told = asked[0].request.headers
+        assert sum(map(len, told)) + sum(map(len, told.values())) < 66 * KiB
+        assert told["x-user"] == "anna"
+        assert sum(name.startswith("x-junk") for name in told) == 1
+        assert all(len(told[name]) == 60_000 for name in told if name.startswith("x-junk"))
+        (line,) = (line for line in caplog.messages if "too long" in line)
+        assert "x-junk" in line
+        assert "yyy" not in line
+
+    def test_those_that_are_sent_along_are_told_first(self, serve: Serve) -> None:
+        client = serve(
+            hooks="post-terminate",
+            hooks_http_urls="http://localhost:9/",
+            hooks_http_proxy_headers="Authorization,Cookie",
+        )
+        asked = listen(client, "pre-create")
+        client.post(5, Authorization="a" * 60_000, Cookie="c" * 1000, X_Junk="y" * 20_000)
+        told = asked[0].request.headers
+        assert (len(told["authorization"]), len(told["cookie"])) == (60_000, 1000)
+        assert "x-junk" not in told
+
+    def test_how_many_is_configured(self, serve: Serve) -> None:
+        client = serve(hooks_max_headers=500)
+        asked = listen(client, "pre-create")
+        client.post(5, X_User="anna", X_Junk="y" * 500)
+        assert asked[0].request.headers["x-user"] == "anna"
+        assert "x-junk" not in asked[0].request.headers
 
 
 class TestPreAccess:

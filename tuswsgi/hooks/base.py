@@ -214,6 +214,11 @@ class Hook(ABC):
     may_refuse: ClassVar[bool] = True
     types: Collection[HookType] = frozenset()
 
+    @property
+    def forwards(self) -> Collection[str]:
+        """The names of the client's headers that are sent along, in any case."""
+        return ()
+
     def prepare(self) -> None:
         """Check the configuration; nothing that lives with the process is made yet.
 

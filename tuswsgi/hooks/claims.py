@@ -54,6 +54,20 @@ class Claims:
         self._infos.put_back(event)
         self._held.pop((event.id, event.transport), None)
 
+    def give_back(self, events: Sequence[Event]) -> None:
+        """Let others have claimed events at once that nobody here works on.
+
+        Where that cannot be written now, their claims run out.
+        """
+        for event in events:
+            self._held.pop((event.id, event.transport), None)
+        try:
+            for event in events:
+                self._infos.put_back(event)
+        except Exception:
+            self.abandon()
+            raise
+
     def renew(self) -> None:
         """Hold the claims on all events that are being delivered."""
         self._renew(time.time() + self._lease)

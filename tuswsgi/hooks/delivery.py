@@ -212,12 +212,12 @@ class _Dispatcher:
             except Exception as error:
                 failures += 1
                 if failures == 1:
-                    text = "Post-hooks wait, their events cannot be read: %s"
+                    text = "Post-hooks wait, they cannot be delivered now: %s"
                     log.warning(text, _cause(error), exc_info=_surprise(error))
                 self._stopping.wait(min(0.2 * failures, 5.0, self._settings.delivery_lease / 3))
                 continue
             if failures:
-                log.info("The events of post-hooks can be read again")
+                log.info("Post-hooks can be delivered again")
                 failures = 0
             # Without transports there is only what earlier ones may have left.
             next_step = min(self._poll_at, self._renew_at) if self._hooks else self._strangers_at
@@ -261,13 +261,13 @@ class _Dispatcher:
         events = self._claims.claim(transport, upload, free)
         if upload is None and len(events) < free:
             self._backlog.discard(transport)
-        try:
-            for event in events:
+        for place, event in enumerate(events):
+            try:
                 self.lanes.add_event(event)
-        except RuntimeError:
-            # Nobody works on those events.
-            self._claims.abandon()
-            raise
+            except RuntimeError:
+                # Nobody works on this one and those after it.
+                self._claims.give_back(events[place:])
+                raise
 
     def _bury_strangers(self, transports: Sequence[str]) -> None:
         """Put events to the dead letters whose transport is not configured (any more)."""
@@ -288,7 +288,12 @@ class _Dispatcher:
         if isinstance(job, Once):
             self._send(job)
             return None
-        return self._deliver(job)
+        try:
+            return self._deliver(job)
+        except Exception:
+            # Whatever broke, it must not hold the event for as long as this process lives.
+            self._claims.give_back([job])
+            raise
 
     def _deliver(self, event: Event) -> Event | None:
         """Deliver an event and return the next one of its lane."""

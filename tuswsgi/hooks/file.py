@@ -117,7 +117,7 @@ class FileHook(Hook):
         return self._understood(path, request, ended)
 
     def _program(self, path: Path, request: HookRequest) -> spawn.Program:
-        payload = self.format.encode(request).encode("utf-8", "replace")
+        payload = self.format.encode(request).encode()
         arguments: list[str | bytes] = [] if path != self.file else [request.type.value]
         if len(payload) <= _LONGEST_ARGUMENT:
             arguments.append(payload)

@@ -7,7 +7,8 @@ declared in ``proto/hook.proto``; what is in them is the business of payload for
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tuswsgi.display import printable
 from tuswsgi.errors import ConfigurationError, HookFailed
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
+from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import (
     BadAnswer,
     FormatName,
@@ -71,6 +73,12 @@ class GrpcHook(Hook):
     forward_headers: tuple[str, ...] = option(
         (), "Headers of the client's request that are sent along as metadata."
     )
+    max_metadata: int = option(
+        6 * KiB,
+        "How many bytes of such headers are sent, the shortest ones first. Services refuse calls "
+        "with more metadata than they take, often 8 KiB.",
+        kind=Size,
+    )
     timeout: float = option(15.0, "How long an attempt may take.", kind=Duration)
     retries: int = option(
         3,
@@ -91,6 +99,10 @@ class GrpcHook(Hook):
 
     def __post_init__(self) -> None:
         self._channel: PerProcess[grpc.Channel] = PerProcess(self._open)
+
+    @property
+    def forwards(self) -> Collection[str]:
+        return self.forward_headers
 
     def prepare(self) -> None:
         try:
@@ -148,13 +160,9 @@ class GrpcHook(Hook):
             "hook-sequence": str(request.sequence),
         }
         names = {name.lower() for name in self.forward_headers}
-        forwarded = {
-            name: value
-            for name, value in request.request.headers.items()
-            # Metadata takes visible ASCII, and has names that are gRPC's own.
-            if name in names and value.isascii() and value.isprintable() and _is_free(name)
-        }
-        return list((forwarded | own).items())
+        names = {name for name in names if _is_free(name)} - own.keys()
+        sent_along = forwarded(request, names, _is_sendable, self.max_metadata)
+        return list((sent_along | own).items())
 
     def _understand(self, request: HookRequest, answer: Message) -> HookResponse | None:
         try:
@@ -262,9 +270,17 @@ def _message_class(name: str) -> type[Message]:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"proto.{name}"))
 
 
+def _is_sendable(value: str) -> bool:
+    # "ASCII-Value" (the protocol of gRPC over HTTP/2)
+    return value.isascii() and value.isprintable()
+
+
 def _is_free(name: str) -> bool:
+    """Whether metadata may have this name: others are gRPC's own, or none that it takes."""
     reserved = ("content-type", "te", "user-agent", "host", "connection", "transfer-encoding")
-    return name not in reserved and not name.startswith("grpc-") and not name.endswith("-bin")
+    is_name = re.fullmatch(r"[0-9a-z_.-]+", name) is not None
+    is_own = name in reserved or name.startswith("grpc-") or name.endswith("-bin")
+    return is_name and not is_own
 
 
 def _be_cooperative() -> None:

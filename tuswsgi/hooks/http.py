@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from functools import partial
@@ -23,6 +24,7 @@ from marshmallow import ValidationError
 from tuswsgi.display import printable
 from tuswsgi.errors import HookFailed, HookRefusal
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
+from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
 from tuswsgi.hooks.retries import PassingFailure, persistently
 from tuswsgi.options import Duration, KiB, Size, option
@@ -33,21 +35,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Headers of the client's request that say how its own message is sent, or to whom.
-_OF_THE_MESSAGE = {
+#: Headers of the client's request that are never sent along: those that say how its own message
+#: is sent, or to whom, and those that hooks have of their own.
+_OURS = {
     "accept-encoding",
     "connection",
     "content-encoding",
     "content-length",
     "content-type",
     "expect",
+    "hook-id",
+    "hook-name",
+    "hook-sequence",
     "host",
+    "idempotency-key",
     "keep-alive",
     "te",
     "trailer",
     "transfer-encoding",
     "upgrade",
+    "webhook-signature",
+    "x-request-id",
 }
+
+
+#: What a header's value may hold (RFC 9110, 5.5). ``requests`` takes none that begins with a
+#: blank, of which Latin-1 has more than a WSGI server strips.
+_VALUE = re.compile(r"(?!\s)[\t\x20-\x7e\x80-\xff]*")
 
 
 def _check_urls(urls: Sequence[str]) -> None:
@@ -127,12 +141,21 @@ class HttpHook(Hook):
     def __post_init__(self) -> None:
         self._client: PerProcess[HttpClient] = PerProcess(self._open)
 
+    @property
+    def forwards(self) -> Collection[str]:
+        return self.proxy_headers
+
+    @property
+    def _forwards(self) -> list[str]:
+        return [name for name in self.proxy_headers if name.lower() not in _OURS]
+
     def send(self, request: HookRequest) -> HookResponse | None:
         failures: list[HookFailed] = []
+        headers = forwarded(request, self._forwards, _is_sendable)
 
         def ask(url: str, request: HookRequest) -> HookResponse | None:
             try:
-                return self._ask(url, request)
+                return self._ask(url, request, headers)
             except HookFailed as error:
                 if request.type.blocking:
                     raise
@@ -150,13 +173,16 @@ class HttpHook(Hook):
         if client is not None:
             client.close()
 
-    def _ask(self, url: str, request: HookRequest) -> HookResponse | None:
+    def _ask(
+        self, url: str, request: HookRequest, forwarded: Mapping[str, str]
+    ) -> HookResponse | None:
         """Send a hook to one URL, a blocking one until it is answered or time is up."""
         body = self.format.encode(request).encode()
 
         def attempt() -> HttpAnswer:
             try:
-                answer = self._client.get().post(url, body, self._headers(request, body))
+                own = self._headers(request, body)
+                answer = self._client.get().post(url, body, {**forwarded, **own})
             except ValueError as error:
                 raise HookFailed(f"{_shown(url)} cannot be asked: {error}") from None
             except OSError as error:
@@ -176,19 +202,14 @@ class HttpHook(Hook):
             "Hook-Sequence": str(request.sequence),
             "Idempotency-Key": request.id,
         }
-        if id := request.request.headers.get("x-request-id"):
+        id = request.request.headers.get("x-request-id")
+        if id and _is_sendable(id):
             own["X-Request-ID"] = id
         if self.secret:
             now = str(int(time.time()))
             signed = hmac.digest(self.secret.encode(), now.encode() + b"." + body, hashlib.sha256)
             own["Webhook-Signature"] = f"t={now},v1={signed.hex()}"
-        ours = _OF_THE_MESSAGE | {name.lower() for name in own}
-        forwarded = {
-            name: request.request.headers[name.lower()]
-            for name in self.proxy_headers
-            if name.lower() in request.request.headers and name.lower() not in ours
-        }
-        return forwarded | own
+        return own
 
     def _understand(
         self, url: str, request: HookRequest, answer: HttpAnswer
@@ -216,6 +237,10 @@ class HttpHook(Hook):
         from tuswsgi.connections.http import HttpClient
 
         return HttpClient(self.timeout, self.max_answer)
+
+
+def _is_sendable(value: str) -> bool:
+    return _VALUE.fullmatch(value) is not None
 
 
 def _for_client(answer: HttpAnswer) -> tuple[str, dict[str, str]]:

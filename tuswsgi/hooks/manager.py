@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -27,8 +27,12 @@ from tuswsgi.hooks.base import (
 )
 from tuswsgi.hooks.events import event_of
 from tuswsgi.info import FileInfo
+from tuswsgi.options import KiB
 
 log = logging.getLogger(__name__)
+
+#: How much is shown of the names of headers, in characters.
+_SHOWN_NAMES = 200
 
 
 class Messenger(Protocol):
@@ -52,6 +56,7 @@ class HookManager:
         upload that one request completes is told as created, too.
     :param progress_interval: the least time between two post-receive hooks of a request,
         in seconds.
+    :param max_headers: the most bytes of a request's headers that hooks are told of.
     :param locate: returns where the bytes of an upload lie.
     """
 
@@ -61,11 +66,13 @@ class HookManager:
         *,
         follows_tusd: bool = False,
         progress_interval: float = 1.0,
+        max_headers: int = 64 * KiB,
         locate: Callable[[FileInfo], str | None] = lambda info: None,
     ) -> None:
         self.hooks = list(hooks)
         self.follows_tusd = follows_tusd
         self.progress_interval = progress_interval
+        self.max_headers = max_headers
         #: Brings post-hooks to their transports; without one they are not told at all.
         self.messenger: Messenger | None = None
         self._locate = locate
@@ -73,6 +80,28 @@ class HookManager:
     def wants(self, type: HookType) -> bool:
         """Return whether anybody is sent hooks of this type."""
         return any(type in hook.types for hook in self.hooks)
+
+    def told(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the headers of a request that hooks are told of.
+
+        Clients can send megabytes of them, which every event would carry and no receiver would
+        take. The longest are left out whole: what proxies add is short.
+
+        :param headers: by their names in lower case.
+        """
+        surplus = sum(map(len, headers)) + sum(map(len, headers.values())) - self.max_headers
+        if surplus <= 0:
+            return headers
+        last = {name.lower() for hook in self.hooks for name in hook.forwards}
+        kept, left_out = dict(headers), []
+        for name in sorted(kept, key=lambda name: (name in last, -len(headers[name]))):
+            surplus -= len(name) + len(kept.pop(name))
+            left_out.append(name)
+            if surplus <= 0:
+                break
+        names = printable(", ".join(left_out))[:_SHOWN_NAMES]
+        log.warning("Hooks are told nothing of headers that are too long: %s", names)
+        return kept
 
     def ask(self, type: HookType, info: FileInfo, request: RequestInfo) -> HookResponse | None:
         """Run a blocking hook through every transport; the first refusal wins.

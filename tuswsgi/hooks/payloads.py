@@ -224,8 +224,8 @@ class PayloadFormat:
         return payload
 
     def encode(self, request: HookRequest) -> str:
-        """Return a hook as JSON text of one line."""
-        return _encoder.encode(self.dump(request))
+        """Return a hook as JSON text of one line, which can be sent whatever is in it."""
+        return _encoder.encode(self.dump(request)).encode("utf-8", "replace").decode()
 
 
 _FORMATS = {

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from tuswsgi.hooks.base import HookType
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.options import MAIN, Duration, option
+from tuswsgi.options import MAIN, Duration, KiB, Size, option
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,13 @@ class HookSettings:
         "What hooks look like. The first three are rustus' and differ in the payload alone; "
         "`tusd-v2` is what tusd sends today, and hooks come when tusd would send them.",
         rustus="HOOKS_FORMAT",
+    )
+    max_headers: int = option(
+        64 * KiB,
+        "How many bytes of a request's headers, names and values, hooks are told of. Beyond that "
+        "headers are left out whole, the longest first, and those that are sent along "
+        "(`proxy_headers`, `forward_headers`) after all others.",
+        kind=Size,
     )
     progress_interval: float = option(
         1.0,

@@ -190,7 +190,7 @@ class TusBlueprint(flask.Blueprint):
             origin.client,
             int(port) if port.isdecimal() else None,
             # The id as if the client had sent it, so that every transport can pass it on.
-            _headers(environ) | {"x-request-id": request_id(environ)},
+            {**self._uploads.hooks.told(_headers(environ)), "x-request-id": request_id(environ)},
             owner,
         )
 
