@@ -173,7 +173,7 @@ def _kill(group: int) -> None:
 
 
 def _too_slow(timeout: float) -> TimeoutError:
-    return TimeoutError(f"it took longer than {timeout:g} s and was killed")
+    return TimeoutError(f"it took longer than {round(timeout, 2):g} s and was killed")
 
 
 # --- under gevent -----------------------------------------------------------------------

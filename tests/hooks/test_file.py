@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,6 +199,69 @@ class TestRefusing:
         program = write("echo what >&2; echo went wrong >&2; exit 3")
         with pytest.raises(HookFailed, match="exit code 3: went wrong"):
             hook(file=program).send(request(HookType.POST_FINISH))
+
+
+class TestHowMany:
+    #: Notes how many of it run, and ends when the gate is there.
+    COUNTING = """
+        touch "$TOLD.run.$$"
+        ls "$TOLD".run.* | wc -l >> "$TOLD"
+        while [ ! -e "$TOLD.gate" ]; do sleep 0.01; done
+        rm "$TOLD.run.$$"
+    """
+
+    def test_requests_wait_for_their_turn(self, write: Write, told: Path) -> None:
+        one = hook(file=write(self.COUNTING), file_programs=2)
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(one.send, request()) for _ in range(8)]
+            wait_until(lambda: told.exists() and len(told.read_text().split()) == 2, "two of them")
+            told.with_name("told.gate").touch()
+            assert [answer.result() for answer in answers] == [None] * 8
+        counts = [int(count) for count in told.read_text().split()]
+        assert len(counts) == 8
+        assert max(counts) == 2
+
+    def test_who_waits_too_long_is_told_to_come_back(self, write: Write) -> None:
+        one = hook(file=write(self.COUNTING), file_programs=1, file_timeout=0.5)
+        with ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(one.send, request()) for _ in range(4)]
+            assert all(isinstance(answer.exception(), HookFailed) for answer in answers)
+        # All of them have given back their turns.
+        write("exit 0")
+        assert one.send(request()) is None
+
+    def test_other_events_do_not_wait(self, write: Write, told: Path) -> None:
+        one = hook(file=write(self.COUNTING), file_programs=1)
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(one.send, request())
+            wait_until(told.exists, "the first one")
+            other = pool.submit(one.send, request(HookType.POST_FINISH))
+            wait_until(lambda: told.read_text().split() == ["1", "2"], "the second one")
+            told.with_name("told.gate").touch()
+            assert waiting.result() is other.result() is None
+
+    def test_greenlets_wait_for_each_other(self, write: Write) -> None:
+        program = """
+            from gevent import monkey
+            monkey.patch_all()
+            import sys, time, gevent
+            from pathlib import Path
+            from hooks.test_file import hook, request
+
+            one, ticks = hook(file=Path(sys.argv[1]), file_programs=1), []
+            def tick():
+                while True:
+                    ticks.append(time.monotonic())
+                    gevent.sleep(0.01)
+            ticker = gevent.spawn(tick)
+            gevent.joinall([gevent.spawn(one.send, request()) for _ in range(4)], raise_error=True)
+            # They ran one after the other, and others meanwhile.
+            assert ticks[-1] - ticks[0] > 0.8, ticks
+            assert len(ticks) > 20
+        """
+        script = textwrap.dedent(program)
+        command = [sys.executable, "-c", script, str(write("sleep 0.25"))]
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=60)
 
 
 class TestAnswering:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
+
+from marshmallow.validate import Range
 
 from tuswsgi import spawn
 from tuswsgi.display import printable
@@ -21,6 +26,7 @@ from tuswsgi.errors import HookFailed, HookRefusal
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, ask_in_turn
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
 from tuswsgi.options import Duration, KiB, MiB, option
+from tuswsgi.process import PerProcess
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +70,13 @@ class FileHook(Hook):
     file_timeout: float = option(
         60.0, "How long a program may keep a request waiting; then it is killed.", kind=Duration
     )
+    file_programs: int = option(
+        32,
+        "How many programs a worker runs at once for requests that wait for them. Further requests "
+        "wait for their turn, within `file_timeout`, and are told to come back after that (503). "
+        "For events that no request waits for, `delivery_pool` says how many.",
+        validate=Range(min=1),
+    )
     file_post_timeout: float = option(
         3600.0,
         "How long a program may take for an event that no request waits for; then it is "
@@ -75,6 +88,7 @@ class FileHook(Hook):
         # The working directory may be another one later on.
         self.file = self.file and self.file.absolute()
         self.dir = self.dir and self.dir.absolute()
+        self._turns = PerProcess(lambda: threading.Semaphore(self.file_programs))
 
     def prepare(self) -> None:
         if self.file is not None:
@@ -96,25 +110,41 @@ class FileHook(Hook):
             yield self.dir / type.value
 
     def _run(self, path: Path, request: HookRequest) -> HookResponse | None:
-        timeout = self.file_timeout if request.type.blocking else self.file_post_timeout
+        turn = self._turn() if request.type.blocking else nullcontext(self.file_post_timeout)
         try:
             if not path.exists():
                 self._do_without(path, request.type)
                 return None
             if not os.access(path, os.X_OK):
                 raise PermissionError
-            ended = spawn.run(
-                self._program(path, request),
-                timeout=timeout,
-                output=_LONGEST_ANSWER + 1,
-                errors=_KEPT_ERRORS,
-            )
+            with turn as timeout:
+                ended = spawn.run(
+                    self._program(path, request),
+                    timeout=timeout,
+                    output=_LONGEST_ANSWER + 1,
+                    errors=_KEPT_ERRORS,
+                )
         except TimeoutError as error:
             raise HookFailed(f"{path}: {error}") from None
         except OSError as error:
             raise HookFailed(f"{path} cannot be run: {_reason(error, path)}") from None
         _log_lines(request, "stderr", ended.errors)
         return self._understood(path, request, ended)
+
+    @contextmanager
+    def _turn(self) -> Iterator[float]:
+        """Wait until a request may have its program; yields how long that may take.
+
+        :raises TimeoutError: if its time is over before.
+        """
+        deadline = time.monotonic() + self.file_timeout
+        turns = self._turns.get()
+        if not turns.acquire(timeout=self.file_timeout):
+            raise TimeoutError(f"{self.file_programs} others ran all the time (file_programs)")
+        try:
+            yield max(0.0, deadline - time.monotonic())
+        finally:
+            turns.release()
 
     def _program(self, path: Path, request: HookRequest) -> spawn.Program:
         payload = self.format.encode(request).encode()
