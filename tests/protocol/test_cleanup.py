@@ -415,7 +415,7 @@ class TestStrays:
 
     def test_an_info_store_that_forgets_makes_no_strays(self, client: Client, clock: Clock) -> None:
         info = leave(client)
-        client.tus.uploads.infos.is_forgetful = True
+        client.tus.uploads.infos.lifetime = 3600.0
         clock.ahead += 100 * DAY
         assert clean_up(client) == {}
         assert self.is_there(client, info)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import flask
 import pytest
 from werkzeug.test import TestResponse
 
 from protocol.client import MIME, Breaking, Client, assert_refused, path_of
 from protocol.conftest import Clock, Serve
-from tuswsgi.info import State
+from tuswsgi.app import Tus
+from tuswsgi.errors import UploadNotFound
+from tuswsgi.hooks.base import Event
+from tuswsgi.info import FileInfo, State
+from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.lockers.base import SURE
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.testing.datastores import Blocks
@@ -116,6 +122,45 @@ class TestExpiration:
             url, b"", 0, environ={"CONTENT_LENGTH": "6", "wsgi.input": Slow(b"hello!")}
         )
         assert response.status_code == 204
+        assert client.offset(url) == 6
+
+    def test_a_store_that_forgets_does_not_do_so_in_the_middle(
+        self, embed: Callable[..., Tus], app: flask.Flask, clock: Clock
+    ) -> None:
+        class Forgetful(MemoryInfoStore):
+            """Records that go an hour after they were written last, as in Redis."""
+
+            lifetime = 3600.0
+            written_at: ClassVar[dict[str, float]] = {}
+
+            def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
+                super().create(info, events)
+                self.written_at[info.id] = clock()
+
+            def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
+                self.load(info.id)
+                self.written_at[info.id] = clock()
+                return super().save(info, events)
+
+            def load(self, id: str) -> FileInfo:
+                if clock() - self.written_at.get(id, 0.0) > self.lifetime:
+                    raise UploadNotFound
+                return super().load(id)
+
+        class Slow(Breaking):
+            """Bytes with 25 minutes between them."""
+
+            def read(self, n: int = -1) -> bytes:
+                clock.ahead += 1500
+                return super().read(min(n, 1))
+
+        tus = embed(info_store=Forgetful(), hooks_progress_interval="0s")
+        app.register_blueprint(tus.blueprint(), url_prefix="/files")
+        client = Client(app, tus)
+        url = client.create(20)
+        clock.ahead += 3000
+        environ = {"CONTENT_LENGTH": "6", "wsgi.input": Slow(b"hello!")}
+        assert client.patch(url, b"", 0, environ=environ).status_code == 204
         assert client.offset(url) == 6
 
     def test_finished_uploads_never_expire(self, client: Client, clock: Clock) -> None:

@@ -54,12 +54,18 @@ class InfoStore(ABC):
     crash there are both or neither. What a write returned is what every process reads
     from then on.
 
-    :ivar is_forgetful: records may go by themselves, while the bytes are to stay.
+    :ivar lifetime: for how long a record is kept after it was written last, in seconds, while
+        the bytes stay; ``None`` for ever.
 
     A store that cannot be reached or that is too busy raises ``Unavailable``.
     """
 
-    is_forgetful: bool = False
+    lifetime: float | None = None
+
+    @property
+    def is_forgetful(self) -> bool:
+        """Whether records may go by themselves."""
+        return self.lifetime is not None
 
     @abstractmethod
     def prepare(self) -> None:

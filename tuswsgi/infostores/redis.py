@@ -134,7 +134,7 @@ class RedisInfoStore(InfoStore):
     def __post_init__(self) -> None:
         self._server = connect(self.info_db_dsn, self.pool)
         self._prefix = self.settings.redis_prefix
-        self.is_forgetful = self.redis_info_expiration is not None
+        self.lifetime = self.redis_info_expiration
 
     def prepare(self) -> None:
         self._server.prepare()

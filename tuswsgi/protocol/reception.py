@@ -80,6 +80,11 @@ class Reception:
         self._finisher = finisher
         self._settings = finisher.settings
         self._interval = finisher.hooks.progress_interval
+        lifetime = finisher.infos.lifetime
+        #: After how long a record is written anew while bytes arrive, and how often that is looked
+        #: at: a store that forgets gets it in the first half of its life.
+        self._refresh = _REFRESH if lifetime is None else min(_REFRESH, lifetime / 4)
+        self._pause = min(self._interval, _LOOK_INTERVAL, self._refresh)
         self._chunk = chunk
         self._failure: TusError | None = None
         self._info: FileInfo | None = None
@@ -186,6 +191,10 @@ class Reception:
         self.check(info, offset)
         self._info, self._start, self._on_progress = info, offset, on_progress
         self._hold = hold
+        infos = self._finisher.infos
+        if infos.is_forgetful and time.time() - _written_at(info) > self._refresh:
+            # Its first bytes may be long in coming.
+            self._info = info = infos.save(info)
         if info.size is None and self._finisher.data.bounded:
             self._info = self._promised(info)
         kept = self._append(self._info, offset)
@@ -272,7 +281,7 @@ class Reception:
         granted = self._granted
         if granted is not None and self._info is not None and granted - _MARGIN < received:
             self._info = self._promised(self._info)
-        if now - self._looked_at < min(self._interval, _LOOK_INTERVAL):
+        if now - self._looked_at < self._pause:
             return
         self._looked_at = now
         if bytes_received.receivers:
@@ -300,11 +309,17 @@ class Reception:
 
     def _is_ageing(self, info: FileInfo) -> bool:
         """Whether it must be written that bytes arrive: an operator wants to know which uploads
-        do not stand still, or a quarter of the time to its expiry has passed.
+        do not stand still, a quarter of the time to its expiry has passed, or the info store
+        would soon forget it.
         """
-        if time.time() - (info.last_byte_at or info.created_at) > _REFRESH:
+        if time.time() - _written_at(info) > self._refresh:
             return True
         expiration = self._settings.expiration
         if info.expires_at is None or expiration is None:
             return False
         return time.time() > info.expires_at - expiration * 0.75
+
+
+def _written_at(info: FileInfo) -> float:
+    """Return when a record was written, or a time before that."""
+    return info.last_byte_at or info.created_at
