@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tuswsgi.info import FileInfo as FileInfo
     from tuswsgi.infostores.base import InfoStore as InfoStore
     from tuswsgi.lockers.base import Locker as Locker
+    from tuswsgi.web.blueprint import request_method as request_method
 
 _HOMES = {
     "ConfigurationError": "errors",
@@ -32,6 +33,7 @@ _HOMES = {
     "Tus": "app",
     "TusError": "errors",
     "create_app": "app",
+    "request_method": "web.blueprint",
 }
 
 __all__ = list(_HOMES)

@@ -7,11 +7,38 @@ from collections.abc import Callable
 import flask
 import pytest
 
+import tuswsgi
 from protocol.client import Client, assert_refused, path_of
 from tuswsgi.app import Tus
 from tuswsgi.errors import ConfigurationError
 
 Embed = Callable[..., Tus]
+
+
+class TestMethods:
+    @pytest.mark.parametrize("override", ["DELETE", " delete ", "Delete"])
+    def test_an_application_sees_the_one_that_counts(
+        self, embed: Embed, app: flask.Flask, override: str
+    ) -> None:
+        tus = embed()
+        uploads = tus.blueprint()
+
+        @uploads.before_request
+        def forbid_deletion() -> None:
+            if tuswsgi.request_method(flask.request) == "DELETE":
+                flask.abort(403)
+
+        app.register_blueprint(uploads, url_prefix="/files")
+        client = Client(app, tus)
+        url = client.create(5, b"hello")
+        assert client.delete(url).status_code == 403
+        for method in ("POST", "PATCH", "HEAD", "GET"):
+            answer = client.request(
+                method, url, Tus_Resumable="1.0.0", X_HTTP_Method_Override=override
+            )
+            assert answer.status_code == 403
+        assert client.delete(url, X_HTTP_Method_Override="HEAD").status_code == 200
+        assert client.content(url) == b"hello"
 
 
 class TestPrefixes:

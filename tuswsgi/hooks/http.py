@@ -145,17 +145,14 @@ class HttpHook(Hook):
     def forwards(self) -> Collection[str]:
         return self.proxy_headers
 
-    @property
-    def _forwards(self) -> list[str]:
-        return [name for name in self.proxy_headers if name.lower() not in _OURS]
-
     def send(self, request: HookRequest) -> HookResponse | None:
         failures: list[HookFailed] = []
-        headers = forwarded(request, self._forwards, _is_sendable)
+        names = [name for name in self.proxy_headers if name.lower() not in _OURS]
+        sent_along = forwarded(request, names, _is_sendable)
 
         def ask(url: str, request: HookRequest) -> HookResponse | None:
             try:
-                return self._ask(url, request, headers)
+                return self._ask(url, request, sent_along)
             except HookFailed as error:
                 if request.type.blocking:
                     raise
@@ -174,7 +171,7 @@ class HttpHook(Hook):
             client.close()
 
     def _ask(
-        self, url: str, request: HookRequest, forwarded: Mapping[str, str]
+        self, url: str, request: HookRequest, sent_along: Mapping[str, str]
     ) -> HookResponse | None:
         """Send a hook to one URL, a blocking one until it is answered or time is up."""
         body = self.format.encode(request).encode()
@@ -182,7 +179,7 @@ class HttpHook(Hook):
         def attempt() -> HttpAnswer:
             try:
                 own = self._headers(request, body)
-                answer = self._client.get().post(url, body, {**forwarded, **own})
+                answer = self._client.get().post(url, body, {**sent_along, **own})
             except ValueError as error:
                 raise HookFailed(f"{_shown(url)} cannot be asked: {error}") from None
             except OSError as error:

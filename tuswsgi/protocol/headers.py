@@ -81,6 +81,17 @@ class TusHeaders:
         value: str | None = self._environ.get("HTTP_" + name.upper().replace("-", "_"))
         return value
 
+    @property
+    def method(self) -> str:
+        """The method that counts, in upper case.
+
+        "The X-HTTP-Method-Override request header MUST be a string which MUST be interpreted as
+        the request's method by the Server [...]. The actual method of the request MUST be
+        ignored."
+        """
+        sent: str = self.get(METHOD_OVERRIDE) or self._environ["REQUEST_METHOD"]
+        return sent.strip().upper()
+
     def check_version(self) -> None:
         """Refuse a request of another version.
 

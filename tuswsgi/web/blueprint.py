@@ -19,7 +19,7 @@ from werkzeug.routing import BaseConverter, Rule
 from tuswsgi.errors import MethodNotAllowed, TusError, Unavailable
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
-from tuswsgi.protocol.headers import METHOD_OVERRIDE, TUS_RESUMABLE, VERSION, TusHeaders
+from tuswsgi.protocol.headers import TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.telemetry import report, request_answered
 from tuswsgi.web.body import body_of
@@ -126,11 +126,8 @@ class TusBlueprint(flask.Blueprint):
             environ[UPLOAD_ID] = id
         body: RequestBody | None = None
         code: str | None = None
-        # "The X-HTTP-Method-Override request header MUST be a string which MUST be
-        # interpreted as the request's method by the Server [...]. The actual method of
-        # the request MUST be ignored."
         headers = TusHeaders(environ)
-        method = (headers.get(METHOD_OVERRIDE) or environ["REQUEST_METHOD"]).strip().upper()
+        method = headers.method
         try:
             body = body_of(environ)
             self._before_first()
@@ -218,6 +215,15 @@ class TusBlueprint(flask.Blueprint):
         except TusError:
             completed.request_body = None  # its length is nonsense
         return completed
+
+
+def request_method(request: flask.Request) -> str:
+    """Return the method of a request for an upload, in upper case.
+
+    For ``before_request`` functions: ``request.method`` is not what counts where the client sent
+    ``X-HTTP-Method-Override``.
+    """
+    return TusHeaders(request.environ).method
 
 
 def _headers(environ: Mapping[str, Any]) -> dict[str, str]:
