@@ -186,6 +186,18 @@ def test_a_header_that_cannot_be_sent_stops_no_hook(
     ]
 
 
+def test_a_hook_is_told_whatever_clients_say(pb2: ModuleType) -> None:
+    evil = "\x00\x1b[2J\x9b\xa0\u2028\udc80"
+    cause = replace(REQUEST, uri=f"/{evil}", headers={"x-evil": evil})
+    with answering(pb2) as service:
+        hook = transport(service.port)
+        hook.send(replace(hook_of(HookType.POST_FINISH), request=cause))
+        hook.close()
+    ((request, _),) = service.calls
+    assert request.event.httpRequest.uri == "/\x00\x1b[2J\x9b\xa0\u2028?"
+    assert request.event.httpRequest.header["X-Evil"] == "\x00\x1b[2J\x9b\xa0\u2028?"
+
+
 def test_before_its_creation_an_upload_has_no_id_and_may_have_no_length(pb2: ModuleType) -> None:
     with answering(pb2) as service:
         hook = transport(service.port)

@@ -199,7 +199,7 @@ class TestPreflight:
             assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
             assert "x-trace" in words(answer.headers["Access-Control-Expose-Headers"])
 
-    @pytest.mark.parametrize("cors", [None, "*", "https://*", f"{ORIGIN},*", "HTTP*", "**"])
+    @pytest.mark.parametrize("cors", [None, "*", "https://*", f"{ORIGIN},*", "HTTP://*", "**"])
     def test_credentials_are_for_origins_that_are_named(self, embed: Any, cors: str | None) -> None:
         given = {} if cors is None else {"cors": cors}
         with pytest.raises(ConfigurationError, match="Name the origins in cors") as caught:

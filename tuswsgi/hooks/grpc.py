@@ -6,6 +6,7 @@ declared in ``proto/hook.proto``; what is in them is the business of payload for
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -124,7 +125,9 @@ class GrpcHook(Hook):
     def send(self, request: HookRequest) -> HookResponse | None:
         import grpc
 
-        message = _message(payload_format(FormatName.TUSD_V2).dump(request))
+        # Its strings take no more than what can be sent as JSON.
+        payload = payload_format(FormatName.TUSD_V2).encode(request)
+        message = _message(json.loads(payload))
         metadata = self._metadata(request)
 
         def attempt() -> Message:

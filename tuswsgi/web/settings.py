@@ -27,8 +27,8 @@ WATCHED = HEALTH, READY, METRICS = ("/health", "/ready", "/metrics")
 UNIX = "unix"
 
 
-#: An origin that nobody can have (RFC 6761, 6.4): what allows it allows all.
-_STRANGER = "https://stranger.invalid"
+#: Origins that nobody can have (RFC 6761, 6.4): what allows one of them allows all.
+_STRANGERS = ("https://stranger.invalid", "http://stranger.invalid")
 
 
 def origin_pattern(origin: str) -> re.Pattern[str]:
@@ -123,7 +123,9 @@ class WebSettings:
         """Yield what is wrong with the options together."""
         # "Access-Control-Allow-Origin: *" takes no credentials (the Fetch standard, 3.3.5), and
         # to name whatever origin asks instead would take that protection away.
-        strange = [origin for origin in self.cors if origin_pattern(origin).fullmatch(_STRANGER)]
+        strange = [
+            origin for origin in self.cors if any(map(origin_pattern(origin).fullmatch, _STRANGERS))
+        ]
         if self.cors_credentials and strange:
             yield (
                 f"[{MAIN}] cors_credentials = true: With cors = {strange[0]} pages of every origin "
