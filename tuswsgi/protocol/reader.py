@@ -8,6 +8,7 @@ they mean.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -256,10 +257,13 @@ class ActiveReaders:
     """The readers of this process, to end those that went silent or shall stop.
 
     :param network_timeout: the longest silence of a body, in seconds.
+    :param lifetime: after how many seconds without progress an upload is forgotten, ``None`` for
+        never: the bytes of a slow body are told in time.
     """
 
-    def __init__(self, network_timeout: float) -> None:
+    def __init__(self, network_timeout: float, lifetime: float | None = None) -> None:
         self.network_timeout = network_timeout
+        self._pause = max(0.05, min(network_timeout / 10, 2.0, (lifetime or math.inf) / 8))
         self._readers: PerProcess[set[UploadReader]] = PerProcess(self._start)
         self._stopped = False
 
@@ -292,8 +296,7 @@ class ActiveReaders:
 
     def _watch(self, readers: set[UploadReader]) -> None:
         # One look at all readers now and then is far cheaper than a timer per wait.
-        pause = max(0.05, min(self.network_timeout / 10, 2.0))
-        looked = time.monotonic()
+        pause, looked = self._pause, time.monotonic()
         while True:
             time.sleep(pause)
             now = time.monotonic()

@@ -72,7 +72,7 @@ class Uploads:
         self.hooks = hooks
         self.settings = settings
         self.extensions = settings.offered(data.extensions)
-        self.readers = ActiveReaders(settings.network_timeout)
+        self.readers = ActiveReaders(settings.network_timeout, infos.lifetime)
         self.finisher = Finisher(data, infos, locker, hooks, settings, sender)
         self.creator = Creator(self.finisher)
         #: The PATCHes that this process receives, by the ids of their uploads.
