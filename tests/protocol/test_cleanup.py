@@ -440,6 +440,17 @@ class TestStrays:
         assert reasons(client) == {info.id: Reason.LEFT_OVER}
         assert not self.is_there(client, info)
 
+    def test_what_is_left_of_an_upload_that_was_chosen_goes_too(
+        self, client: Client, clock: Clock
+    ) -> None:
+        client.tus.on("pre-create")(lambda hook: HookResponse(change=ChangeFileInfo(id="chosen")))
+        client.delete(client.create(9, b"old"))
+        left, stranger = leave(client, "chosen"), leave(client, "stranger")
+        clock.ahead += 2 * DAY
+        assert reasons(client) == {"chosen": Reason.LEFT_OVER}
+        assert not self.is_there(client, left)
+        assert self.is_there(client, stranger)
+
     def test_temporary_files_go(self, serve: Serve, options: dict[str, Any], clock: Clock) -> None:
         client = serve(storage="file-storage")
         url = client.create(9, b"old")

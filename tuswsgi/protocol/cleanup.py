@@ -331,19 +331,19 @@ class CleanUp:
     def _suspects(self, before: float) -> Iterator[tuple[Place, Reason]]:
         """Yield what may be nobody's.
 
-        Of all that is not temporary that is only what this server's uploads have made: its name
-        is an id that was made after that of an upload that is still known. An info store that
-        was emptied or exchanged, or that forgets by itself, makes no strays of finished uploads.
+        Of all that is neither temporary nor left of an upload that was removed, that is only
+        what this server's uploads have made: its name is an id that was made after that of an
+        upload that is still known. An info store that was emptied or exchanged, or that forgets
+        by itself, makes no strays of finished uploads.
         """
         since = None if self._infos.is_forgetful else self._oldest()
         for place in self._data.places(before):
             self._on_look()
             made = made_at(place.upload)
             is_ours = since is not None and made is not None and since < made < before
-            if place.is_temporary or is_ours:
-                reason = self._fate(place)
-                if reason is not None:
-                    yield place, reason
+            reason = self._fate(place)
+            if reason is not None and (is_ours or reason is not Reason.NO_RECORD):
+                yield place, reason
 
     def _oldest(self) -> float | None:
         """Return when the oldest id of this server's own was made that is still known."""

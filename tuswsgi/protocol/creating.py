@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from tuswsgi.errors import HookFailed, UploadExists, UploadGone, UploadNotFound
+from tuswsgi.errors import HookFailed, StorageFull, UploadExists, UploadGone, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.info import FileInfo, Metadata, State, Storage
 from tuswsgi.infostores.base import InfoStore

@@ -100,13 +100,16 @@ class Finisher:
         """Remove an upload for good and leave a tombstone. The caller holds its lock.
 
         The tombstone comes first: who has lost the lock cannot write it, and must not delete
-        what others have been told since. A crash in between leaves bytes to the clean-up.
+        what others have been told of since. A crash in between leaves bytes to the clean-up.
         """
         events = self.hooks.record(HookType.POST_TERMINATE, info, request)
         hold.check()
         info = self.infos.delete(info, events, state=state, now=time.time())
         try:
+            hold.check()
             self.data.delete(info)
+        except TusError as error:
+            log.warning("The bytes of %s are left to the clean-up: %s", info.id, error)
         except Exception:
             log.exception("The bytes of %s could not be removed; the clean-up tries again", info.id)
         self.hooks.tell(HookType.POST_TERMINATE, info, request)
