@@ -247,9 +247,7 @@ class TestFileDataStore(DataStoreContract):
         marker_of(path).write_text("3\n")
         (place,) = store.places(LATER)
         moved = store.quarantine(place)
-        (left,) = store.places(LATER)
-        assert left.is_temporary
-        assert store.clear(left)
+        assert list(store.places(LATER)) == []
         assert store.put_back(moved)
         assert store.offset(info) == 3
         assert [*(store.data_dir / ".tuswsgi" / "quarantine").iterdir()] == []
@@ -269,13 +267,42 @@ class TestFileDataStore(DataStoreContract):
             store.append(info, store.offset(info), Blocks(block), SURE)
         (place,) = store.places(LATER)
         found = store.quarantine(place)
-        for left in store.places(LATER):
-            store.clear(left)
+        assert list(store.places(LATER)) == []
         with pytest.raises(UploadGone):
             store.offset(info)
         assert store.put_back(found)
         assert content(store, info) == b"one,two,last"
         assert [one.storage.path for one in store.places(LATER)] == [info.storage.path]
+
+    def test_a_move_that_was_cut_off_is_done_again(self, store, monkeypatch):
+        class Death(BaseException):
+            """As if the process died."""
+
+        def die(*args):
+            raise Death
+
+        info = created(store)
+        path = Path(store.location(info))
+        path.write_bytes(b"bytes")
+        marker_of(path).write_text("3\n")
+        (place,) = store.places(LATER)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", die)
+            with pytest.raises(Death):
+                store.quarantine(place)
+        assert store.offset(info) == 3
+        assert store.quarantine(place) is not None
+        with pytest.raises(UploadGone):
+            store.offset(info)
+        first, second = store.quarantined()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", die)
+            with pytest.raises(Death):
+                store.put_back(first)
+        assert store.offset(info) == 3
+        assert store.discard(first)
+        assert store.discard(second)
+        assert store.offset(info) == 3
 
     def test_a_file_system_without_hard_links_has_a_quarantine(self, store, monkeypatch):
         def refuse(*args, **kwargs):

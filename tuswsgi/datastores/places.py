@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, takewhile
 
 from tuswsgi.datastores.base import Place
 from tuswsgi.info import Storage
@@ -54,18 +54,25 @@ def is_still(directory: str, place: Place) -> bool:
     return look(directory, place.storage.path or "", place.storage.type) == place
 
 
-def companions(path: str) -> Iterator[str]:
-    """Yield the files that belong to that of an upload: its segments, and the markers of what
-    does not count.
+def beside(path: str, other: str | None = None) -> list[str]:
+    """Return the files that belong to that of an upload, which are beside it: its segments, and
+    what says which bytes do not count.
+
+    :param other: return their names beside this file instead.
     """
+    segments = takewhile(
+        lambda number: os.path.lexists(_hidden(path, f"segment{number}")), count(1)
+    )
+    purposes = ["unverified"]
+    for number in segments:
+        purposes += [f"segment{number}", f"unverified{number}"]
+    there = [purpose for purpose in purposes if os.path.lexists(_hidden(path, purpose))]
+    return [_hidden(other or path, purpose) for purpose in there]
+
+
+def _hidden(path: str, purpose: str) -> str:
     folder, slash, name = path.rpartition("/")
-    for number in count():
-        segment = f"{folder}{slash}.{name}.segment{number}"
-        if number and not os.path.lexists(segment):
-            return
-        marker = f"{folder}{slash}.{name}.unverified{number or ''}"
-        yield from [segment] if number else []
-        yield from [marker] if os.path.lexists(marker) else []
+    return f"{folder}{slash}.{name}.{purpose}"
 
 
 def files(directory: str, below: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import calendar
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count
 
 from tuswsgi.datastores import places
@@ -72,18 +72,21 @@ def put_back(directory: str, found: Quarantined) -> bool:
         _move(found.location, target)
     except (FileExistsError, NotADirectoryError, FileNotFoundError):
         return False
-    _remove_rest(found)
+    _remove_empty_folders(found)
     return True
 
 
 def discard(found: Quarantined) -> bool:
     """Remove a file for good; see ``DataStore.discard``."""
+    rest = places.beside(found.location)
     try:
         # To free the blocks of a huge file takes the kernel its time.
         aside(os.unlink, found.location)
+        for path in rest:
+            aside(os.unlink, path)
     except FileNotFoundError:
         return False  # another process was faster, or an operator
-    _remove_rest(found)
+    _remove_empty_folders(found)
     return True
 
 
@@ -97,54 +100,49 @@ def _free_path(directory: str, place: Place, moved_at: int) -> str:
 
 
 def _move(source: str, target: str) -> None:
-    """Rename a file, but never over another one, with the files that belong to it.
+    """Rename a file with what belongs to it, but never over another one.
 
-    Whoever dies in between leaves files with both names, and nothing without its companions.
+    Whoever dies in between leaves two names of one file, and no file without what belongs to
+    it: what has lost its upload is for the clean-up.
     """
-    folder = os.path.dirname(target)
-    os.makedirs(folder, exist_ok=True)
-    copies = []
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    pairs = [*zip(places.beside(source), places.beside(source, target), strict=True)]
+    pairs.append((source, target))
+    named: list[tuple[str, str]] = []
     try:
-        for companion in places.companions(source):
-            copies.append(f"{folder}/{os.path.basename(companion)}")
-            _name_again(companion, copies[-1])
-        _rename(source, target)
+        for old, new in pairs:
+            _name(old, new)
+            named.append((old, new))
     except BaseException:
-        _unlink(copies)
+        for old, new in named:
+            _unname(new, old)
         raise
-    # What stays behind of them are temporary files without their upload.
+    for old, new in reversed(pairs):
+        _unname(old, new)
 
 
-def _rename(source: str, target: str) -> None:
+def _name(old: str, new: str) -> None:
+    """Give a file one more name, or another one where the file system knows no second names."""
     try:
-        # A rename would replace what is there.
-        os.link(source, target, follow_symlinks=False)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError):
+        os.link(old, new, follow_symlinks=False)
+    except FileExistsError:
+        # Somebody died here, and left both names.
+        if not os.path.samefile(old, new):
+            raise
+    except (NotADirectoryError, FileNotFoundError):
         raise
     except OSError:
-        # The file system knows no second names.
-        if os.path.lexists(target):
+        if os.path.lexists(new):
             raise FileExistsError from None
-        os.rename(source, target)
-    else:
-        os.unlink(source)
+        os.rename(old, new)
 
 
-def _name_again(source: str, target: str) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError):
-        raise
-    except OSError:
-        os.rename(source, target)  # the file system knows no second names
-
-
-def _unlink(paths: Iterable[str]) -> None:
-    for path in paths:
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass  # another process was faster, or it never came to be
+def _unname(old: str, new: str) -> None:
+    """Take a name from a file that has another one, or give it that where it has not."""
+    if not os.path.lexists(new):
+        os.rename(old, new)
+    elif os.path.lexists(old):
+        os.unlink(old)
 
 
 def _time_of(folder: str) -> float | None:
@@ -155,9 +153,7 @@ def _time_of(folder: str) -> float | None:
         return None
 
 
-def _remove_rest(found: Quarantined) -> None:
-    """Remove what belonged to a file that is not there any more, and folders that are empty."""
-    aside(_unlink, list(places.companions(found.location)))
+def _remove_empty_folders(found: Quarantined) -> None:
     folder = os.path.dirname(found.location)
     for _ in range((found.place.storage.path or "").count("/") + 1):
         try:
