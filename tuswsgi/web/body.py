@@ -43,10 +43,12 @@ class PlainBody(RequestBody):
     def receive(self, n: int) -> bytes:
         if self._ended or self._is_woken:
             return b""
+        self._turns.give()
         n = min(n, 16 * 1024)
         if self._remaining is not None:
             n = min(n, self._remaining)
         block = self._read_block(n)
+        self._turns.received(len(block))
         if self._remaining is not None:
             self._remaining -= len(block)
             if not block and self._remaining:

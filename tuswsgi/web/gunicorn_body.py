@@ -7,24 +7,31 @@ keeps their books, so that gunicorn finds the next request of the connection.
 
 from __future__ import annotations
 
+import errno
 import logging
 import select
 import socket
 import time
 from collections.abc import Callable, Mapping
+from inspect import GEN_CREATED, getgeneratorstate, isgenerator
 from operator import attrgetter
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from tuswsgi.errors import BodyIncomplete, BodyMalformed
 from tuswsgi.lockers.base import IsLost
-from tuswsgi.process import let_others_run
+from tuswsgi.web.chunks import ChunkDecoder
+from tuswsgi.web.lines import TooLong
 from tuswsgi.web.pipe import IS_SUPPORTED, Unsupported, pipe
 from tuswsgi.web.request_body import BLOCK, RequestBody, shared_buffer
+from tuswsgi.web.turns import TURN, Turns
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: Bytes that are taken at once where the next chunks are not known to be larger.
+_WIRE = 64 * 1024
 
 #: How often a thread that waits for bytes looks whether it was woken (seconds).
 _GLANCE = 0.1
@@ -48,16 +55,17 @@ _INTERNALS: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
 _of_length_reader = attrgetter(
     "length", "unreader.buf.tell", "unreader.take_buffered", "unreader.unread"
 )
-_of_chunked_reader = attrgetter("parser.__next__", "req.unreader")
+_of_chunked_reader = attrgetter(
+    "parser.__next__", "req.unreader.read", "req.unreader.unread", "req.parse_headers"
+)
 
-
-#: Bytes after which other greenlets get their turn: with so many at a time a HEAD beside
-#: some fast uploads waits for milliseconds.
-_TURN = 512 * 1024
 
 #: Bytes of TLS that are taken at once: what is decrypted is still in the processor's cache
 #: when it is written.
 _TLS_BLOCK = 256 * 1024
+
+#: The most records of TLS that are taken at once: one may hold no more than a byte.
+_TLS_RECORDS = 64
 
 #: Of gevent's SSLSocket: reads what is there and never waits.
 _of_tls = attrgetter("_sslobj.read")
@@ -117,7 +125,7 @@ class GunicornBody(RequestBody):
         self._cooperative = type(self._sock).__module__.startswith("gevent.")
         self._greenlet: Any = None
         self._hub: Any = None
-        self._since_yield = 0
+        self._deadline: float | None = None
         # Our worker leaves the 100 to us: it is sent when the body is first wanted.
         self._continue = getattr(self._input, "send_continue", None)
 
@@ -126,12 +134,10 @@ class GunicornBody(RequestBody):
             return b""
         self._ask_to_continue()
         try:
-            block = self._wait_and_take(n)
+            return self._wait_and_take(n)
         except BaseException:
             self._input.failed = True
             raise
-        self._since_yield += len(block)
-        return block
 
     def wake(self) -> None:
         super().wake()
@@ -154,19 +160,24 @@ class GunicornBody(RequestBody):
             self._continue = None
 
     def _wait_and_take(self, n: int) -> memoryview | bytes:
-        if not self._cooperative:
-            return self._take_in_thread(n)
-        self._give_others_a_turn()
         while not self._is_woken:
-            block = self._interruptibly(lambda: self._take(n))
+            self._turns.give()
+            self._heed_deadline()
+            if self._cooperative:
+                block = self._interruptibly(lambda: self._take(n))
+            else:
+                block = self._take_in_thread(n)
             if block is not None:
                 return block
         return b""
 
-    def _give_others_a_turn(self) -> None:
-        if self._since_yield >= _TURN:
-            self._since_yield = 0
-            let_others_run()
+    def _heed_deadline(self) -> None:
+        if self._deadline is None:
+            return
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise BodyIncomplete
+        self._sock.settimeout(left)
 
     def _interruptibly(self, action: Callable[[], T]) -> T | None:
         """Run what waits for the socket; ``None`` if ``wake`` or ``nudge`` ended it."""
@@ -187,10 +198,11 @@ class GunicornBody(RequestBody):
             self._greenlet.throw(_Woken)
 
     def _receive_until(self, deadline: float, n: int) -> memoryview | bytes:
-        self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+        self._deadline = deadline
         try:
             return self.receive(n)
         finally:
+            self._deadline = None
             self._sock.settimeout(None)
 
     def _wait_in_thread(self) -> bool:
@@ -205,10 +217,11 @@ class GunicornBody(RequestBody):
                 return False
         return True
 
-    def _take_in_thread(self, n: int) -> memoryview | bytes:
+    def _take_in_thread(self, n: int) -> memoryview | bytes | None:
         raise NotImplementedError
 
-    def _take(self, n: int) -> memoryview | bytes:
+    def _take(self, n: int) -> memoryview | bytes | None:
+        """Wait for bytes and take them; ``None`` if those that came carry none of the body."""
         raise NotImplementedError
 
 
@@ -237,6 +250,7 @@ class SocketBody(GunicornBody):
     def _take(self, n: int) -> memoryview | bytes:
         n = min(n, self._left, BLOCK)
         block = self._take_buffered(n) or self._take_from_socket(n)
+        self._turns.received(len(block))
         # Keep-alive depends on this: it says where the next request begins.
         self._reader.length -= len(block)
         self._ended = self._reader.length == 0
@@ -246,11 +260,11 @@ class SocketBody(GunicornBody):
         if not self._splices or self._has_buffered:
             return None
         self._ask_to_continue()
-        self._give_others_a_turn()
+        self._turns.give()
         if self._ended or self._is_woken:
             return 0
         try:
-            moved = self._splice(fd, offset, min(n, self._left, _TURN), is_lost)
+            moved = self._splice(fd, offset, min(n, self._left, TURN), is_lost)
         except Unsupported:
             self._splices = False
             return None
@@ -259,7 +273,7 @@ class SocketBody(GunicornBody):
             raise
         finally:
             self._set_low_water(1)
-        self._since_yield += moved
+        self._turns.received(moved)
         self._reader.length -= moved
         self._ended = self._reader.length == 0
         return moved
@@ -336,21 +350,29 @@ class SocketBody(GunicornBody):
     def _fill_up(self, buffer: memoryview, received: int, n: int) -> int:
         """Take what else has arrived: TLS hands out one record, 16 KiB, at a time."""
         read = _of_tls(self._sock)
+        records = 1
         try:
-            while received < n and (more := read(n - received, buffer[received:n])):
-                received += more
+            while records < _TLS_RECORDS and received < n:
+                more = read(n - received, buffer[received:n])
+                if not more:
+                    break
+                received, records = received + more, records + 1
         except OSError:
             pass  # nothing more is there, or the next call to wait will say what is wrong
+        self._turns.received(0, times=records - 1)
         return received
 
 
 class ChunkedBody(GunicornBody):
-    """A chunked body, taken piece by piece from gunicorn's parser."""
+    """A chunked body, taken from gunicorn's socket in pieces as large as what has arrived."""
 
     def __init__(self, environ: Mapping[str, Any], length: int | None) -> None:
         super().__init__(environ, length)
         self._reader = self._input.reader
         self._piece = memoryview(b"")
+        take_over(self._reader)
+        if isinstance(self._reader.parser, _Chunks):
+            self._turns = self._reader.parser.turns
 
     def trailer(self, name: str) -> str | None:
         for key, value in getattr(self._reader.req, "trailers", None) or ():
@@ -358,7 +380,7 @@ class ChunkedBody(GunicornBody):
                 return str(value)
         return None
 
-    def _take_in_thread(self, n: int) -> memoryview | bytes:
+    def _take_in_thread(self, n: int) -> memoryview | bytes | None:
         # Only the parser knows whether it needs more bytes to go on.
         unreader = self._reader.req.unreader
         unreader.sock = _InterruptibleSocket(self._sock, self._wait_in_thread)
@@ -369,22 +391,99 @@ class ChunkedBody(GunicornBody):
         finally:
             unreader.sock = self._sock
 
-    def _take(self, n: int) -> memoryview | bytes:
-        while not self._piece:
-            try:
-                self._piece = memoryview(next(self._reader.parser))
-            except StopIteration:
-                self._reader.parser = None
-                self._ended = True
-                return b""
-            except OSError as error:  # gunicorn's NoMoreData is one, too
-                log.info("The body broke off: %r", error)
-                raise BodyIncomplete from error
-            except Exception as error:
-                log.info("The body is malformed: %r", error)
-                raise BodyMalformed from error
+    def _take(self, n: int) -> memoryview | bytes | None:
+        if not self._piece:
+            piece = self._next_piece()
+            if piece is None:
+                return None
+            self._piece = memoryview(piece)
         taken, self._piece = self._piece[:n], self._piece[n:]
         return taken
+
+    def _next_piece(self) -> bytes | None:
+        parser = self._reader.parser
+        try:
+            # Somebody else may have begun to read the body in gunicorn's way.
+            piece = parser.receive() if isinstance(parser, _Chunks) else next(parser, b"")
+        except OSError as error:  # gunicorn's NoMoreData is one, too
+            log.info("The body broke off: %r", error)
+            raise BodyIncomplete from error
+        except TooLong as error:
+            log.info("The trailers are too long: %s", error)
+            raise BodyMalformed("The trailers of the request are too long.") from error
+        except Exception as error:
+            log.info("The body is malformed: %r", error)
+            raise BodyMalformed from error
+        if piece == b"":
+            self._reader.parser = None
+            self._ended = True
+        return piece
+
+
+def take_over(reader: Any) -> None:
+    """Let a chunked body be read by us, whoever is going to read it, unless it has begun.
+
+    :param reader: gunicorn's.
+    """
+    parser = reader.parser
+    if isgenerator(parser) and getgeneratorstate(parser) == GEN_CREATED:
+        reader.parser = _Chunks(reader.req)
+
+
+class _Chunks:
+    """Yields the pieces of a chunked body, in the place of gunicorn's parser.
+
+    That one takes a step in Python for each chunk, keeps megabytes of trailers, and lets nobody
+    else run as long as there are bytes.
+
+    :param request: gunicorn's.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self.turns = Turns()
+        self._request = request
+        self._decoder = ChunkDecoder()
+
+    def __iter__(self) -> _Chunks:
+        return self
+
+    def __next__(self) -> bytes:
+        while (piece := self.receive()) is None:
+            pass
+        if not piece:
+            raise StopIteration
+        return piece
+
+    def receive(self) -> bytes | None:
+        """Receive once and return what that carried, ``None`` for nothing yet; empty at the end.
+
+        :raises ValueError: if the body is malformed.
+        :raises OSError: if it broke off.
+        """
+        decoder = self._decoder
+        if decoder.error is None and decoder.trailers is None and (piece := self._feed()):
+            return piece
+        if decoder.error is not None:
+            raise decoder.error
+        return None if decoder.trailers is None else self._end(decoder.trailers)
+
+    def _feed(self) -> bytes:
+        self.turns.give()
+        decoder, chunks = self._decoder, self._decoder.chunks
+        wire = self._request.unreader.read(None, read_ahead=max(_WIRE, min(decoder.left, BLOCK)))
+        if not wire:
+            raise ConnectionResetError(errno.ECONNRESET, "The body ended within a chunk")
+        piece = decoder.feed(wire)
+        self.turns.received(len(wire), chunks=decoder.chunks - chunks)
+        return piece
+
+    def _end(self, trailers: bytes) -> bytes:
+        # Keep-alive depends on this: the next request may have arrived already.
+        rest, self._decoder.rest = self._decoder.rest, b""
+        self._request.unreader.unread(rest)
+        if trailers:
+            self._request.trailers = self._request.parse_headers(trailers, from_trailer=True)
+        return b""
 
 
 class _InterruptibleSocket:

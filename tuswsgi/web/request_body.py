@@ -14,6 +14,7 @@ from typing import Any
 from tuswsgi.errors import BodyIncomplete, BodyMalformed
 from tuswsgi.process import PerProcess
 from tuswsgi.protocol.reader import Body
+from tuswsgi.web.turns import Turns
 
 #: The most bytes that are taken from a socket at once.
 BLOCK = 1024 * 1024
@@ -46,6 +47,7 @@ class RequestBody(Body):
         self._environ = environ
         self._ended = length == 0
         self._is_woken = False
+        self._turns = Turns()
 
     def receive(self, n: int) -> memoryview | bytes:
         return b""
@@ -80,29 +82,10 @@ class RequestBody(Body):
             pass  # the connection is closed then
 
     def linger(self) -> None:
-        """Let a client that is still sending read the answer, then give up on it.
-
-        Closing a socket with unread bytes sends a reset, which may take the answer from
-        the client (RFC 9112, 9.6). So: close our half, read on for a moment, close.
-        """
+        """Let a client that is still sending read the answer, then give up on it."""
         sock = self._environ.get("gunicorn.socket") or self._environ.get("werkzeug.socket")
-        if sock is None:
-            return
-        is_tls = hasattr(sock, "context")
-        deadline, rest = time.monotonic() + DRAIN_TIME, LINGER_LIMIT
-        try:
-            if not is_tls:  # TLS knows no half-closed connections
-                sock.shutdown(socket.SHUT_WR)
-            while rest > 0 and (left := deadline - time.monotonic()) > 0:
-                sock.settimeout(left)
-                # MSG_TRUNC: the kernel throws the bytes away without copying them.
-                flags = 0 if is_tls else _TRUNCATE
-                dropped = sock.recv_into(shared_buffer(), min(rest, BLOCK), flags)
-                if dropped == 0:
-                    return
-                rest -= dropped
-        except OSError:
-            pass  # the client is gone
+        if sock is not None:
+            linger(sock)
 
     def abandon(self) -> None:
         """Make sure that the server does not look for another request in the rest."""
@@ -118,3 +101,28 @@ class RequestBody(Body):
 
     def _receive_until(self, deadline: float, n: int) -> memoryview | bytes:
         return self.receive(n)
+
+
+def linger(sock: Any) -> None:
+    """Throw away what a client still sends after its answer, for a moment.
+
+    Closing a socket with unread bytes sends a reset, which may take the answer from the client
+    (RFC 9112, 9.6). So: close our half, read on for a while, and whoever calls this closes.
+    """
+    is_tls = hasattr(sock, "context")
+    deadline, rest, turns = time.monotonic() + DRAIN_TIME, LINGER_LIMIT, Turns()
+    try:
+        if not is_tls:  # TLS knows no half-closed connections
+            sock.shutdown(socket.SHUT_WR)
+        while rest > 0 and (left := deadline - time.monotonic()) > 0:
+            turns.give()
+            sock.settimeout(left)
+            # MSG_TRUNC: the kernel throws the bytes away without copying them.
+            flags = 0 if is_tls else _TRUNCATE
+            dropped = sock.recv_into(shared_buffer(), min(rest, BLOCK), flags)
+            if dropped == 0:
+                return
+            rest -= dropped
+            turns.received(dropped)
+    except OSError:
+        pass  # the client is gone

@@ -1,0 +1,51 @@
+"""When one connection has had its turn and others get theirs.
+
+Greenlets share a thread, and a greenlet that finds its next bytes in the socket each time it
+looks never lets go of it. This file owns how much a connection may do at a time. It counts what
+was done rather than the time: a wait is no work, and a count is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from tuswsgi.process import let_others_run
+
+#: Bytes after which others get their turn: with so many at a time a HEAD beside some fast
+#: uploads waits for milliseconds.
+TURN = 512 * 1024
+
+#: What it costs to take bytes from a socket and to store them, however few they are, compared
+#: with moving a byte.
+_RECEIVE = 4 * 1024
+
+#: What a chunk costs, likewise.
+_CHUNK = 256
+
+#: What a request costs, likewise.
+_REQUEST = TURN // 16
+
+
+class Turns:
+    """Counts what is done for one connection since others had their turn."""
+
+    __slots__ = ("_done",)
+
+    def __init__(self) -> None:
+        self._done = 0
+
+    def received(self, n: int, *, times: int = 1, chunks: int = 0) -> None:
+        """Count `n` bytes from the wire.
+
+        :param times: how often the socket was asked for them.
+        :param chunks: how many chunks of a chunked body they were.
+        """
+        self._done += n + times * _RECEIVE + chunks * _CHUNK
+
+    def answered(self) -> None:
+        """Count a request."""
+        self._done += _REQUEST
+
+    def give(self) -> None:
+        """Let others run if it is their turn."""
+        if self._done >= TURN:
+            self._done = 0
+            let_others_run()
