@@ -3,7 +3,8 @@
 A request is plain if nothing about it needs a second look: an ordinary request line, a few
 well-formed fields of which none says how the body is framed but Content-Length. Whatever is
 not plain, malformed or just rare, is left to gunicorn's parser, which begins again at the
-first byte: this file accepts, it never refuses.
+first byte and finds the whole head there. Only what has no end is refused here: gunicorn would
+look through all of it again for each piece that comes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from email.utils import formatdate
 from typing import Any
 
 from gunicorn.http.body import Body, LengthReader
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
 from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import Response, base_environ
 from gunicorn.util import unquote_to_wsgi_str
+
+from tuswsgi.web.gunicorn_body import is_read
+from tuswsgi.web.lines import BareLF, Lines, TooLong
+from tuswsgi.web.request_body import DRAIN_LIMIT
+from tuswsgi.web.turns import Turns
 
 #: A head that is longer is not plain.
 LONGEST_HEAD = 8000
@@ -79,16 +86,23 @@ class PlainRequest:
 
 
 class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's parser of one connection, which looks first whether a request is plain."""
+    """gunicorn's parser of one connection, which looks first whether a request is plain.
+
+    Whoever uses it reads each body to its end, or ends the connection.
+
+    :param longest_head: the most bytes of a head.
+    """
 
     mesg: Any
 
-    def __init__(self, cfg: Any, sock: Any, addr: Any) -> None:
+    def __init__(self, cfg: Any, sock: Any, addr: Any, longest_head: int) -> None:
         super().__init__(cfg, sock, addr)
         self.scheme = "https" if cfg.is_ssl else "http"
+        self.turns = Turns()
+        self._longest_head = longest_head
 
     def __next__(self) -> Any:
-        if self.mesg is not None and not self._is_done_with(self.mesg):
+        if self.mesg is not None and (self.mesg.should_close() or not is_read(self.mesg.body)):
             raise StopIteration
         head, rest = self._read_head()
         request = plain_request(head, self) if head else None
@@ -102,28 +116,54 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
             self.unreader.unread(rest)
         return request
 
-    def _is_done_with(self, request: Any) -> bool:
-        """Return whether another request may follow `request`."""
-        if request.should_close():
-            return False
-        body = request.body
-        if type(body.reader) is LengthReader and body.reader.length == 0 and not body.buf.tell():
-            return not body.failed
-        done: bool = self.finish_body()
-        return done
-
     def _read_head(self) -> tuple[bytes, bytes]:
         """Return the next head with its empty line, and what was read beyond it.
 
-        The head is empty if there is none or if it is too long to be plain.
+        The head is empty if the connection ends before it does, or if it is malformed.
+
+        :raises LimitRequestHeaders: if it is too long.
+        :raises LimitRequestLine: if its first line is.
         """
-        data = self.unreader.take_buffered()
-        while (end := data.find(b"\r\n\r\n")) < 0 and len(data) < LONGEST_HEAD:
-            more = self.unreader.sock.recv(self.unreader.mxchunk)
-            if not more:
-                break
-            data += more
+        data = self.unreader.take_buffered() or self._receive()
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            data, end = self._read_on(data)
+        elif end > self._longest_head:
+            raise self._too_long(data[:end])
         return (b"", data) if end < 0 else (data[: end + 4], data[end + 4 :])
+
+    def _read_on(self, more: bytes) -> tuple[bytes, int]:
+        """Return a head that did not come at once, and where its empty line is, or -1."""
+        lines, end = Lines(self._longest_head), -1
+        try:
+            while more and end < 0:
+                end = lines.add(more)
+                if end < 0:
+                    self._check_request_line(lines.data)
+                    more = self._receive()
+        except BareLF:
+            pass  # gunicorn refuses it at once
+        except TooLong as error:
+            raise self._too_long(bytes(lines.data)) from error
+        return bytes(lines.data), end
+
+    def _receive(self) -> bytes:
+        self.turns.give()
+        data: bytes = self.unreader.sock.recv(self.unreader.mxchunk)
+        self.turns.received(len(data))
+        return data
+
+    def _check_request_line(self, data: bytearray) -> None:
+        # An empty line before it is allowed.
+        limit = self.cfg.limit_request_line + 4
+        if len(data) > limit > 4 and data.find(b"\r\n", 2, limit) < 0:
+            raise LimitRequestLine(len(data), self.cfg.limit_request_line)
+
+    def _too_long(self, head: bytes) -> Exception:
+        error: Exception = LimitRequestHeaders(f"limit request head size ({self._longest_head})")
+        if b"\r\n" not in head[2:]:
+            error = LimitRequestLine(len(head), self._longest_head)
+        return error
 
 
 def plain_request(head: bytes, parser: PlainParser) -> PlainRequest | None:
@@ -288,6 +328,8 @@ class PlainResponse(Response):  # type: ignore[misc]
             super().send_headers()
             return
         self.headers_sent = True
+        if self.req.body.reader.length > DRAIN_LIMIT:
+            self.force_close()  # nobody is going to read all of that
         minor, connection = self.req.version[1], "close" if self.should_close() else "keep-alive"
         chunked = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
         start = (
@@ -325,7 +367,7 @@ def _date() -> str:
 def works(cfg: Any) -> bool:
     """Whether this gunicorn is as this file expects it: one request is parsed and answered."""
     sock = _Rehearsal(b"HEAD /x?y HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-    request = next(PlainParser(cfg, sock, ("127.0.0.1", 1)))
+    request = next(PlainParser(cfg, sock, ("127.0.0.1", 1), LONGEST_HEAD))
     environ = PlainEnviron(cfg, sock, ("127.0.0.1", 1), ("127.0.0.1", 2)).of(request)
     response = PlainResponse(request, sock, cfg)
     response.start_response("200 OK", [("X-Rehearsal", "yes")])

@@ -28,7 +28,7 @@ from tuswsgi import metrics_directory, sentry
 from tuswsgi.backends import Backends
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.logs import LogFormat, formatter
-from tuswsgi.options import MAIN, Duration, KiB, option
+from tuswsgi.options import MAIN, Duration, KiB, MiB, Size, option
 from tuswsgi.sentry import SentrySettings
 from tuswsgi.web.settings import WATCHED, MonitoringSettings
 
@@ -71,6 +71,15 @@ def _positive(value: float) -> None:
         raise ValidationError("Not a number of 1 or more.")
 
 
+#: The most bytes of a request's first line; gunicorn takes no more.
+_LONGEST_LINE = 8190
+
+
+def _room_for_a_head(value: int) -> None:
+    if not 2 * _LONGEST_LINE <= value <= MiB:
+        raise ValidationError("Not a size between 16380 bytes and 1MiB.")
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """How the server listens, works and logs."""
@@ -97,6 +106,14 @@ class ServerSettings:
     )
     worker_connections: int = option(
         10_000, "How many connections one worker may have at once.", validate=_positive
+    )
+    max_head_size: int = option(
+        128 * KiB,
+        "The most bytes of a request's head, its first line and all header fields together; a "
+        "longer one is refused (431). One field alone may have half of that, "
+        "which is enough for an `Upload-Concat` with 1,000 parts.",
+        kind=Size,
+        validate=_room_for_a_head,
     )
     graceful_timeout: float = option(
         30.0,
@@ -164,6 +181,8 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "workers": _worker_count(settings, backends),
         "worker_class": "tuswsgi.worker.TusWorker",
         "worker_connections": settings.worker_connections,
+        # gunicorn looks at each field alone, the worker at the head as a whole.
+        "limit_request_field_size": settings.max_head_size // 2,
         "graceful_timeout": math.ceil(settings.graceful_timeout),
         "loglevel": logging.getLevelName(_level(settings)).lower(),
         "logger_class": _LOGS[settings.log_format],
@@ -173,7 +192,7 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "on_starting": lambda arbiter: _prepare_process(settings, counted, arbiter),
         "on_reload": lambda arbiter: _prepare_process(settings, counted, arbiter),
         "on_exit": lambda arbiter: metrics_directory.close_directory(),
-        "post_fork": lambda arbiter, worker: _enter(reports, arbiter),
+        "post_fork": lambda arbiter, worker: _enter(settings, reports, arbiter, worker),
         "post_worker_init": lambda worker: _begin(settings, worker),
         "worker_exit": lambda arbiter, worker: _end(worker),
     }
@@ -191,9 +210,7 @@ _FIXED: dict[str, Any] = {
     # more than the 60 s of common proxies: whoever is first to close an idle connection
     # must not be the server, or requests get lost.
     "keepalive": 75,
-    # An Upload-Concat with 1,000 parts fits; gunicorn takes no longer request line.
-    "limit_request_field_size": 64 * KiB,
-    "limit_request_line": 8190,
+    "limit_request_line": _LONGEST_LINE,
     # Proxies are our own settings' business; gunicorn believes loopback peers by default.
     "forwarded_allow_ips": "",
     "forwarder_headers": "",
@@ -354,8 +371,10 @@ def _is_not_health(record: logging.LogRecord) -> bool:
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
-def _enter(reports: SentrySettings, arbiter: Any) -> None:
+def _enter(settings: ServerSettings, reports: SentrySettings, arbiter: Any, worker: Any) -> None:
     """Make the process of a new worker its own."""
+    # gunicorn has no setting for it.
+    worker.max_head_size = settings.max_head_size
     _hold_signals(arbiter)
     sentry.start(reports)
 

@@ -33,8 +33,9 @@ from gunicorn.workers.ggevent import GeventWorker
 from tuswsgi.app import Tus
 from tuswsgi.errors import ConfigurationError, Unavailable
 from tuswsgi.logs import current_request
-from tuswsgi.process import let_others_run
-from tuswsgi.web.gunicorn_body import missing_internals
+from tuswsgi.options import KiB
+from tuswsgi.web.gunicorn_body import finish, is_read, missing_internals, take_over
+from tuswsgi.web.request_body import linger
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ _LAST_CALL = 1.0
 
 class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     """A gevent worker for the application of ``create_app``."""
+
+    #: The most bytes of a request's head. The server's settings say it.
+    max_head_size = 128 * KiB
 
     _tus: Tus | None = None
     alive: bool
@@ -56,12 +60,15 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         self._servers: list[StreamServer] = []
         #: The module ``http1``, ``None`` where everything is left to gunicorn.
         self._plain: ModuleType | None = None
+        #: Whether gunicorn's bodies are as they are expected.
+        self._knows_bodies = False
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
         # As a method: to call an object costs each waiting connection a frame of the C stack.
         self._application = self.wsgi.__call__ if isinstance(self.wsgi, Flask) else self.wsgi
         self._plain, missing = _plain_http(self.cfg), missing_internals()
+        self._knows_bodies = not missing
         if self._plain is None and not missing and _is_ordinary(self.cfg):
             missing.append("gunicorn.http as it was expected")
         if missing:
@@ -116,22 +123,54 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if self._tus is not None and getattr(req, "_expected_100_continue", False):
             req._expected_100_continue = False
             req.body.send_continue = lambda: sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        super().handle_request(listener_name, req, sock, addr)
+        if not self._knows_bodies:
+            super().handle_request(listener_name, req, sock, addr)
+            return
+        take_over(req.body.reader)
+        try:
+            super().handle_request(listener_name, req, sock, addr)
+        except StopIteration:
+            self._leave(req, sock)
+            raise
+        self._finish(req, sock)
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        super().handle_error(req, client, addr, exc)
+        # It may still send what was refused.
+        linger(client)
+
+    def _finish(self, request: Any, sock: Any) -> None:
+        """Get rid of a body that the application did not read.
+
+        :raises StopIteration: if the connection is to be closed.
+        """
+        if is_read(request.body):
+            return
+        # Who gave a body up has seen to its client.
+        if not request.body.failed:
+            if finish(request.body, sock):
+                return
+            linger(sock)
+        raise StopIteration
+
+    def _leave(self, request: Any, sock: Any) -> None:
+        """Let a client that still sends read the answer before the connection is closed."""
+        if not request.body.failed and not is_read(request.body):
+            linger(sock)
 
     def _converse(self, plain: Any, listener: Any, client: Any, addr: Any) -> None:
         """Serve the requests of a connection, as gunicorn does it but for the plain ones."""
         request = None
         try:
             name = listener.getsockname()
-            parser = plain.PlainParser(self.cfg, client, addr)
+            parser = plain.PlainParser(self.cfg, client, addr, self.max_head_size)
             environs = plain.PlainEnviron(self.cfg, client, addr, name)
             idle = self.timeout_ctx()
             while True:
                 request = None
-                if parser.unreader.buf.tell():
-                    # The next request is here already: without this one client could send
-                    # so many at once that nobody else is served.
-                    let_others_run()
+                # The next request may be here already: without this one client could send so
+                # many at once that nobody else is served.
+                parser.turns.give()
                 with idle:
                     request = next(parser)
                 if request is None:
@@ -140,6 +179,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
                     self._answer(request, plain.PlainResponse(request, client, self.cfg), environs)
                 else:
                     self.handle_request(name, request, client, addr)
+                parser.turns.answered()
         except (StopIteration, NoMoreData) as end:
             self.log.debug("A connection ends: %s", end)
         except OSError as error:
@@ -192,7 +232,9 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             self.log.exception("A response broke off")
             raise StopIteration from None
         if response.should_close():
+            self._leave(request, response.sock)
             raise StopIteration
+        self._finish(request, response.sock)
 
     def _serve(self, listener: Any) -> StreamServer:
         listener.setblocking(1)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tuswsgi.http1 import PlainEnviron, PlainParser, PlainRequest, PlainResponse, works
 
 PEER, SERVER = ("192.0.2.7", 40000), ("192.0.2.1", 1081)
+LIMIT = 128 * 1024
 
 
 class Socket:
@@ -43,14 +44,22 @@ def cfg() -> Config:
     return cfg
 
 
+def parser_of(cfg: Config, *pieces: bytes) -> PlainParser:
+    return PlainParser(cfg, Socket(*pieces), PEER, LIMIT)
+
+
 def head(*lines: str) -> bytes:
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode("latin-1")
 
 
-def parsed(cfg: Config, data: bytes, parser: type = PlainParser) -> Any:
-    """Return what a parser makes of a head: a request, or the exception."""
+def parsed(cfg: Config, data: bytes) -> Any:
+    """Return what our parser makes of a head: a request, or the exception."""
+    return outcome(parser_of(cfg, data))
+
+
+def outcome(parser: RequestParser) -> Any:
     try:
-        return next(parser(cfg, Socket(data), PEER))
+        return next(parser)
     except Exception as error:
         return error
 
@@ -58,7 +67,7 @@ def parsed(cfg: Config, data: bytes, parser: type = PlainParser) -> Any:
 def environs(cfg: Config, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return our environ of a plain request, and gunicorn's."""
     sock = Socket(data)
-    request = next(PlainParser(cfg, sock, PEER))
+    request = next(PlainParser(cfg, sock, PEER, LIMIT))
     ours = PlainEnviron(cfg, sock, PEER, SERVER).of(request)
     sock = Socket(data)
     request = next(RequestParser(cfg, sock, PEER))
@@ -137,7 +146,7 @@ def test_what_gunicorn_asks_a_request(cfg: Config, data: bytes) -> None:
 
 @pytest.mark.parametrize("data", NOT_PLAIN)
 def test_the_others_are_gunicorns(cfg: Config, data: bytes) -> None:
-    ours, theirs = parsed(cfg, data), parsed(cfg, data, RequestParser)
+    ours, theirs = parsed(cfg, data), outcome(RequestParser(cfg, Socket(data), PEER))
     assert type(ours) is type(theirs) is not PlainRequest
     assert getattr(ours, "headers", str(ours)) == getattr(theirs, "headers", str(theirs))
 
@@ -167,7 +176,7 @@ def test_any_head(target: str, fields: list[tuple[str, str]]) -> None:
 def test_a_head_in_pieces_and_one_after_another(cfg: Config) -> None:
     data = PLAIN[0] + PLAIN[1] + b"body of 12 b" + PLAIN[2]
     for cut in range(len(data)):
-        parser = PlainParser(cfg, Socket(data[:cut], data[cut:]), PEER)
+        parser = parser_of(cfg, data[:cut], data[cut:])
         first, second = next(parser), next(parser)
         assert (first.path, second.path) == ("/files/abc", "/files")
         assert second.body.read() == b"body of 12 b"
@@ -177,16 +186,23 @@ def test_a_head_in_pieces_and_one_after_another(cfg: Config) -> None:
 
 
 def test_an_unread_body_is_not_a_request(cfg: Config) -> None:
-    data = head("POST /a HTTP/1.1", "Host: x", "Content-Length: 40") + b"GET /b HTTP/1.1\r\n\r\n"
-    parser = PlainParser(cfg, Socket(data.ljust(len(data) + 21) + PLAIN[0]), PEER)
+    data = head("POST /a HTTP/1.1", "Host: x", "Content-Length: 19") + b"GET /b HTTP/1.1\r\n\r\n"
+    parser = parser_of(cfg, data + PLAIN[0])
     next(parser)
+    with pytest.raises(StopIteration):
+        next(parser)
+    parser = parser_of(cfg, data + PLAIN[0])
+    next(parser).body.read()
     assert next(parser).path == "/files/abc"
 
 
 def test_gunicorns_requests_in_between(cfg: Config) -> None:
     chunked = NOT_PLAIN[22] + b"3\r\nabc\r\n0\r\n\r\n"
-    parser = PlainParser(cfg, Socket(PLAIN[0] + chunked + PLAIN[1]), PEER)
-    assert [next(parser).path for _ in range(3)] == ["/files/abc", "/x", "/files"]
+    parser = parser_of(cfg, PLAIN[0] + chunked + PLAIN[1])
+    assert next(parser).path == "/files/abc"
+    request = next(parser)
+    assert (request.path, request.body.read()) == ("/x", b"abc")
+    assert next(parser).path == "/files"
 
 
 # --- responses -------------------------------------------------------------------------------
@@ -195,7 +211,7 @@ def test_gunicorns_requests_in_between(cfg: Config) -> None:
 def sent(kind: type, cfg: Config, data: bytes, status: str, headers: Any, *blocks: bytes) -> Any:
     """Return what a response puts on the wire but for its date, or the exception."""
     sock = Socket(data)
-    response = kind(next(PlainParser(cfg, sock, PEER)), sock, cfg)
+    response = kind(next(PlainParser(cfg, sock, PEER, LIMIT)), sock, cfg)
     try:
         response.start_response(status, headers)
         for block in blocks:

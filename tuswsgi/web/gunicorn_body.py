@@ -103,6 +103,31 @@ def gunicorn_body(environ: Mapping[str, Any], length: int | None) -> GunicornBod
     return None
 
 
+def is_read(source: Any) -> bool:
+    """Return whether the next request of the connection may follow.
+
+    :param source: gunicorn's body of the last one.
+    """
+    if source.failed:
+        return False
+    left = getattr(source.reader, "length", None)
+    return left == 0 if left is not None else source.reader.parser is None
+
+
+def finish(source: Any, sock: Any) -> bool:
+    """Read the rest of a request's body that nobody wanted, if it is short.
+
+    :param source: gunicorn's body; reading it has not failed yet.
+    :returns: whether the next request of the connection may follow.
+    """
+    environ = {"wsgi.input": source, "gunicorn.socket": sock}
+    body = gunicorn_body(environ, getattr(source.reader, "length", None))
+    if body is None:
+        return False
+    body.drain()
+    return body.ended
+
+
 def _path(thing: object) -> str:
     return f"{type(thing).__module__}:{type(thing).__name__}"
 
@@ -425,8 +450,9 @@ def take_over(reader: Any) -> None:
 
     :param reader: gunicorn's.
     """
-    parser = reader.parser
-    if isgenerator(parser) and getgeneratorstate(parser) == GEN_CREATED:
+    if _path(reader) != _CHUNKED_READER or not _has(reader, _of_chunked_reader):
+        return
+    if isgenerator(reader.parser) and getgeneratorstate(reader.parser) == GEN_CREATED:
         reader.parser = _Chunks(reader.req)
 
 

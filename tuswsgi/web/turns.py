@@ -21,7 +21,7 @@ _RECEIVE = 4 * 1024
 _CHUNK = 256
 
 #: What a request costs, likewise.
-_REQUEST = TURN // 16
+_REQUEST = TURN // 8
 
 
 class Turns:
