@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 from collections.abc import Iterator
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,15 @@ import pytest
 from gunicorn.http import body as bodies
 from gunicorn.http import unreader, wsgi
 
+from tuswsgi.errors import BodyIncomplete, BodyMalformed
 from tuswsgi.web.body import PlainBody, body_of
-from tuswsgi.web.gunicorn_body import ChunkedBody, SocketBody, missing_internals
+from tuswsgi.web.gunicorn_body import (
+    ChunkedBody,
+    SocketBody,
+    is_read,
+    missing_internals,
+    take_over,
+)
 from tuswsgi.web.request_body import RequestBody
 
 DATA = bytes(range(256)) * 200
@@ -166,3 +174,92 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_objects_that_are_made_differently(monkeypatch: pytest.MonkeyPatch, reader: type) -> None:
     monkeypatch.setattr(reader, "__init__", lambda self, one, two, three: None)
     assert missing_internals() == [f"gunicorn.http.body.{reader.__name__}"]
+
+
+# --- chunks ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The client's and the server's end of a connection."""
+    client, server = socket.socketpair()
+    with client, server:
+        yield client, server
+
+
+def chunked_body(sock: socket.socket) -> tuple[RequestBody, Any]:
+    source = unreader.SocketUnreader(sock)
+    asked = SimpleNamespace(
+        unreader=source, parse_headers=lambda data, from_trailer: [tuple(data.decode().split(": "))]
+    )
+    made = body_of(with_chunks(bodies.Body(bodies.ChunkedReader(asked, source)), sock))
+    assert type(made) is ChunkedBody
+    return made, source
+
+
+def test_many_small_chunks_are_one_piece(ends: tuple[socket.socket, socket.socket]) -> None:
+    client, server = ends
+    client.sendall(b"1\r\nx\r\n" * 5_000 + b"0\r\nA: b\r\n\r\nHEAD ")
+    body, source = chunked_body(server)
+    assert bytes(body.receive(1_000_000)) == b"x" * 5_000
+    assert body.receive(1_000_000) == b""
+    assert body.ended
+    assert body.trailer("a") == "b"
+    assert rest_of(source) == b"HEAD "
+
+
+def test_no_more_of_a_chunk_than_is_asked_for(ends: tuple[socket.socket, socket.socket]) -> None:
+    client, server = ends
+    client.sendall(b"a\r\n0123456789\r\n0\r\n\r\n")
+    body, _ = chunked_body(server)
+    assert [bytes(body.receive(4)) for _ in range(4)] == [b"0123", b"4567", b"89", b""]
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [(b"", BodyIncomplete), (b"5\r\n01", BodyIncomplete), (b"x\r\n", BodyMalformed)],
+)
+def test_what_came_before_the_break_is_kept(
+    ends: tuple[socket.socket, socket.socket], broken: bytes, error: type[Exception]
+) -> None:
+    client, server = ends
+    client.sendall(b"3\r\nabc\r\n" + broken)
+    client.shutdown(socket.SHUT_WR)
+    body, _ = chunked_body(server)
+    kept = b"abc" + broken[3:]
+    received = b""
+    while len(received) < len(kept):
+        received += bytes(body.receive(100))
+    assert received == kept
+    with pytest.raises(error):
+        body.receive(100)
+    assert not body.ended
+
+
+def test_trailers_that_are_too_long(ends: tuple[socket.socket, socket.socket]) -> None:
+    client, server = ends
+    body, _ = chunked_body(server)
+    sender = Thread(target=client.sendall, args=[b"0\r\n" + b"A: b\r\n" * 30_000])
+    sender.start()
+    with pytest.raises(BodyMalformed, match="too long"):
+        body.receive(100)
+    server.close()
+    sender.join()
+
+
+def test_somebody_else_has_begun_to_read(chunked: socket.socket) -> None:
+    source = unreader.SocketUnreader(chunked)
+    reader = bodies.ChunkedReader(request(source), source)
+    start = next(reader.parser)
+    body = body_of(with_chunks(bodies.Body(reader), chunked))
+    assert start + read(body) == DATA
+    assert rest_of(source) == b"HEAD "
+
+
+def test_the_application_reads_what_we_take_apart(chunked: socket.socket) -> None:
+    source = unreader.SocketUnreader(chunked)
+    body = bodies.Body(bodies.ChunkedReader(request(source), source))
+    take_over(body.reader)
+    assert body.read() == DATA
+    assert is_read(body)
+    assert rest_of(source) == b"HEAD "

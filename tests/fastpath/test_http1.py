@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 from gunicorn.config import Config
+from gunicorn.http.errors import (
+    InvalidHeader,
+    InvalidRequestLine,
+    LimitRequestHeaders,
+    LimitRequestLine,
+)
 from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import Response, create
 from hypothesis import given, settings
@@ -202,6 +208,68 @@ def test_gunicorns_requests_in_between(cfg: Config) -> None:
     assert next(parser).path == "/files/abc"
     request = next(parser)
     assert (request.path, request.body.read()) == ("/x", b"abc")
+    assert next(parser).path == "/files"
+
+
+# --- heads that do not come at once ----------------------------------------------------------
+
+
+FILLED = head("GET /x HTTP/1.1", "Host: x", *(f"X-{n}: {'y' * 5000}" for n in range(20)))
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1000, 8192])
+def test_a_large_head_in_pieces(cfg: Config, piece: int) -> None:
+    pieces = [FILLED[start : start + piece] for start in range(0, len(FILLED), piece)]
+    parser = parser_of(cfg, *pieces, PLAIN[0])
+    request = next(parser)
+    assert (request.path, len(request.headers)) == ("/x", 21)
+    assert next(parser).path == "/files/abc"
+
+
+@pytest.mark.parametrize("piece", [1000, 8192, 10**6])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_head_has_a_limit(cfg: Config, piece: int, ends: bool) -> None:
+    lines = [f"X-{n}: {'y' * 1300}" for n in range(97)]
+    data = head("GET /x HTTP/1.1", "Host: x", *lines)[:-4]
+    data += b"y" * (LIMIT - len(data))
+
+    def outcome_of(data: bytes) -> Any:
+        data += b"\r\n\r\n" * ends
+        pieces = [data[start : start + piece] for start in range(0, len(data), piece)]
+        return outcome(parser_of(cfg, *pieces, *([b"z" * 10] * 100)))
+
+    assert isinstance(outcome_of(data + b"y"), LimitRequestHeaders)
+    assert isinstance(outcome_of(data * 3), LimitRequestHeaders)
+    if ends:
+        assert outcome_of(data).path == "/x"
+
+
+@pytest.mark.parametrize("start", [b"", b"\r\n"])
+def test_a_first_line_has_its_own_limit(cfg: Config, start: bytes) -> None:
+    data = start + b"GET /".ljust(8190, b"x")
+    parser = parser_of(cfg, data, PLAIN[0])
+    assert isinstance(outcome(parser), LimitRequestLine)
+    assert isinstance(outcome(RequestParser(cfg, Socket(data, PLAIN[0]), PEER)), LimitRequestLine)
+    assert parser.unreader.sock.pieces == [PLAIN[0]]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /x HTTP/1.1\nHost: x\n\n",
+        b"GET /x HTTP/1.1\r\nHost: x\n\n",
+        b"GET /x HTTP/1.1\r\nHost: x\n\r\n",
+        b"\nGET /x HTTP/1.1\r\nHost: x\r\n",
+    ],
+)
+def test_bare_line_feeds_are_refused_at_once(cfg: Config, data: bytes) -> None:
+    for cut in range(len(data)):
+        parser = parser_of(cfg, data[:cut], data[cut:], b"more") if cut else parser_of(cfg, data)
+        assert isinstance(outcome(parser), (InvalidRequestLine, InvalidHeader))
+
+
+def test_a_line_feed_in_a_body_is_none_in_the_head(cfg: Config) -> None:
+    parser = parser_of(cfg, PLAIN[1][:20], PLAIN[1][20:] + b"body of\n\n12")
     assert next(parser).path == "/files"
 
 

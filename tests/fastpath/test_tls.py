@@ -118,6 +118,18 @@ def test_the_next_request_stays(ends: Ends, length: int) -> None:
     assert read(body(ends[1], 5)) == b"HEAD "
 
 
+def test_records_of_one_byte_are_not_gathered_for_long(ends: Ends) -> None:
+    """Others wait while a body is gathered, and these may be as many as one likes."""
+    client, server = ends
+    for byte in DATA[:1000]:
+        client.sendall(bytes([byte]))
+    send(ends, b"")
+    some = body(server, 1000)
+    first = bytes(some.receive(1_000_000))
+    assert len(first) < 500
+    assert first + read(some) == DATA[:1000]
+
+
 def close(client: Any) -> None:
     client.close()
 
