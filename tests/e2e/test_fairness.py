@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import re
+import signal
 import ssl
+import struct
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +16,17 @@ from threading import Event, Thread
 
 import pytest
 
-from e2e.client import BYTES, MB, PATIENCE, TUS, Client, Connection, chunk, content, patch_headers
+from e2e.client import (
+    BYTES,
+    MB,
+    PATIENCE,
+    TUS,
+    Client,
+    Connection,
+    chunk,
+    content,
+    wait_until,
+)
 from e2e.conftest import SERVE, Serve, Server, running
 
 UNKNOWN = "/files/00000000000000000000000000000000"
@@ -168,22 +184,6 @@ def an_endless_body(client: Client) -> None:
             assert (answer.status, answer.closes) == (status, True)
 
 
-def a_row_of_requests(client: Client) -> None:
-    # As long as what the server takes from a socket at once, so that it never has two of them.
-    size, count = 8 * KIB, 1500
-    with client.connect() as connection:
-        bare = connection.head("GET", "/health", {"X-Filler": ""})
-        row = bare.replace(b"Filler: ", b"Filler: ".ljust(8 + size - len(bare), b"x")) * count
-        assert len(row) == size * count
-        sender = Thread(target=connection.send, args=[row])
-        sender.start()
-        assert connection.read().status == 200
-        for _ in range(count - 1):
-            connection._methods.append("GET")
-            assert connection.read().status == 200
-        sender.join()
-
-
 @pytest.mark.parametrize(
     "abuse",
     [
@@ -194,7 +194,6 @@ def a_row_of_requests(client: Client) -> None:
         crumbs,
         crumbs_that_nobody_wants,
         an_endless_body,
-        a_row_of_requests,
     ],
 )
 def test_others_are_served_meanwhile(alone: Server, abuse: Callable[[Client], None]) -> None:
@@ -207,6 +206,42 @@ def test_others_are_served_over_tls(
     client = serve(*tls_flags[0], workers=1, tls=tls_flags[1]).client
     for abuse in (crumbs, an_endless_body):
         assert_others_are_served(client, abuse)
+
+
+def test_a_row_of_requests_that_come_one_at_a_time(serve: Serve) -> None:
+    """Each is as long as what the server takes from a socket at once."""
+    server, count = serve("--access-log", workers=1), 40
+    (worker,) = server.workers()
+    with ExitStack() as stack:
+        first, greedy, last = (stack.enter_context(server.client.connect()) for _ in range(3))
+        for connection in (first, greedy, last):
+            assert connection.request("GET", "/health", {}).status == 200
+        bare = len(greedy.head("GET", "/health?row", {"X": ""}))
+        row = [greedy.head("GET", "/health?row", {"X": "y" * (8 * KIB - bare)})] * count
+        greedy._methods.extend(["GET"] * (count - 1))
+        sender = Thread(target=greedy.send, args=[b"".join(row)])
+        # What it finds when it goes on: the whole row, and others on both sides of it.
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            first.send_head("GET", "/health?other", {})
+            sender.start()
+            wait_until(lambda: waiting_bytes(greedy) > 32 * KIB, "a row of requests")
+            last.send_head("GET", "/health?other", {})
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert (first.read().status, last.read().status) == (200, 200)
+        assert {greedy.read().status for _ in range(count)} == {200}
+        sender.join()
+    wait_until(lambda: server.log.count("GET /health?row") == count, "lines in the log")
+    asked = re.findall(r"GET /health.(row|other)", server.log)
+    # How many of the row are there at once is the kernel's affair: some twenty.
+    assert "other" not in asked[14:], "the others were served after the row"
+
+
+def waiting_bytes(connection: Connection) -> int:
+    """Return how many bytes were sent and are not in the hands of the server's kernel."""
+    answer = fcntl.ioctl(connection.sock, termios.TIOCOUTQ, bytes(4))
+    return int(struct.unpack("i", answer)[0])
 
 
 def test_heads_without_an_end_take_little_memory(serve: Serve) -> None:
@@ -339,9 +374,7 @@ def test_an_endless_line_is_not_waited_for(client: Client, path: str) -> None:
 def test_trailers_reach_the_upload_in_small_pieces(client: Client) -> None:
     path = client.create(3)
     with client.connect() as connection:
-        connection.send(
-            connection.head("PATCH", path, patch_headers(0) | {"Trailer": "A"} | CHUNKED)
-        )
+        connection.send(connection.head("PATCH", path, {**CHUNKED, "Trailer": "A"}))
         for byte in b"1\r\nx\r\n" * 3 + b"0\r\nA: b\r\n\r\n" + connection.head("HEAD", path, TUS):
             connection.send(bytes([byte]))
         assert connection.read().offset == 3
