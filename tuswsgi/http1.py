@@ -104,6 +104,10 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
     def __next__(self) -> Any:
         if self.mesg is not None and (self.mesg.should_close() or not is_read(self.mesg.body)):
             raise StopIteration
+        # The next request may be here already: without this one client could send so many at
+        # once that nobody else is served.
+        self.turns.give()
+        self.turns.began()
         head, rest = self._read_head()
         request = plain_request(head, self) if head else None
         # gunicorn's parser, asked for the next request, looks after the last one again.
@@ -138,8 +142,10 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
         try:
             while more and end < 0:
                 end = lines.add(more)
+                self.turns.received(len(more))
                 if end < 0:
                     self._check_request_line(lines.data)
+                    self.turns.give()
                     more = self._receive()
         except BareLF:
             pass  # gunicorn refuses it at once
@@ -148,9 +154,7 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
         return bytes(lines.data), end
 
     def _receive(self) -> bytes:
-        self.turns.give()
         data: bytes = self.unreader.sock.recv(self.unreader.mxchunk)
-        self.turns.received(len(data))
         return data
 
     def _check_request_line(self, data: bytearray) -> None:

@@ -168,9 +168,6 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             idle = self.timeout_ctx()
             while True:
                 request = None
-                # The next request may be here already: without this one client could send so
-                # many at once that nobody else is served.
-                parser.turns.give()
                 with idle:
                     request = next(parser)
                 if request is None:
@@ -179,7 +176,6 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
                     self._answer(request, plain.PlainResponse(request, client, self.cfg), environs)
                 else:
                     self.handle_request(name, request, client, addr)
-                parser.turns.answered()
         except (StopIteration, NoMoreData) as end:
             self.log.debug("A connection ends: %s", end)
         except OSError as error:
@@ -234,7 +230,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if response.should_close():
             self._leave(request, response.sock)
             raise StopIteration
-        self._finish(request, response.sock)
+        if request.body.reader.length:
+            self._finish(request, response.sock)
 
     def _serve(self, listener: Any) -> StreamServer:
         listener.setblocking(1)
