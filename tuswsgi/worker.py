@@ -136,8 +136,9 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         super().handle_error(req, client, addr, exc)
-        # It may still send what was refused.
-        linger(client)
+        if isinstance(exc, Exception):
+            # It may still send what was refused. A greenlet that is killed has no time for that.
+            linger(client)
 
     def _finish(self, request: Any, sock: Any) -> None:
         """Get rid of a body that the application did not read.

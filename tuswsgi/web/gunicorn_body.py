@@ -59,7 +59,6 @@ _of_chunked_reader = attrgetter(
     "parser.__next__", "req.unreader.read", "req.unreader.unread", "req.parse_headers"
 )
 
-
 #: Bytes of TLS that are taken at once: what is decrypted is still in the processor's cache
 #: when it is written.
 _TLS_BLOCK = 256 * 1024
@@ -111,7 +110,7 @@ def is_read(source: Any) -> bool:
     if source.failed:
         return False
     left = getattr(source.reader, "length", None)
-    return left == 0 if left is not None else source.reader.parser is None
+    return left == 0 if left is not None else getattr(source.reader, "parser", source) is None
 
 
 def finish(source: Any, sock: Any) -> bool:
