@@ -38,7 +38,7 @@ VALUES (?, ?, ?, ?, {now} + ?, FALSE)
 """
 _TAKE_OVER = """
 UPDATE tuswsgi_locks SET token = ?, worker = ?, ends_at = {now} + ?, asked = FALSE
-WHERE id = ? AND token = ? AND ends_at <= {now}
+WHERE id = ? AND token = ? AND mark = ? AND ends_at <= {now}
 """
 _SETTLE = "UPDATE tuswsgi_locks SET mark = ? WHERE id = ? AND token = ?"
 _GIVE_BACK = "DELETE FROM tuswsgi_locks WHERE id = ? AND token = ? AND mark = token"
@@ -98,7 +98,7 @@ class SqlLocker(LeaseLocker):
         if not rows:
             return token if self._create(id, token) else None
         former, is_over, mark = rows[0]
-        values = (token, worker_of(token), self.lease, id, former)
+        values = (token, worker_of(token), self.lease, id, former, mark)
         return str(mark) if is_over and self._change(_TAKE_OVER, *values) == 1 else None
 
     def _create(self, id: str, token: str) -> bool:
