@@ -18,6 +18,7 @@ from tuswsgi.app import Tus, create_app
 from tuswsgi.cli import main
 from tuswsgi.config import Config
 from tuswsgi.info import FileInfo, State, made_at, new_id
+from tuswsgi.lockers.base import SURE
 from tuswsgi.testing.datastores import Blocks
 
 
@@ -249,7 +250,8 @@ class TestCleanUp:
         wait_until(lambda: made_at(new_id()) != last, "the next millisecond")
         ids = [new_id() for _ in range(count)]
         for id in ids:
-            data.append(FileInfo(id=id, storage=data.create(FileInfo(id=id))), 0, Blocks(b"lost"))
+            info = FileInfo(id=id, storage=data.create(FileInfo(id=id)))
+            data.append(info, 0, Blocks(b"lost"), SURE)
             os.utime(Path(flags[1]) / id, (1.0, 1.0))
         client.create(5)
         return ids
