@@ -45,9 +45,6 @@ STANDING_STILL = Path(__file__).parent / "standing_still"
 #: Seconds.
 LEASE = 1.0
 
-#: After how many seconds a client turns to another server.
-IMPATIENCE = 0.7
-
 #: How long an unfinished partial upload stays after its last byte, in seconds. Clean-up runs
 #: all the time.
 PARTIAL_AGE = 3.0
@@ -58,9 +55,13 @@ GARBAGE = b"\xee"
 
 @dataclass
 class Hosts:
-    """Servers with a runtime directory each."""
+    """Servers with a runtime directory each.
+
+    :param pause: for how many seconds they stand still.
+    """
 
     servers: list[Server]
+    pause: float
 
     def client(self) -> Client:
         return random.choice(self.servers).client
@@ -70,8 +71,8 @@ class Hosts:
         for worker in random.choice(self.servers).workers():
             os.kill(worker, signal.SIGSTOP)
 
-    def wake(self, pause: float, is_over: threading.Event) -> int:
-        """Wake up whoever has stood still for so many seconds, and return how often that was."""
+    def wake(self, is_over: threading.Event) -> int:
+        """Wake up whoever has stood still for long enough, and return how often that was."""
         since: dict[int, float] = {}
         count = 0
         while not is_over.wait(0.05) or since:
@@ -79,7 +80,7 @@ class Hosts:
             for worker in (one for server in self.servers for one in server.workers()):
                 if not _stands_still(worker):
                     continue
-                if now - since.setdefault(worker, now) > pause:
+                if now - since.setdefault(worker, now) > self.pause:
                     del since[worker]
                     count += 1
                     os.kill(worker, signal.SIGCONT)
@@ -115,7 +116,7 @@ def hosts(
                 *("--lock-lease", str(LEASE), "--lock-timeout", "5s", *flags),
             ]
             servers.append(stack.enter_context(running(Server(command, data_dir, environ))))
-        yield Hosts(servers)
+        yield Hosts(servers, pause)
 
 
 def with_redis(directory: Path, pause: float, *flags: str) -> AbstractContextManager[Hosts]:
@@ -158,7 +159,8 @@ class Job:
     def connect(self) -> Connection:
         """Connect to any server, for a moment: it may be one that stands still."""
         connection = self.hosts.client().connect()
-        connection.sock.settimeout(IMPATIENCE)
+        # Each request that is given up waits on in its server.
+        connection.sock.settimeout(self.hosts.pause / 2)
         return connection
 
     def ask(
@@ -369,7 +371,7 @@ def test_nothing_is_lost_when_hosts_stand_still(
     with servers as shared, ThreadPoolExecutor(8) as pool:
         jobs = [one(shared, seed) for seed, one in enumerate(classes)]
         working = [pool.submit(job.run_until, is_over) for job in jobs]
-        waker = pool.submit(shared.wake, pause, is_calm)
+        waker = pool.submit(shared.wake, is_calm)
         try:
             for _ in range(rounds):
                 shared.stop_one()

@@ -451,6 +451,21 @@ class TestStrays:
         assert not self.is_there(client, left)
         assert self.is_there(client, stranger)
 
+    def test_a_chosen_path_is_free_again_when_its_upload_was_not_removed_whole(
+        self, serve: Serve, options: dict[str, Any], clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = serve(storage="file-storage")
+        change = ChangeFileInfo(path="reports/today")
+        client.tus.on("pre-create")(lambda hook: HookResponse(change=change))
+        url = client.create(5, b"hello")
+        with monkeypatch.context() as patch:
+            patch.setattr(client.tus.uploads.data, "delete", lambda info: None)  # it dies here
+            client.delete(url)
+        assert client.post(5).status_code == 409
+        clock.ahead += 2 * DAY
+        assert reasons(client) == {"today": Reason.LEFT_OVER}
+        assert client.content(client.create(3, b"new")) == b"new"
+
     def test_temporary_files_go(self, serve: Serve, options: dict[str, Any], clock: Clock) -> None:
         client = serve(storage="file-storage")
         url = client.create(9, b"old")

@@ -13,7 +13,7 @@ from protocol.client import MIME, Breaking, Client, assert_refused, metadata, pa
 from protocol.conftest import Serve
 from protocol.test_hooks import NO, assert_hooks_no, listen
 from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse, HookType
-from tuswsgi.info import Metadata, Storage
+from tuswsgi.info import FileInfo, Metadata, Storage
 
 PATIENCE = 30.0
 
@@ -179,12 +179,18 @@ class TestCollisions:
 
     def test_what_a_crash_left_without_a_record(self, client: Client) -> None:
         choose(client, path="left")
+        client.tus.uploads.data.create(FileInfo(id="crashed", storage=Storage(path="left")))
+        assert client.content(client.create(5, b"hello")) == b"hello"
+
+    def test_what_a_removal_has_not_removed_yet(self, client: Client) -> None:
+        choose(client, path="left")
         url = client.create(5)
         info = client.tus.uploads.infos.load(url.rpartition("/")[2])
         client.delete(url)
         client.tus.uploads.data.create(info)
-        again = client.create(5, b"hello")
-        assert client.content(again) == b"hello"
+        assert_refused(client.post(5), 409)
+        client.tus.uploads.data.delete(info)
+        assert client.content(client.create(5, b"hello")) == b"hello"
 
     def test_bytes_without_a_record_are_nobodys(self, client: Client) -> None:
         choose(client, path="left")

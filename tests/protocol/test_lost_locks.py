@@ -10,7 +10,7 @@ import pytest
 from protocol.client import Client
 from protocol.conftest import Serve
 from tuswsgi.errors import Unavailable
-from tuswsgi.hooks.base import HookRequest, HookResponse
+from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
 
 
 @pytest.fixture
@@ -111,3 +111,55 @@ class TestLostLocks:
         assert [path.name for path in directory.iterdir() if id in path.name] == [id]
         assert (directory / id).read_bytes() == b"hello" * 3
         assert second.content(url) == b"hello" * 3
+
+    def test_who_finds_no_room_too_late_leaves_the_bytes_of_others(
+        self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shared = {
+            "info_db_dsn": f"sqlite:///{tmp_path}/shared.sqlite3",
+            "locker": "db-locker",
+            "lock_lease": "0.5s",
+            "limited_max_total_size": "10",
+        }
+        first, second = (
+            serve(**shared, runtime_dir=str(tmp_path / name)) for name in ("first", "second")
+        )
+        for client in (first, second):
+            client.tus.on("pre-create")(
+                lambda hook: HookResponse(change=ChangeFileInfo(id="report"))
+            )
+        store = first.tus.uploads.data
+        create = store.create
+
+        def create_slowly(info: Any) -> Any:
+            storage = create(info)
+            assert second.post(10, b"hello").status_code == 201
+            return storage
+
+        monkeypatch.setattr(store, "create", create_slowly)
+        lose_locks(first, monkeypatch)
+        assert first.post(10, b"hello").status_code in (503, 507)
+        assert second.offset("/files/report") == 5
+
+    def test_a_path_that_is_being_emptied_is_not_given_to_another_upload(
+        self, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = serve(), serve()
+        for client in (first, second):
+            client.tus.on("pre-create")(
+                lambda hook: HookResponse(change=ChangeFileInfo(path="docs/report"))
+            )
+        url = first.create(5)
+        store = first.tus.uploads.data
+        delete = store.delete
+        answers = []
+
+        def delete_slowly(info: Any) -> None:
+            answers.append(second.post(5, b"hel"))
+            delete(info)
+
+        monkeypatch.setattr(store, "delete", delete_slowly)
+        assert first.delete(url).status_code == 204
+        (answer,) = answers
+        if answer.status_code == 201:
+            assert second.offset(answer.headers["Location"]) == 3

@@ -114,6 +114,8 @@ class FileDataStore(DataStore):
     def create(self, info: FileInfo) -> Storage:
         storage = self.place(info)
         close(self._make(storage))
+        # The path may have been another upload's, who died while it was removed.
+        _unlink(*places.beside(f"{self.data_dir}/{storage.path}"))
         return storage
 
     def create_open(self, info: FileInfo) -> OpenPlace:
@@ -121,6 +123,9 @@ class FileDataStore(DataStore):
         return _OpenFile(self, info.but(storage=storage), self._make(storage))
 
     def offset(self, info: FileInfo) -> int:
+        for path, length in self._sealed_files(info):
+            if not _has_bytes(path, length):
+                raise UploadGone
         with self._opened(info, os.O_RDONLY) as fd:
             if self.force_fsync:
                 # A worker that was killed has written without syncing, and whoever
@@ -193,7 +198,7 @@ class FileDataStore(DataStore):
     def delete(self, info: FileInfo) -> None:
         path = self._path(info)
         # To free the blocks of a huge file takes the kernel its time.
-        aside(_unlink, path, self._path(info, _marker(0)), *self._paths_of_segments(info))
+        aside(_unlink, path, *places.beside(str(path)))
         if path.parent.exists():
             self._sync_directory(path.parent)
 
@@ -375,12 +380,18 @@ class FileDataStore(DataStore):
 
     def _segments(self, info: FileInfo) -> Sequence[tuple[str, int]]:
         """Return the files of an upload that was sealed, and how many bytes of each count."""
-        sealed = _sealed(info)
+        sealed = self._sealed_files(info)
         if not sealed:
             return ()
-        names = ["", *map(_segment, range(1, len(sealed) + 1))]
-        lengths = [*sealed, self.offset(info) - _start(info)]
-        return [(self._text_path(info, name), n) for name, n in zip(names, lengths, strict=True)]
+        last = self._text_path(info, _segment(len(sealed)))
+        return [*sealed, (last, self.offset(info) - _start(info))]
+
+    def _sealed_files(self, info: FileInfo) -> Sequence[tuple[str, int]]:
+        """Return the files that take no more bytes, and how many of each count."""
+        return [
+            (self._text_path(info, _segment(number) if number else ""), length)
+            for number, length in enumerate(_sealed(info))
+        ]
 
     def _paths_of_segments(self, info: FileInfo) -> Iterator[Path]:
         for number in range(1, len(_sealed(info)) + 1):
@@ -506,9 +517,9 @@ def _name_file(fd: int, path: Path) -> None:
         close(directory)
 
 
-def _unlink(*paths: Path) -> None:
+def _unlink(*paths: Path | str) -> None:
     for path in paths:
-        path.unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
 
 
 def _translated(error: OSError) -> Exception:
@@ -531,6 +542,13 @@ def _sealed(info: FileInfo) -> Sequence[int]:
 def _start(info: FileInfo) -> int:
     """Return the offset of the first byte in the file that takes bytes."""
     return sum(_sealed(info))
+
+
+def _has_bytes(path: str, length: int) -> bool:
+    try:
+        return os.stat(path).st_size >= length
+    except FileNotFoundError:
+        return False
 
 
 def _segment(number: int) -> str:

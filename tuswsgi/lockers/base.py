@@ -176,10 +176,10 @@ class Locker(ABC, Generic[H]):
         """Return the lock as its holder is to have it."""
         return SURE
 
-    @property
-    def scope(self) -> str | None:
-        """A name for all whom this locker can tell from the dead: where one of them has a
-        lock, no other one does. Letters, digits and hyphens; ``None`` if there is none.
+    def identify(self, held: H) -> str | None:
+        """Return a name for what keeps a lock that is held, which was never another one's name:
+        whoever had a lock by that name, and lives, has it no more. Letters, digits and hyphens;
+        ``None`` if there is none.
         """
         return None
 

@@ -112,7 +112,7 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
         return (found.value, found.session) if found is not None else None
 
     def _call(self, worker: str, token: str, session: str) -> None:
-        number = token.rpartition(".")[2]
+        number = token.split(".")[1]
         try:
             self._connection.get().put(self._calls_of(worker) + number, token, session)
         except consul.SessionGone:

@@ -67,16 +67,18 @@ _SET_LOCK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-def _boot() -> str:
-    """Return the name of this host since it booted, empty where there is none."""
+def _name_of_boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
         return ""
 
 
+#: The name of this host since it booted, empty where there is none.
+_BOOT = _name_of_boot()
+
 #: What the names of this host's sockets begin with.
-_HOST = f"{_boot()[:8]}-"
+_HOST = f"{_BOOT[:8]}-"
 
 
 class Lock(NamedTuple):
@@ -111,19 +113,18 @@ class FileLocker(Locker[Held]):
         # A child has its own: a lock belongs to all who share an open file.
         self._files: PerProcess[LockFiles] = PerProcess(lambda: LockFiles(self.directory))
 
-    @property
-    def scope(self) -> str | None:
-        """This directory on this host until it boots again; see ``Locker.scope``.
+    def identify(self, held: Held) -> str | None:
+        """Return the name of a lock's file on this host until it boots again.
 
-        Several hosts may see the directory, and their kernels know nothing of each other's
-        locks: hence the kernel's own name.
+        Several hosts may see the file, and their kernels know nothing of each other's locks:
+        hence the kernel's own name. The file may take the place of one that was removed while
+        others had locks in it, and get its number: hence the time when it was made, which stays,
+        for nobody writes to it.
         """
-        try:
-            found = self.directory.stat()
-        except OSError:
+        if not _BOOT:
             return None
-        boot = _boot()
-        return f"{boot}-{found.st_dev:x}-{found.st_ino:x}" if boot else None
+        found = os.fstat(held.lock.fd)
+        return f"{_BOOT}-{found.st_dev:x}-{found.st_ino:x}-{found.st_mtime_ns:x}"
 
     def prepare(self) -> None:
         try:

@@ -173,8 +173,7 @@ class LeaseLocker(Locker[Lease]):
     # --- what all of them do alike ----------------------------------------------------
 
     def _make_keeper(self) -> Keeper:
-        scope = self.beside.scope if self.beside is not None else None
-        return Keeper(self, scope or secrets.token_hex(8))
+        return Keeper(self)
 
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Lease | None:
         if self.beside is None:
@@ -225,18 +224,19 @@ class LeaseLocker(Locker[Lease]):
         self, id: str, on_release_request: ReleaseRequest | None, beside: Any
     ) -> Lease | None:
         keeper = self._keeper.get()
-        token = keeper.new_token()
+        name = self.beside.identify(beside) if self.beside is not None else None
+        token = keeper.new_token(name)
         try:
             began = clock()
             mark = self._take(id, token)
-            if mark is None and beside is not None and self._remove_leftover(id, keeper):
+            if mark is None and self._remove_leftover(id, token):
                 began = clock()
                 mark = self._take(id, token)
             if mark is None:
                 return None
             lease = Lease(id, token, on_release_request, began + self._sure, self, beside)
             lease.is_contested = mark != token
-            if beside is not None and _scope_of(mark) == _scope_of(keeper.worker):
+            if _is_neighbour(mark, token):
                 # Whoever left that mark had the lock of this host, too, which is ours now.
                 lease.settle()
         except BaseException:
@@ -246,19 +246,21 @@ class LeaseLocker(Locker[Lease]):
         keeper.hold(lease)
         return lease
 
-    def _remove_leftover(self, id: str, keeper: Keeper) -> bool:
+    def _remove_leftover(self, id: str, token: str) -> bool:
         """Free a lock that a process of this host has left behind; return whether it is free.
 
         The host's own lock is held: whoever had it let it go, and lives no more or is about
         to give the lease back.
+
+        :param token: whose lock of this host that is.
         """
-        token = self._holder(id)
-        if token is None:
+        holder = self._holder(id)
+        if holder is None:
             return True
-        if _scope_of(token) != _scope_of(keeper.worker):
+        if not _is_neighbour(holder, token):
             return False
         log.info("The holder of %s is gone; its lock is taken over", id)
-        self._give_back(id, token)
+        self._give_back(id, holder)
         return True
 
     def _give_back_quietly(self, id: str, token: str) -> None:
@@ -279,12 +281,10 @@ class Keeper:
 
     A thread each does that, from the first lease on. A server that hangs holds up one of
     them, and not the one that tells of lost leases.
-
-    :param scope: who else is told from the dead, see ``Locker.scope``.
     """
 
-    def __init__(self, locker: LeaseLocker, scope: str) -> None:
-        self.worker = f"{scope}.{secrets.token_hex(8)}"
+    def __init__(self, locker: LeaseLocker) -> None:
+        self.worker = secrets.token_hex(8)
         self._locker = locker
         self._pid = os.getpid()
         self._numbers = count(1)
@@ -293,8 +293,12 @@ class Keeper:
         self._closing = threading.Event()
         self._started = threading.Lock()
 
-    def new_token(self) -> str:
-        return f"{self.worker}.{next(self._numbers)}"
+    def new_token(self, name: str | None) -> str:
+        """Return a token for one acquisition.
+
+        :param name: what keeps the lock of the host that is held beside it, if there is one.
+        """
+        return f"{self.worker}.{next(self._numbers)}.{name or ''}"
 
     def hold(self, lease: Lease) -> None:
         self._leases[lease.token] = lease
@@ -380,8 +384,10 @@ class Keeper:
 
 def worker_of(token: str) -> str:
     """Return the worker whose token this is."""
-    return token.rpartition(".")[0]
-
-
-def _scope_of(token: str) -> str:
     return token.partition(".")[0]
+
+
+def _is_neighbour(token: str, other: str) -> bool:
+    """Whether both had the same lock of one host beside the lease, so that one is gone."""
+    name = token.rpartition(".")[2]
+    return bool(name) and name == other.rpartition(".")[2]

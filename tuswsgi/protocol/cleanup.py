@@ -41,6 +41,9 @@ _PLACES = 10_000
 #: So many strays are nothing strange, or this share of all uploads that are known.
 _FEW, _SHARE = 10, 0.01
 
+#: Paths of places in the data store.
+_Paths = Collection[str | None]
+
 #: How many seconds at most are between an id and the creation of its upload.
 _MOMENT = 60.0
 
@@ -310,7 +313,8 @@ class CleanUp:
             time.time() - (self._settings.grace or 0.0) - self._uploads.settings.network_timeout
         )
         strays: list[Place] = []
-        known, found = _Known(), self._suspects(before)
+        left = {info.storage.path for info in self._records(_GONE) if _has_chosen_path(info)}
+        known, found = _Known(), self._suspects(before, left)
         while page := [*islice(found, _PLACES)]:
             if any(not place.is_temporary for place, _ in page):
                 known = self._known({place.storage.path for place, _ in page})
@@ -320,7 +324,7 @@ class CleanUp:
                 if reason is Reason.NO_RECORD:
                     strays.append(place)
                 else:
-                    yield from self._clear(place)
+                    yield from self._clear(place, left)
             if self._quarantine_many:
                 yield from self._quarantine_all(strays, known)
                 strays = []
@@ -328,7 +332,7 @@ class CleanUp:
                 raise TooManyStrays(len(strays), known.number)
         yield from self._quarantine_all(strays, known)
 
-    def _suspects(self, before: float) -> Iterator[tuple[Place, Reason]]:
+    def _suspects(self, before: float, left: _Paths) -> Iterator[tuple[Place, Reason]]:
         """Yield what may be nobody's.
 
         Of all that is neither temporary nor left of an upload that was removed, that is only
@@ -341,7 +345,7 @@ class CleanUp:
             self._on_look()
             made = made_at(place.upload)
             is_ours = since is not None and made is not None and since < made < before
-            reason = self._fate(place)
+            reason = self._fate(place, left)
             if reason is not None and (is_ours or reason is not Reason.NO_RECORD):
                 yield place, reason
 
@@ -356,14 +360,17 @@ class CleanUp:
             let_others_run()
         return None
 
-    def _fate(self, place: Place) -> Reason | None:
-        """Return why a place is not that of an upload; ``None`` if it is, for all we know."""
+    def _fate(self, place: Place, left: _Paths = ()) -> Reason | None:
+        """Return why a place is not that of an upload; ``None`` if it is, for all we know.
+
+        :param left: the paths that hooks chose for uploads that were removed.
+        """
         if place.is_temporary:
             return Reason.TEMPORARY
         try:
             info = self._infos.load(place.upload)
         except UploadNotFound:
-            return Reason.NO_RECORD
+            return Reason.LEFT_OVER if place.storage.path in left else Reason.NO_RECORD
         except ValueError:
             return None  # there is a record, but nobody can read it
         if not info.is_gone:
@@ -380,10 +387,10 @@ class CleanUp:
                 taken.add(info.storage.path)
         return _Known(number, newest, taken)
 
-    def _clear(self, place: Place) -> Iterator[Removal]:
+    def _clear(self, place: Place, left: _Paths) -> Iterator[Removal]:
         removal = None
         with careful(place.upload), self._locked(place) as hold:
-            reason = self._fate(place)
+            reason = self._fate(place, left)
             if reason is not None and reason is not Reason.NO_RECORD:
                 hold.check()
                 if self._dry_run or self._data.clear(place):
@@ -538,6 +545,10 @@ def _removal(reason: Reason, place: Place, age: float | None = None) -> Removal:
 
 def _is_at(info: FileInfo, place: Place) -> bool:
     return (info.storage.path or info.id) == place.storage.path
+
+
+def _has_chosen_path(info: FileInfo) -> bool:
+    return (info.storage.path or info.id).rpartition("/")[2] != info.id
 
 
 def _made_at(info: FileInfo) -> float | None:

@@ -19,7 +19,7 @@ from tuswsgi.errors import HookFailed, StorageFull, UploadExists, UploadGone, Up
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.info import FileInfo, Metadata, State, Storage
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.lockers.base import Hold
+from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reception import Reception
 from tuswsgi.signals import tell, upload_created
@@ -81,7 +81,7 @@ class Creator:
             # No record was written, so nobody can know of it.
             data.delete(info)
             raise
-        self._write(self.finisher.infos.create, info, events)
+        self._write(self.finisher.infos.create, info, events, SURE)
         if self._is_told(info):
             hooks.tell(HookType.POST_CREATE, created, request)
         tell(upload_created, self.finisher.sender, info)
@@ -110,7 +110,7 @@ class Creator:
                 with locker.lock(_lock_of(info.storage)):
                     info, twin, is_new = self._take(info)
                     if twin is None:
-                        twin = self._write_or_find(info, held.events, is_new=is_new)
+                        twin = self._write_or_find(info, held.events, hold, is_new=is_new)
             if twin is None:
                 # Who may have had the lock before writes no byte without the record.
                 hold.settle()
@@ -140,7 +140,7 @@ class Creator:
             info = self._promising(info, reception)
             held = self._hold(info, reception, request)
             try:
-                self._write(self.finisher.room.create, info, held.events)
+                self._write(self.finisher.room.create, info, held.events, hold)
                 return self._receive(info, reception, request, held, hold)
             except Exception:
                 self._remove(info.id, request, hold)
@@ -201,7 +201,8 @@ class Creator:
         and whether the place is a new one.
 
         An empty place without a record is what a crash leaves between the two. Nobody else
-        can be between them now: the place is locked.
+        can be between them now: the place is locked. That of an upload that was removed is about
+        to be removed, too.
         """
         data = self.finisher.data
         try:
@@ -212,21 +213,26 @@ class Creator:
             except (OSError, UploadGone):
                 raise UploadExists from None
             owner = self._owner_of(info.storage, None if is_empty else _UNFINISHED)
-            if owner is None and not is_empty:
+            if (owner is None and not is_empty) or (owner is not None and owner.is_gone):
                 raise
             return info, owner, False
 
     def _owner_of(self, place: Storage, states: Collection[State] | None) -> FileInfo | None:
-        """Look through all uploads in these states: it is slow, but collisions are rare."""
-        after = ""
+        """Look through all uploads in these states: it is slow, but collisions are rare.
+
+        :returns: a tombstone if there is nothing else.
+        """
+        after, tombstone = "", None
         while page := self.finisher.infos.list(states, after=after):
             for info in page:
-                if info.storage.path == place.path and not info.is_gone:
-                    return info
+                if info.storage.path == place.path:
+                    if not info.is_gone:
+                        return info
+                    tombstone = info
             after = page[-1].id
-        return None
+        return tombstone
 
-    def _write(self, create: _Create, info: FileInfo, events: Sequence[Event]) -> None:
+    def _write(self, create: _Create, info: FileInfo, events: Sequence[Event], hold: Hold) -> None:
         """Write the record of an upload whose place this request has made.
 
         Where nobody knows whether there is a record now, the bytes stay: somebody may have
@@ -235,11 +241,12 @@ class Creator:
         try:
             create(info, events)
         except StorageFull:
+            hold.check()
             self.finisher.data.delete(info)
             raise
 
     def _write_or_find(
-        self, info: FileInfo, events: Sequence[Event], *, is_new: bool
+        self, info: FileInfo, events: Sequence[Event], hold: Hold, *, is_new: bool
     ) -> FileInfo | None:
         """Write the record of an upload, or return the one that has its id by now.
 
@@ -251,7 +258,7 @@ class Creator:
         create: _Create = self.finisher.room.create
         try:
             if is_new:
-                self._write(create, info, events)
+                self._write(create, info, events, hold)
             else:
                 create(info, events)
         except UploadExists:

@@ -70,6 +70,18 @@ class Finisher:
         hold.settle()
         return info
 
+    def kept(self, info: FileInfo, hold: Hold) -> int:
+        """Return how many bytes of an unfinished upload are kept. The caller holds its lock.
+
+        :raises UploadGone: if they are not there any more, and nobody else can have finished the
+            upload meanwhile.
+        """
+        try:
+            return self.data.offset(info)
+        except UploadGone:
+            hold.check()
+            raise
+
     def finish(self, info: FileInfo, request: RequestInfo, hold: Hold) -> FileInfo:
         """Finish an upload whose bytes are all kept. The caller holds its lock.
 
@@ -146,7 +158,7 @@ class Finisher:
         """
         if info.is_finished:
             return info
-        offset = self.data.offset(info)
+        offset = self.kept(info, hold)
         if offset == info.size:
             return self.finish(info, request, hold)
         return info.but(offset=offset)

@@ -251,7 +251,7 @@ class Uploads:
             if info.is_finished:
                 reception.receive_nothing(info, offset)
                 return info
-            kept = self.data.offset(info)
+            kept = self.finisher.kept(info, hold)
             if kept != offset:
                 # "If the offsets do not match, the Server MUST respond with the 409
                 # Conflict status without modifying the upload resource."
@@ -365,13 +365,29 @@ class Uploads:
         if not info.is_finished:
             if not self.settings.download_unfinished or info.state is State.WAITING:
                 raise UploadNotFound("The upload is not finished.")
-            info = info.but(offset=self.data.offset(info))
+            info = self._with_offset(info)
         self.hooks.ask(HookType.PRE_GET, info, request)
         return info
 
+    def _with_offset(self, info: FileInfo) -> FileInfo:
+        try:
+            return info.but(offset=self.data.offset(info))
+        except UploadGone:
+            # It may have been joined to one file a moment ago.
+            now = self.infos.load(info.id)
+            if now.storage == info.storage:
+                raise
+            return now if now.is_finished else now.but(offset=self.data.offset(now))
+
     def open(self, info: FileInfo, start: int) -> Readable:
         """Open the bytes of an upload that ``look`` returned."""
-        return self.data.open(info, start)
+        try:
+            return self.data.open(info, start)
+        except UploadGone:
+            now = self.infos.load(info.id)
+            if now.is_gone or now.storage == info.storage:
+                raise
+            return self.data.open(now, start)
 
     # --- shared steps ----------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import pytest
 from tuswsgi.errors import LockLost, TusError, Unavailable, UploadInterrupted, UploadLocked
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.file import FileLocker
-from tuswsgi.lockers.lease import Lease, LeaseLocker
+from tuswsgi.lockers.lease import Lease, LeaseLocker, worker_of
 from tuswsgi.testing.lockers import SOON, Requests, ignore
 
 #: Makes a locker with this lease in seconds, and with these locks of the host beside it.
@@ -88,7 +88,7 @@ class LeaseContract:
             token = near._holder("a")
         assert token is not None
         with near.lock("a", second):
-            far._ask(token.rpartition(".")[0], "a", token)
+            far._ask(worker_of(token), "a", token)
             self._flush(near, far)
         assert first.reasons == second.reasons == []
 
@@ -274,6 +274,17 @@ class LeaseContract:
                 first._give_back("a", held.token)
                 with far.try_lock("a", ignore):
                     pass
+
+    def test_a_lock_is_not_free_because_its_file_is_gone(
+        self, neighbours: tuple[LeaseLocker, LeaseLocker], tmp_path: Path
+    ) -> None:
+        first, second = neighbours
+        requests = Requests()
+        with first.lock("a", requests):
+            for file in tmp_path.glob("*.lock*"):
+                file.unlink()
+            self._expect_locked(second, "a")
+            requests.wait_for(LockLost)
 
     def test_neighbours_ask_each_other(self, neighbours: tuple[LeaseLocker, LeaseLocker]) -> None:
         first, second = neighbours
