@@ -317,14 +317,19 @@ def upload(file: Path, url: str, chunk_size: str, retries: int, state: Path) -> 
         raise click.ClickException("This needs tuspy: pip install 'tuswsgi[client]'") from error
     from tuswsgi.display import printable
 
-    with click.progressbar(length=file.stat().st_size, label=file.name, file=sys.stderr) as bar:
+    with click.progressbar(length=1, label=file.name, file=sys.stderr) as bar:
+
+        def progress(offset: int, length: int) -> None:
+            bar.length = length
+            bar.update(offset - bar.pos)
+
         one = Upload(
             file=file,
             url=url,
             remembered=Remembered(state.expanduser()),
             chunk_size=_size(chunk_size),
             retries=retries,
-            progress=lambda offset: bar.update(offset - bar.pos),
+            progress=progress,
             say=lambda sentence: click.echo(f"\n{sentence}", err=True),
         )
         try:
