@@ -179,6 +179,7 @@ class TestCollisions:
 
     def test_what_a_crash_left_without_a_record(self, client: Client) -> None:
         choose(client, path="left")
+        client.tus.start()
         client.tus.uploads.data.create(FileInfo(id="crashed", storage=Storage(path="left")))
         assert client.content(client.create(5, b"hello")) == b"hello"
 

@@ -141,7 +141,7 @@ class FileLocker(Locker[Held]):
     def check(self) -> None:
         error = aside(why_unwritable, self.directory)
         if isinstance(error, FileNotFoundError):
-            self.directory.mkdir(parents=True, exist_ok=True)
+            _make_again(self.directory)
         elif error is not None:
             raise Unavailable from error
 
@@ -316,7 +316,7 @@ class Mailbox:
                 self._watcher.start()
 
     def _open(self) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
+        _make_again(self._directory)
         self._post = Post(self._directory)
         self._inbox = self._post.bind(self.name)
         self._inbox.settimeout(_LOOK)
@@ -435,8 +435,17 @@ def _open(directory: Path, name: str) -> int:
     try:
         return os.open(path, flags, 0o600)
     except FileNotFoundError:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_again(directory)
         return os.open(path, flags, 0o600)
+
+
+def _make_again(directory: Path) -> None:
+    """Make a directory of locks that somebody has removed, and the one that it is in.
+
+    What is above that may be a disk that is not there now: others must not take its place.
+    """
+    directory.parent.mkdir(exist_ok=True)
+    directory.mkdir(exist_ok=True)
 
 
 def _has_name(fd: int) -> bool:

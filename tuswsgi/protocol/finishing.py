@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tuswsgi.datastores.base import DataStore
@@ -115,8 +116,15 @@ class Finisher:
         what others have been told of since. A crash in between leaves bytes to the clean-up.
         """
         events = self.hooks.record(HookType.POST_TERMINATE, info, request)
+        bury = partial(self.infos.delete, info, events, state=state, now=time.time())
         hold.check()
-        info = self.infos.delete(info, events, state=state, now=time.time())
+        try:
+            info = bury()
+        except StorageFull:
+            # Nothing can be written before something is removed.
+            hold.check()
+            self.data.delete(info)
+            info = bury()
         try:
             hold.check()
             self.data.delete(info)
