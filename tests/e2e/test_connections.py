@@ -190,6 +190,17 @@ def test_a_client_that_expects_but_does_not_wait(client: Client) -> None:
         assert connection.read().offset == len(data)
 
 
+def test_a_client_that_expects_and_is_gone(client: Client) -> None:
+    # The server's log has no traceback: whoever stops the server looks.
+    path = client.create(1000)
+    for length in (1000, None):
+        for _ in range(20):
+            connection = client.connect()
+            expecting(connection, path, 0, length)
+            connection.reset()
+    assert client.offset(path) == 0
+
+
 def test_no_100_for_http_1_0(client: Client) -> None:
     path = client.create(4)
     with client.connect() as connection:

@@ -179,9 +179,15 @@ class GunicornBody(RequestBody):
         return self._continue is not None
 
     def _ask_to_continue(self) -> None:
-        if self._continue is not None:
-            self._continue()
-            self._continue = None
+        if self._continue is None:
+            return
+        ask, self._continue = self._continue, None
+        try:
+            ask()
+        except OSError as error:
+            log.info("The client of a body that it shall send is gone: %s", error)
+            self._input.failed = True
+            raise BodyIncomplete from error
 
     def _wait_and_take(self, n: int) -> memoryview | bytes:
         while not self._is_woken:
