@@ -11,6 +11,7 @@ from protocol.client import Breaking, Client, assert_refused, path_of
 from protocol.conftest import Serve
 from tuswsgi.errors import HookRefusal, Unavailable
 from tuswsgi.hooks.base import HookRequest, HookResponse, HookType
+from tuswsgi.hooks.payloads import FormatName, payload_format
 from tuswsgi.info import State
 from tuswsgi.options import KiB
 from tuswsgi.protocol.sweep import Sweeper
@@ -62,6 +63,17 @@ class TestNames:
         assert request.request.uri == "/files"
         assert request.request.remote_addr == "203.0.113.9"
         assert request.request.headers["x-token"] == "x"
+
+    def test_they_are_told_which_store_an_upload_will_be_in(self, client: Client) -> None:
+        asked = listen(client, "pre-create")
+        client.post(5)
+        (request,) = asked
+        type = client.tus.uploads.data.type
+        payload = payload_format(FormatName.DEFAULT).dump(request)
+        assert (payload["upload"]["storage"], payload["upload"]["path"]) == (type, None)
+        assert (
+            payload_format(FormatName.TUSD_V2).dump(request)["Event"]["Upload"]["Storage"] is None
+        )
 
 
 class TestPreCreate:
