@@ -15,21 +15,27 @@ if TYPE_CHECKING:
     from tuswsgi.datastores.base import DataStore as DataStore
     from tuswsgi.errors import ConfigurationError as ConfigurationError
     from tuswsgi.errors import TusError as TusError
+    from tuswsgi.hooks.base import ChangeFileInfo as ChangeFileInfo
     from tuswsgi.hooks.base import HookRequest as HookRequest
     from tuswsgi.hooks.base import HookResponse as HookResponse
+    from tuswsgi.hooks.base import HookType as HookType
     from tuswsgi.info import FileInfo as FileInfo
+    from tuswsgi.info import Metadata as Metadata
     from tuswsgi.infostores.base import InfoStore as InfoStore
     from tuswsgi.lockers.base import Locker as Locker
     from tuswsgi.web.blueprint import request_method as request_method
 
 _HOMES = {
+    "ChangeFileInfo": "hooks.base",
     "ConfigurationError": "errors",
     "DataStore": "datastores.base",
     "FileInfo": "info",
     "HookRequest": "hooks.base",
     "HookResponse": "hooks.base",
+    "HookType": "hooks.base",
     "InfoStore": "infostores.base",
     "Locker": "lockers.base",
+    "Metadata": "info",
     "Tus": "app",
     "TusError": "errors",
     "create_app": "app",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import tuswsgi
 from protocol.client import MIME, Breaking, Client, assert_refused, metadata, path_of
 from protocol.conftest import Serve
 from protocol.test_hooks import NO, assert_hooks_no, listen
@@ -54,6 +55,25 @@ class TestChanges:
             assert (tmp_path / "data" / "year" / "Ünï code.txt").read_bytes() == b"hello"
         assert client.delete(url).status_code == 204
         assert client.create(5, b"again") != url
+
+    def test_of_several_functions(self, client: Client) -> None:
+        @client.tus.on("pre-create")
+        def name(request: HookRequest) -> HookResponse:
+            change = tuswsgi.ChangeFileInfo(id="chosen")
+            return HookResponse(change=change, headers={"X-First": "1"}, body="first")
+
+        @client.tus.on("pre-create")
+        def describe(request: HookRequest) -> HookResponse:
+            assert request.type is tuswsgi.HookType.PRE_CREATE
+            described = tuswsgi.Metadata.of({"id": request.info.id})
+            change = tuswsgi.ChangeFileInfo(metadata=described)
+            return HookResponse(change=change, headers={"X-Second": "2"})
+
+        response = client.post(5)
+        assert path_of(response) == "/files/chosen"
+        assert (response.headers["X-First"], response.headers["X-Second"]) == ("1", "2")
+        assert response.text == "first"
+        assert client.head("/files/chosen").headers["Upload-Metadata"] == metadata(id="chosen")
 
     def test_nothing(self, client: Client) -> None:
         choose(client, id="", path="")

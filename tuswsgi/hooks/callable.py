@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, ask_in_turn
 
 HookFunction = Callable[[HookRequest], "HookResponse | None"]
 
@@ -12,7 +13,8 @@ HookFunction = Callable[[HookRequest], "HookResponse | None"]
 class CallableHook(Hook):
     """Calls the functions that were added for a hook, in their order.
 
-    The first answer that refuses ends the row; otherwise the last answer counts.
+    Their answers count as those of transports do: the first one that refuses ends the row,
+    otherwise they are taken together, and each function sees what those before it changed.
     """
 
     name = "callable"
@@ -28,13 +30,13 @@ class CallableHook(Hook):
         self._functions.setdefault(type, []).append(function)
 
     def send(self, request: HookRequest) -> HookResponse | None:
-        answer = None
-        for function in self._functions.get(request.type, ()):
-            said = function(request)
-            if not request.type.blocking and not isinstance(said, HookResponse):
-                # It has done its work, and must not be called again for what it returned.
-                said = None
-            answer = said or answer
-            if answer is not None and answer.reject:
-                break
-        return answer
+        functions = self._functions.get(request.type, ())
+        return ask_in_turn([partial(_ask, function) for function in functions], request)
+
+
+def _ask(function: HookFunction, request: HookRequest) -> HookResponse | None:
+    said = function(request)
+    if not request.type.blocking and not isinstance(said, HookResponse):
+        # It has done its work, and must not be called again for what it returned.
+        return None
+    return said or None
