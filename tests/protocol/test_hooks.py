@@ -121,6 +121,34 @@ class TestPreCreate:
         assert response.headers["X-Hook"] == "yes"
         assert client.offset(path_of(response)) == 0
 
+    def test_an_answer_cannot_replace_what_the_protocol_says(self, serve: Serve) -> None:
+        client = serve(expiration="1h")
+        fixed = ("location", "Upload-Offset", "UPLOAD-EXPIRES", "Tus-Resumable")
+        said = dict.fromkeys(fixed, "wrong")
+        said |= {"Tus-Max-Size": "100", "Cache-Control": "private"}
+        listen(client, "pre-create", HookResponse(headers=said))
+        response = client.post(10, b"hello")
+        assert "wrong" not in response.headers.values()
+        assert response.headers["Upload-Offset"] == "5"
+        assert response.headers["Tus-Resumable"] == "1.0.0"
+        assert (response.headers["Tus-Max-Size"], response.headers["Cache-Control"]) == (
+            "100",
+            "private",
+        )
+        url = path_of(response)
+        listen(client, "pre-finish", HookResponse(headers=said))
+        for data, offset in ((b"world", 5), (b"", 10)):
+            response = client.patch(url, data, offset)
+            assert response.headers["Upload-Offset"] == "10"
+            assert response.headers["Tus-Resumable"] == "1.0.0"
+
+    def test_a_refusal_cannot_replace_what_the_protocol_says(self, client: Client) -> None:
+        said = {"Tus-Resumable": "0.2.2", "Location": "https://example.org/login"}
+        listen(client, "pre-create", HookResponse(reject=True, status=403, headers=said))
+        response = client.post(5)
+        assert response.headers["Tus-Resumable"] == "1.0.0"
+        assert response.headers["Location"] == "https://example.org/login"
+
     def test_one_that_breaks(self, client: Client) -> None:
         listen(client, "pre-create", RuntimeError("secret"))
         response = client.post(5, b"hello")

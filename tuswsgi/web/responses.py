@@ -184,6 +184,14 @@ def success_response(
 
 
 def _merged(headers: Headers, more: Iterable[tuple[str, str]]) -> Headers:
-    more = list(more)
+    """Return our headers and those of a hook, which may replace ours but for what the protocol
+    says with them: tusd sets its ``Location`` and ``Upload-Offset`` after the hook's, too.
+    """
+    fixed = {name.lower() for name, _ in headers if _is_of_protocol(name)}
+    more = [(name, value) for name, value in more if name.lower() not in fixed]
     names = {name.lower() for name, _ in more}
     return [(name, value) for name, value in headers if name.lower() not in names] + more
+
+
+def _is_of_protocol(name: str) -> bool:
+    return name.lower() == "location" or name.lower().startswith(("upload-", "tus-"))
