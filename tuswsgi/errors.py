@@ -247,7 +247,7 @@ class Unavailable(TusError):
     status = 503
     code = "ERR_UNAVAILABLE"
     message = "The server cannot process the request right now."
-    retry_after = RETRY_AFTER
+    retry_after: ClassVar[int | None] = RETRY_AFTER
 
 
 class ServerShutdown(Unavailable):
@@ -274,6 +274,17 @@ class HookFailed(Unavailable):
 
     code = "ERR_HOOK_FAILED"
     message = "The server could not ask its application about this request."
+
+
+class HookBroken(HookFailed):
+    """A blocking hook answered what cannot be obeyed, or that it failed: to come back would
+    hardly help before somebody has mended it.
+    """
+
+    status = 500
+    code = "ERR_HOOK_BROKEN"
+    message = "The server's application did not answer this request as it should."
+    retry_after = None
 
 
 class BodyIncomplete(Unavailable):

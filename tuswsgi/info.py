@@ -29,7 +29,13 @@ _TIME_DIGITS, _OVERHANG = 10, 2
 
 _NEW_ID = re.compile(r"[0-9a-v]{36}", re.ASCII)
 
-_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._~-]{0,127}", re.ASCII)
+_ID = re.compile(r"(?![.~])[A-Za-z0-9._~%!$'()*+,;=:@-]{1,128}", re.ASCII)
+
+#: What ``check_id`` asks for, to be told to who chose another one.
+ID_RULE = (
+    "it has 1 to 128 of the characters A-Z a-z 0-9 - . _ ~ % ! $ ' ( ) * + , ; = : @ and does not "
+    "begin with a dot or a tilde"
+)
 
 
 def new_id() -> str:
@@ -55,8 +61,9 @@ def made_at(id: str) -> float | None:
 def check_id(id: str) -> str:
     """Return `id` if it can be the id of an upload.
 
-    An id is one path segment of 1 to 128 unreserved characters (RFC 3986) that does
-    not begin with a dot or a tilde, so it can name a file and be no ``..``.
+    An id is one path segment of 1 to 128 of the characters that tusd allows (``%`` and those
+    of RFC 3986, 3.3, but for ``&``; no slash). It does not begin with a dot or a tilde, so it
+    can name a file and be no ``..``.
 
     :raises UploadNotFound: if it cannot, since no upload has such an id.
     """

@@ -366,7 +366,7 @@ class TestIds:
     def test_ids_of_others_tell_no_time(self, id: str) -> None:
         assert made_at(id) is None
 
-    @pytest.mark.parametrize("id", ["a", "-", "_", "a.b", "A~", "0" * 128])
+    @pytest.mark.parametrize("id", ["a", "-", "_", "a.b", "A~", "0" * 128, "a%62", "10:30@a=b+c"])
     def test_ids(self, id: str) -> None:
         assert check_id(id) == id
 
@@ -383,7 +383,11 @@ class TestIds:
             "a\0",
             "a\n",
             "a b",
-            "a%62",
+            "a&b",
+            'a"b',
+            "a?b",
+            "a#b",
+            "a[b",
             "é",
             "к",
             "0" * 129,

@@ -181,7 +181,7 @@ class TestPreCreate:
     ) -> None:
         listen(client, "pre-create", HookResponse(reject=reject, status=422, headers=headers))
         response = client.post(5)
-        assert_refused(response, 503)
+        assert_refused(response, 500)
         assert "Set-Cookie" not in response.headers
         assert client.stored() == 0
 

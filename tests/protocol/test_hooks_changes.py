@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -75,6 +77,43 @@ class TestChanges:
         assert response.text == "first"
         assert client.head("/files/chosen").headers["Upload-Metadata"] == metadata(id="chosen")
 
+    @pytest.mark.parametrize("id", ["10:30", "anna@home", "50%", "a%2Fb%25", "a+b=c", "(a)*!$',;~"])
+    def test_an_id_as_tusd_allows_it(self, client: Client, id: str) -> None:
+        choose(client, id=id)
+        response = client.post(11, b"hello")
+        url = path_of(response)
+        assert url == "/files/" + id.replace("%", "%25")
+        client.append(url, b" world", 5)
+        assert client.content(url) == b"hello world"
+        # Where nothing is to be quoted it may be, too.
+        assert client.content("/files/" + quote(id, safe="")) == b"hello world"
+        assert client.delete(url).status_code == 204
+        assert_refused(client.head(url), 410)
+
+    def test_parts_with_ids_as_tusd_allows_them(self, client: Client) -> None:
+        ids = ["50%", "a;b", "%2525", "(whole)"]
+
+        @client.tus.on("pre-create")
+        def answer(request: HookRequest) -> HookResponse:
+            return HookResponse(change=ChangeFileInfo(id=ids.pop(0)))
+
+        parts = [client.part(data) for data in (b"a", b"b", b"c")]
+        assert client.content(path_of(client.final(*parts))) == b"abc"
+
+    def test_a_path_as_tusds_documents_have_it(
+        self, client: Client, tmp_path: Path, backends: dict[str, str]
+    ) -> None:
+        path = "upload-e7a036dc-33f4-451f-9520-49032b87e952/presentation.pdf"
+        choose(client, path=f"./{path}")
+        url = client.create(11, b"hello")
+        # It is the same with and without the dot: the answer to the first POST was lost.
+        choose(client, path=path)
+        assert client.create(11, b"hello") == url
+        client.append(url, b" world", 5)
+        assert client.content(url) == b"hello world"
+        if backends["storage"] == "file-storage":
+            assert (tmp_path / "data" / path).read_bytes() == b"hello world"
+
     def test_nothing(self, client: Client) -> None:
         choose(client, id="", path="")
         first, second = client.create(5), client.create(5)
@@ -97,6 +136,11 @@ class TestChanges:
             {"path": "../evil"},
             {"path": "a/../../evil"},
             {"path": "a/./b"},
+            {"path": "./../evil"},
+            {"path": ".//etc/passwd"},
+            {"path": "./"},
+            {"id": "a&b"},
+            {"id": "a\n"},
             {"path": ".tuswsgi/info.sqlite3"},
             {"path": "a//b"},
             {"path": "a/"},
@@ -109,10 +153,13 @@ class TestChanges:
     )
     def test_what_cannot_be(self, client: Client, change: dict[str, str], caplog: Any) -> None:
         choose(client, **change)
-        assert_refused(client.post(5, b"hello"), 503)
+        response = client.post(5, b"hello")
+        assert_refused(response, 500)
+        assert "Retry-After" not in response.headers
         assert client.stored() == 0
-        assert "pre-create" in caplog.text
-        assert "callable" in caplog.text
+        (line,) = (line for line in caplog.messages if "failed by callable" in line)
+        assert line.startswith("pre-create of")
+        assert re.search(r"The (id|path) .* cannot be that of an upload: it ", line)
 
     def test_the_checks_come_before(self, serve: Serve) -> None:
         client = serve(max_file_size=3)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
-from tuswsgi.errors import HookFailed, UploadNotFound
+from tuswsgi.errors import HookBroken, UploadNotFound
 from tuswsgi.hooks.base import ChangeFileInfo
-from tuswsgi.info import check_id
+from tuswsgi.info import ID_RULE, check_id
 from tuswsgi.paths import contained
 
 #: A token (RFC 9110, 5.6.2).
@@ -42,37 +43,45 @@ def check_response(status: int | None, headers: Mapping[str, str]) -> dict[str, 
 
     Those that a server decides on itself are left out, as by any proxy.
 
-    :raises HookFailed: if the status or a header would break the response.
+    :raises HookBroken: if the status or a header would break the response.
     """
     if status is not None and (type(status) is not int or not 200 <= status <= 599):
         # 1xx is no final answer: the client would go on waiting.
-        raise HookFailed(f"The status {status!r} is none between 200 and 599.")
+        raise HookBroken(f"The status {status!r} is none between 200 and 599.")
     for name, value in headers.items():
         if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
-            raise HookFailed(f"The header {name!r} cannot be sent.")
+            raise HookBroken(f"The header {name!r} cannot be sent.")
     return {name: value for name, value in headers.items() if name.lower() not in _FRAMING}
 
 
-def check_change(change: ChangeFileInfo) -> None:
-    """Refuse an id or a path that no upload may have. An empty one changes nothing.
+def check_change(change: ChangeFileInfo) -> ChangeFileInfo:
+    """Return a change that can be made. An empty id or path changes nothing.
 
-    :raises HookFailed: so that the client comes back when the hook is better.
+    tusd's documents write a path below the data directory with ``./`` before it.
+
+    :raises HookBroken: if no upload may have the id or the path.
     """
     try:
         if change.id:
             check_id(change.id)
     except UploadNotFound:
-        raise HookFailed(f"The id {change.id!r} cannot be that of an upload.") from None
+        raise HookBroken(f"The id {change.id!r} cannot be that of an upload: {ID_RULE}.") from None
     try:
         if change.path:
-            _check_path(change.path)
+            change = replace(change, path=_checked_path(change.path.removeprefix("./")))
     except UploadNotFound:
-        raise HookFailed(f"The path {change.path!r} cannot be that of an upload.") from None
+        raise HookBroken(
+            f"The path {change.path!r} cannot be that of an upload: it must lie below the data "
+            "directory, and no part of it may be empty, begin with a dot, have a backslash or "
+            f"characters that cannot be shown, or be longer than {_LONGEST_SEGMENT} bytes."
+        ) from None
+    return change
 
 
-def _check_path(path: str) -> None:
+def _checked_path(path: str) -> str:
     contained(path)
     if len(path) > _LONGEST_PATH or any(
         len(segment.encode()) > _LONGEST_SEGMENT for segment in path.split("/")
     ):
         raise UploadNotFound
+    return path

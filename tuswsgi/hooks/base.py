@@ -241,9 +241,10 @@ class Hook(ABC):
         caller repeats what failed.
 
         :raises HookRefusal: to refuse the request with the application's own answer.
-        :raises HookFailed: if the hook could not be reached, took too long or answered
-            nonsense; a blocking hook then refuses the request with a 5xx. The cause is
-            its ``__cause__`` or its message for the log.
+        :raises HookFailed: if the hook could not be reached or took too long; a blocking
+            hook then refuses the request with a 503. The cause is its ``__cause__`` or its
+            message for the log.
+        :raises HookBroken: likewise with a 500, if the answer cannot be understood.
         :raises Exception: as ``HookFailed``, for everything that nobody thought of.
         """
 

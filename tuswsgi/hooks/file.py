@@ -22,7 +22,7 @@ from marshmallow.validate import Range
 
 from tuswsgi import spawn
 from tuswsgi.display import printable
-from tuswsgi.errors import HookFailed, HookRefusal
+from tuswsgi.errors import HookBroken, HookFailed, HookRefusal
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, ask_in_turn
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
 from tuswsgi.options import Duration, KiB, MiB, option
@@ -189,7 +189,7 @@ class FileHook(Hook):
 def _answer(path: Path, request: HookRequest, ended: spawn.Ended) -> HookResponse | None:
     """Return the answer on a program's standard output; what is none goes to the log.
 
-    :raises HookFailed: if a request waits for an answer that cannot be understood.
+    :raises HookBroken: if a request waits for an answer that cannot be understood.
     """
     try:
         if len(ended.output) > _LONGEST_ANSWER and ended.output.lstrip().startswith(b"{"):
@@ -197,7 +197,7 @@ def _answer(path: Path, request: HookRequest, ended: spawn.Ended) -> HookRespons
         answer = decode_answer(request.type, ended.output) if ended.output else None
     except BadAnswer as error:
         if request.type.blocking and ended.code == 0:
-            raise HookFailed(f"The answer of {path} is wrong: {error}") from None
+            raise HookBroken(f"The answer of {path} is wrong: {error}") from None
         # It was told of the event, which is what counts.
         said = printable(str(error))
         log.warning("The answer of %s to %s is wrong: %s", path, request.type, said)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuswsgi.display import printable
-from tuswsgi.errors import ConfigurationError, HookFailed
+from tuswsgi.errors import ConfigurationError, HookBroken, HookFailed
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import (
@@ -172,7 +172,7 @@ class GrpcHook(Hook):
             return read_answer(request.type, _answer(request.type, answer))
         except BadAnswer as error:
             if request.type.blocking:
-                raise HookFailed(f"{self.endpoint} answered nonsense: {error}") from None
+                raise HookBroken(f"{self.endpoint} answered nonsense: {error}") from None
             # It was told. To tell it again would not make its answer any better.
             said = printable(str(error))
             log.warning("%s of %s: nonsense: %s", request.type, request.info.id, said)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from tuswsgi.display import printable
-from tuswsgi.errors import HookFailed, HookRefusal, TusError
+from tuswsgi.errors import HookBroken, HookFailed, HookRefusal, TusError
 from tuswsgi.hooks.answers import check_change, check_response
 from tuswsgi.hooks.base import (
     Event,
@@ -110,7 +110,8 @@ class HookManager:
 
         :returns: what the answers are together, ``None`` if nobody had anything to say.
         :raises HookRefusal: if a hook refused.
-        :raises HookFailed: if a hook broke, so that the client comes back.
+        :raises HookFailed: if a hook failed, so that the client comes back.
+        :raises HookBroken: if its answer cannot be obeyed.
         """
         hooks = [hook for hook in self.hooks if type in hook.types]
         if not hooks:
@@ -152,11 +153,11 @@ class HookManager:
     def checked(self, answer: HookResponse) -> HookResponse:
         """Return what of an answer can be obeyed.
 
-        :raises HookFailed: if it would break something.
+        :raises HookBroken: if it would break something.
         """
-        if answer.change is not None:
-            check_change(answer.change)
-        return replace(answer, headers=check_response(answer.status, answer.headers))
+        change = None if answer.change is None else check_change(answer.change)
+        headers = check_response(answer.status, answer.headers)
+        return replace(answer, change=change, headers=headers)
 
     def wake(self, upload: str) -> None:
         """Have the events of an upload delivered that were saved before and are due now."""
@@ -208,4 +209,4 @@ class HookManager:
             )
             if not hook.may_refuse:
                 return None
-            raise HookFailed from None
+            raise (HookBroken if isinstance(error, HookBroken) else HookFailed) from None

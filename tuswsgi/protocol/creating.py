@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from tuswsgi.errors import HookFailed, StorageFull, UploadExists, UploadGone, UploadNotFound
+from tuswsgi.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
 from tuswsgi.hooks.base import Event, HookType, RequestInfo
 from tuswsgi.info import FileInfo, Metadata, State, Storage
 from tuswsgi.infostores.base import InfoStore
@@ -188,7 +188,7 @@ class Creator:
             return self.finisher.data.place(info)
         except UploadNotFound:
             log.error("pre-create chose the path %r, where no upload may be", info.storage.path)
-            raise HookFailed from None
+            raise HookBroken from None
 
     def _record_of(self, id: str) -> FileInfo | None:
         try:

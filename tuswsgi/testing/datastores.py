@@ -232,7 +232,10 @@ class DataStoreContract:
 
     @pytest.mark.parametrize(
         "id",
-        ["a", "Z", "0", "_", "-", "-rf", "a.b", "a..", "a~", "AaBbZz09._~-", "x" * 128, "con.txt"],
+        [
+            *("a", "Z", "0", "_", "-", "-rf", "a.b", "a..", "a~", "AaBbZz09._~-", "x" * 128),
+            *("con.txt", "%2F", "a%00", "%s", "10:30", "@a=b+c;d,e", "(a)*!$'", "=" * 128),
+        ],
     )
     def test_every_id_is_a_name(self, store: DataStore, id: str) -> None:
         info = created(store, check_id(id))

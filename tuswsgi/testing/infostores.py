@@ -53,6 +53,22 @@ class InfoStoreContract(OutboxContract):
         with pytest.raises(UploadNotFound):
             store.delete(upload(), [], state=State.TERMINATED, now=3.0)
 
+    def test_every_id_names_a_record_of_its_own(self, store: InfoStore) -> None:
+        ids = ["a", "a*", "a%2A", "a%2a", "a:b", "a;b,c", "a@b=c+d", "'a'", "(a)!$", "*", "%s"]
+        whole = upload("*;whole", state=State.WAITING, is_final=True, partial_uploads=tuple(ids))
+        for id in ids:
+            store.create(info := upload(id, metadata=Metadata.of({"id": id})), [event(info)])
+        store.create(whole)
+        for id in ids:
+            info = store.save(store.load(id))
+            assert info.metadata.text("id") == id
+            assert [one.upload for one in store.events(id)] == [id]
+            assert list(store.finals_waiting_for(id)) == [whole.id]
+        assert [info.id for info in store.list()] == sorted([*ids, whole.id])
+        assert {one.upload for one in store.outbox(dead=False)} == set(ids)
+        store.delete(store.load("*"), [], state=State.TERMINATED, now=1.0)
+        assert not any(store.load(id).is_gone for id in ids if id != "*")
+
     def test_an_id_is_created_once(self, store: InfoStore) -> None:
         info = upload(size=1)
         store.create(info, [event(info)])

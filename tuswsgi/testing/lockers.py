@@ -92,10 +92,11 @@ class LockerContract:
                 done.result()
         assert (turns, overlaps) == (64, 0)
 
-    def test_a_holder_is_asked_to_let_go(self, locker: Locker[Any]) -> None:
+    @pytest.mark.parametrize("id", ["a", "-%2F..%00!$'()*+,;=:@~"])
+    def test_a_holder_is_asked_to_let_go(self, locker: Locker[Any], id: str) -> None:
         requests = Requests()
-        with self._held(locker, "a", requests) as release, ThreadPoolExecutor(1) as pool:
-            waiter = pool.submit(self._take, locker, "a")
+        with self._held(locker, id, requests) as release, ThreadPoolExecutor(1) as pool:
+            waiter = pool.submit(self._take, locker, id)
             requests.wait()
             assert not waiter.done()
             release.set()

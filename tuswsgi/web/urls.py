@@ -76,6 +76,8 @@ def _collection_path(environ: Mapping[str, Any]) -> str:
 
 def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings, origin: Origin) -> str:
     """Return the URL of a new upload, for ``Location``."""
+    # All else that an id may have stands for itself in a path (RFC 3986, 3.3).
+    id = id.replace("%", "%25")
     if settings.public_url is not None:
         return f"{settings.public_url.rstrip('/')}/{id}"
     path = f"{origin.prefix}{_collection_path(environ)}/{id}"
@@ -112,7 +114,7 @@ def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> st
     if unquote(directory) not in map(unquote, bases):
         raise InvalidConcat("The Upload-Concat header has a URL that is not one of an upload.")
     try:
-        return check_id(id)
+        return check_id(unquote(id))
     except UploadNotFound:
         raise InvalidConcat("The Upload-Concat header has a URL with an invalid id.") from None
 
