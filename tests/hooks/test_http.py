@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from tuswsgi.config import Config
-from tuswsgi.errors import ConfigurationError, HookFailed, HookRefusal
+from tuswsgi.errors import ConfigurationError, HookBroken, HookFailed, HookRefusal
 from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
 from tuswsgi.hooks.http import HttpHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
@@ -37,9 +37,9 @@ def hook_of(type: HookType = HookType.PRE_CREATE) -> HookRequest:
     return HookRequest(type, FileInfo(id="one", size=5), REQUEST, id="the-hook", sequence=7)
 
 
-def transport(*urls: str, **options: Any) -> HttpHook:
+def transport(*urls: str, format: FormatName = FormatName.V2, **options: Any) -> HttpHook:
     options = {"timeout": 20.0, "backoff": 0.01} | options
-    return HttpHook(format=payload_format(FormatName.V2), urls=urls, **options)
+    return HttpHook(format=payload_format(format), urls=urls, **options)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -305,10 +305,57 @@ def test_a_blocking_hook_is_repeated_until_the_application_is_well_again() -> No
     assert not statuses
 
 
+@pytest.mark.parametrize("format", [FormatName.DEFAULT, FormatName.V2, FormatName.TUSD])
+def test_a_5xx_that_stays_reaches_the_client_as_the_application_wrote_it(
+    format: FormatName,
+) -> None:
+    with answering(503, b"closed for today", Content_Type="text/x-note") as receiver:
+        hook = transport(receiver.url, format=format, retries=2)
+        with pytest.raises(HookRefusal) as refusal:
+            hook.send(hook_of())
+        hook.close()
+    assert len(receiver.requests) == 3
+    assert (refusal.value.status, refusal.value.body) == (503, "closed for today")
+    assert refusal.value.headers == {"Content-Type": "text/x-note"}
+
+
+def test_a_5xx_that_stays_is_a_500_as_from_tusd() -> None:
+    with answering(503, b"closed for today") as receiver:
+        hook = transport(receiver.url, format=FormatName.TUSD_V2, retries=2)
+        with pytest.raises(HookBroken, match="answered 503") as failure:
+            hook.send(hook_of())
+        hook.close()
+    assert len(receiver.requests) == 3
+    assert failure.value.status == 500
+
+
+@pytest.mark.parametrize("body", [b"<html>Log in</html>", b"ok", b"[]", b'"{}"', b"0", b"\xff"])
+def test_what_is_no_answer_refuses_as_in_tusd(
+    body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(200, body) as receiver:
+        hook = transport(receiver.url, format=FormatName.TUSD_V2)
+        with pytest.raises(HookBroken, match="It is no JSON") as failure:
+            hook.send(hook_of())
+        # It was told of what has happened already.
+        assert hook.send(hook_of(HookType.POST_FINISH)) is None
+        hook.close()
+    assert failure.value.status == 500
+    assert "It is no JSON" in caplog.text
+
+
+@pytest.mark.parametrize("body", [b"", b" \n", b"null", b"{}", b'{"foreign": 1}'])
+def test_what_says_nothing_accepts_as_in_tusd(body: bytes) -> None:
+    with answering(200, body) as receiver:
+        hook = transport(receiver.url, format=FormatName.TUSD_V2)
+        assert hook.send(hook_of()) is None
+        hook.close()
+
+
 def test_retries_are_bounded_and_only_for_hooks_that_somebody_waits_for() -> None:
     with answering(500) as receiver:
         hook = transport(receiver.url, retries=2)
-        with pytest.raises(HookFailed, match="500"):
+        with pytest.raises(HookRefusal):
             hook.send(hook_of())
         assert len(receiver.requests) == 3
         with pytest.raises(HookFailed, match="500"):

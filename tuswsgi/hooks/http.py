@@ -22,10 +22,10 @@ from urllib.parse import urlsplit
 from marshmallow import ValidationError
 
 from tuswsgi.display import printable
-from tuswsgi.errors import HookFailed, HookRefusal
+from tuswsgi.errors import HookBroken, HookFailed, HookRefusal
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.forwarding import forwarded
-from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
+from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, check_object, decode_answer
 from tuswsgi.hooks.retries import PassingFailure, persistently
 from tuswsgi.options import Duration, KiB, Size, option
 from tuswsgi.process import PerProcess
@@ -86,9 +86,10 @@ class HttpHook(Hook):
     computes it again, compares in constant time and refuses times that are long past.
 
     A 2xx accepts, and its body may be an answer in tusd's form. The 4xx of a blocking hook
-    goes to the client with its body and type. All else is a failure; redirects are not
-    followed. URLs are called in turn. The first that refuses ends the row, of a post-hook
-    all are called: what failed is repeated by the caller, for all of them.
+    goes to the client with its body and type, in rustus' formats also the 5xx of the last
+    attempt. All else is a failure; redirects are not followed. URLs are called in turn. The
+    first that refuses ends the row, of a post-hook all are called: what failed is repeated by
+    the caller, for all of them.
 
     :param format: what the body looks like.
     """
@@ -185,10 +186,15 @@ class HttpHook(Hook):
             except OSError as error:
                 raise PassingFailure(f"{_shown(url)} did not answer: {error}") from None
             if answer.status >= 500:
-                raise PassingFailure(f"{_shown(url)} answered {answer.status}")
+                raise _ServerError(url, answer)
             return answer
 
-        answer = persistently(attempt, request, retries=self.retries, backoff=self.backoff)
+        try:
+            answer = persistently(attempt, request, retries=self.retries, backoff=self.backoff)
+        except _ServerError as error:
+            if not request.type.blocking:
+                raise
+            answer = error.answer
         return self._understand(url, request, answer)
 
     def _headers(self, request: HookRequest, body: bytes) -> dict[str, str]:
@@ -212,18 +218,23 @@ class HttpHook(Hook):
         self, url: str, request: HookRequest, answer: HttpAnswer
     ) -> HookResponse | None:
         type, told = request.type, f"{_shown(url)} answered"
+        if answer.status >= 500 and type.blocking and self.format.follows_tusd:
+            raise HookBroken(f"{told} {answer.status}")
         if answer.status >= 400 and type.blocking:
-            log.info("%s of %s: %s %s", type, request.info.id, told, answer.status)
+            level = logging.INFO if answer.status < 500 else logging.ERROR
+            log.log(level, "%s of %s: %s %s", type, request.info.id, told, answer.status)
             raise HookRefusal(answer.status, *_for_client(answer))
         if not 200 <= answer.status < 300:
             raise HookFailed(f"{told} {answer.status}")
         try:
             if not answer.complete:
                 raise BadAnswer(f"more than {self.max_answer} bytes")
+            if self.format.follows_tusd:
+                check_object(answer.body)
             return decode_answer(type, answer.body)
         except BadAnswer as error:
             if type.blocking:
-                raise HookFailed(f"{told} nonsense: {error}") from None
+                raise HookBroken(f"{told} nonsense: {error}") from None
             # It was told. To tell it again would not make its answer any better.
             said = printable(str(error))
             log.warning("%s of %s: %s nonsense: %s", type, request.info.id, told, said)
@@ -234,6 +245,14 @@ class HttpHook(Hook):
         from tuswsgi.connections.http import HttpClient
 
         return HttpClient(self.timeout, self.max_answer)
+
+
+class _ServerError(PassingFailure):
+    """A 5xx, which counts as the answer if it comes again and again."""
+
+    def __init__(self, url: str, answer: HttpAnswer) -> None:
+        super().__init__(f"{_shown(url)} answered {answer.status}")
+        self.answer = answer
 
 
 def _is_sendable(value: str) -> bool:

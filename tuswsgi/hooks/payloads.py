@@ -373,11 +373,29 @@ def decode_answer(type: HookType, answer: str | bytes) -> HookResponse | None:
     :raises BadAnswer: if a known key has a value of the wrong type.
     """
     try:
-        text = answer if isinstance(answer, str) else answer.decode()
-        data = json.loads(text.removeprefix("\ufeff"))
+        data = _parsed(answer)
     except (ValueError, RecursionError):
         return None
     return read_answer(type, data) if isinstance(data, dict) else None
+
+
+def check_object(answer: str | bytes) -> None:
+    """Refuse an answer that is no JSON object, as today's tusd does; nothing at all is none, and
+    neither is ``null``.
+
+    :raises BadAnswer: so that a page behind a wrong URL accepts nothing.
+    """
+    try:
+        data = _parsed(answer) if answer.strip() else None
+    except (ValueError, RecursionError):
+        raise BadAnswer("It is no JSON.") from None
+    if data is not None and not isinstance(data, dict):
+        raise BadAnswer("It is no JSON object.")
+
+
+def _parsed(answer: str | bytes) -> Any:
+    text = answer if isinstance(answer, str) else answer.decode()
+    return json.loads(text.removeprefix("\ufeff"))
 
 
 def read_answer(type: HookType, data: Mapping[str, Any]) -> HookResponse | None:
