@@ -21,6 +21,7 @@ from tuswsgi.hooks.base import Event, Hook, HookRequest, HookResponse, HookType,
 from tuswsgi.hooks.callable import CallableHook
 from tuswsgi.hooks.delivery import Delivery, DeliveryMode, DeliverySettings
 from tuswsgi.hooks.events import event_of
+from tuswsgi.hooks.retries import LastingFailure
 from tuswsgi.info import FileInfo, Metadata, State
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.file import FileInfoStore
@@ -279,6 +280,43 @@ def test_a_dead_letter_holds_up_nothing(infos: InfoStore, caplog: pytest.LogCapt
     assert "post-create of a by receiver" in line
     assert event.id in line
     assert "broken for good" in line
+
+
+def test_an_event_that_is_refused_for_good_holds_up_the_next_one_for_a_few_attempts(
+    infos: InfoStore,
+) -> None:
+    receiver = Receiver()
+
+    def refuse(request: HookRequest) -> None:
+        if request.type is CREATED:
+            raise LastingFailure(f"answered 404 ({len(receiver.begun)})")
+
+    receiver.behave = refuse
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_refusals=3)) as messenger:
+        event, _ = write(infos, "a", CREATED, FINISHED)
+        messenger.wake("a")
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [FINISHED]
+    (letter,) = infos.outbox(dead=True)
+    assert (letter.id, letter.attempts) == (event.id, 3)
+    assert letter.error == "Refused: answered 404 (3)"
+
+
+def test_one_refusal_after_other_failures_ends_nothing(infos: InfoStore) -> None:
+    receiver = Receiver()
+    failures = [HookFailed("answered 503")] * 3 + [LastingFailure("answered 404")]
+
+    def fail(request: HookRequest) -> None:
+        if failures:
+            raise failures.pop(0)
+
+    receiver.behave = fail
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_refusals=2)) as messenger:
+        write(infos, "a", CREATED)
+        messenger.wake("a")
+        wait_until(lambda: pending(infos) == 0, "the end of all events")
+    assert receiver.types_of("a") == [CREATED]
+    assert not infos.outbox(dead=True)
 
 
 def test_an_event_that_cannot_be_read_is_a_dead_letter(infos: InfoStore) -> None:

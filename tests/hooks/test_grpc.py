@@ -23,6 +23,7 @@ from tuswsgi.errors import ConfigurationError, HookFailed
 from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
 from tuswsgi.hooks.grpc import GrpcHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
+from tuswsgi.hooks.retries import LastingFailure
 from tuswsgi.info import FileInfo, Metadata, Storage
 
 grpc = pytest.importorskip("grpc")
@@ -278,7 +279,7 @@ def test_what_no_repetition_betters_is_not_repeated(pb2: ModuleType) -> None:
 
     with Service(pb2, behave).serving() as service:
         hook = transport(service.port)
-        with pytest.raises(HookFailed, match="PERMISSION_DENIED"):
+        with pytest.raises(LastingFailure, match="PERMISSION_DENIED"):
             hook.send(hook_of(HookType.PRE_CREATE))
         hook.close()
     assert len(service.calls) == 1

@@ -26,6 +26,7 @@ from tuswsgi.errors import ConfigurationError, HookBroken, HookFailed, HookRefus
 from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
 from tuswsgi.hooks.http import HttpHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
+from tuswsgi.hooks.retries import LastingFailure
 from tuswsgi.info import FileInfo
 
 HEADERS = {"authorization": "Bearer jwt", "cookie": "a=b", "host": "example.org", "x-long": "x"}
@@ -364,10 +365,23 @@ def test_retries_are_bounded_and_only_for_hooks_that_somebody_waits_for() -> Non
         hook.close()
 
 
-def test_a_post_hook_that_is_answered_404_has_not_arrived() -> None:
-    with answering(404) as receiver:
+@pytest.mark.parametrize(
+    ("status", "lasts"),
+    [(400, True), (403, True), (404, True), (408, False), (425, False), (429, False), (503, False)],
+)
+def test_a_post_hook_that_is_refused_has_not_arrived(status: int, lasts: bool) -> None:
+    with answering(status) as receiver:
         hook = transport(receiver.url)
-        with pytest.raises(HookFailed, match="404"):
+        with pytest.raises(HookFailed, match=str(status)) as failure:
+            hook.send(hook_of(HookType.POST_FINISH))
+        hook.close()
+    assert isinstance(failure.value, LastingFailure) is lasts
+
+
+def test_a_post_hook_is_refused_for_good_if_nobody_may_have_it_later() -> None:
+    with answering(404) as wrong, answering(503) as down:
+        hook = transport(wrong.url, down.url)
+        with pytest.raises(HookFailed, match="503"):
             hook.send(hook_of(HookType.POST_FINISH))
         hook.close()
 

@@ -23,6 +23,7 @@ from tuswsgi.hooks.base import Event, Hook, HookRequest, HookResponse, HookType
 from tuswsgi.hooks.claims import Claims
 from tuswsgi.hooks.events import request_of
 from tuswsgi.hooks.lanes import Job, Lanes, Once
+from tuswsgi.hooks.retries import LastingFailure
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.options import Duration, option
@@ -45,6 +46,9 @@ _MOST_WOKEN = 10_000
 
 #: Characters of an error that are kept with its event.
 _ERROR_LENGTH = 500
+
+#: How an event's error begins whose receiver will not have it.
+_REFUSED = "Refused: "
 
 
 class DeliveryMode(str, Enum):
@@ -74,6 +78,14 @@ class DeliverySettings:
         200,
         "How often a post-hook is tried until it is put to the dead letters. With the pauses "
         "between them, 200 take more than a day.",
+        validate=_at_least_one,
+    )
+    delivery_refusals: int = option(
+        8,
+        "How often a post-hook is tried that its receiver refuses for good (HTTP: a 4xx other than "
+        "408, 425 and 429; gRPC: a status such as `INVALID_ARGUMENT`), until it is put to the dead "
+        "letters and the next one of its upload goes. With the pauses between them, 8 take two "
+        "minutes.",
         validate=_at_least_one,
     )
     delivery_backoff: float = option(
@@ -323,8 +335,7 @@ class _Dispatcher:
 
     def _failed(self, event: Event, error: Exception) -> Event:
         attempts = event.attempts + 1
-        # What cannot be read today cannot be read tomorrow.
-        dead = attempts >= self._settings.delivery_attempts or isinstance(error, CorruptRecord)
+        dead = attempts >= self._settings.delivery_attempts or self._lasts(event, error)
         due_at = time.time() + self._settings.pause(attempts)
         log.log(
             logging.WARNING if attempts == 1 else logging.DEBUG,
@@ -335,6 +346,16 @@ class _Dispatcher:
             exc_info=None if isinstance(error, CorruptRecord) else _surprise(error),
         )
         return replace(event, attempts=attempts, due_at=due_at, error=_cause(error), dead=dead)
+
+    def _lasts(self, event: Event, error: Exception) -> bool:
+        """Return whether no further attempt will help, after one that failed."""
+        if isinstance(error, CorruptRecord):
+            return True  # what cannot be read today cannot be read tomorrow
+        if not isinstance(error, LastingFailure):
+            return False
+        # What stands before a receiver that starts may say 404 once, after much else.
+        is_again = event.error is None or event.error.startswith(_REFUSED)
+        return is_again and event.attempts + 1 >= self._settings.delivery_refusals
 
     def _put_back(self, event: Event) -> None:
         if event.dead:
@@ -399,4 +420,5 @@ def _cause(error: Exception) -> str:
     """Say in one line why something failed, as it may be shown to anybody."""
     cause = error.__cause__ or error
     text = str(cause) if isinstance(cause, TusError) else f"{type(cause).__name__}: {cause}"
+    text = f"{_REFUSED}{text}" if isinstance(error, LastingFailure) else text
     return printable(" ".join(without_secrets(text).split()))[:_ERROR_LENGTH]

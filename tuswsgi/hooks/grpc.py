@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuswsgi.display import printable
-from tuswsgi.errors import ConfigurationError, HookBroken, HookFailed
+from tuswsgi.errors import ConfigurationError, HookBroken
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import (
@@ -27,7 +27,7 @@ from tuswsgi.hooks.payloads import (
     payload_format,
     read_answer,
 )
-from tuswsgi.hooks.retries import PassingFailure, persistently
+from tuswsgi.hooks.retries import LastingFailure, PassingFailure, persistently
 from tuswsgi.options import Duration, KiB, Size, option
 from tuswsgi.process import PerProcess, is_cooperative
 
@@ -136,7 +136,7 @@ class GrpcHook(Hook):
             except grpc.RpcError as error:
                 # An RpcError of a call is the call, which knows its status.
                 code, details = error.code().name, error.details()
-            failure = PassingFailure if code in _PASSING else HookFailed
+            failure = PassingFailure if code in _PASSING else LastingFailure
             raise failure(f"{self.endpoint} answered {code}: {details}")
 
         answer = persistently(attempt, request, retries=self.retries, backoff=self.backoff)

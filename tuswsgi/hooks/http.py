@@ -26,7 +26,7 @@ from tuswsgi.errors import HookBroken, HookFailed, HookRefusal
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, check_object, decode_answer
-from tuswsgi.hooks.retries import PassingFailure, persistently
+from tuswsgi.hooks.retries import LastingFailure, PassingFailure, persistently
 from tuswsgi.options import Duration, KiB, Size, option
 from tuswsgi.process import PerProcess
 
@@ -58,6 +58,8 @@ _OURS = {
     "x-request-id",
 }
 
+#: The 4xx after which the same request may be taken later (RFC 9110, 15.5.9; RFC 8470; RFC 6585).
+_PASSING = {408, 425, 429}
 
 #: What a header's value may hold (RFC 9110, 5.5). ``requests`` takes none that begins with a
 #: blank, of which Latin-1 has more than a WSGI server strips.
@@ -163,7 +165,8 @@ class HttpHook(Hook):
 
         answer = ask_in_turn([partial(ask, url) for url in self.urls], request)
         if failures:
-            raise failures[0]
+            # It is repeated for all of them, for as long as one of them may have it.
+            raise min(failures, key=lambda failure: isinstance(failure, LastingFailure))
         return answer
 
     def close(self) -> None:
@@ -225,7 +228,8 @@ class HttpHook(Hook):
             log.log(level, "%s of %s: %s %s", type, request.info.id, told, answer.status)
             raise HookRefusal(answer.status, *_for_client(answer))
         if not 200 <= answer.status < 300:
-            raise HookFailed(f"{told} {answer.status}")
+            lasts = 400 <= answer.status < 500 and answer.status not in _PASSING
+            raise (LastingFailure if lasts else HookFailed)(f"{told} {answer.status}")
         try:
             if not answer.complete:
                 raise BadAnswer(f"more than {self.max_answer} bytes")

@@ -24,6 +24,10 @@ class PassingFailure(HookFailed):
     """A failure that may be over in a moment."""
 
 
+class LastingFailure(HookFailed):
+    """A failure that will hardly ever be over: the application will not have it."""
+
+
 def persistently(
     attempt: Callable[[], T], request: HookRequest, *, retries: int, backoff: float
 ) -> T:
