@@ -173,6 +173,7 @@ class Tus:
             hooks,
             follows_tusd=settings.follows_tusd,
             progress_interval=settings.progress_interval,
+            blocking_timeout=settings.blocking_timeout,
             max_headers=settings.max_headers,
             locate=data.location,
         )

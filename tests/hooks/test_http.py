@@ -471,6 +471,26 @@ def test_the_timeout_is_for_all_of_an_answer(talk: Callable[[socket.socket], Non
         hook.close()
 
 
+def test_a_receiver_that_hangs_costs_no_more_than_the_request_may_wait() -> None:
+    with speaking(_silence) as url:
+        hook = transport(url, url, timeout=1000.0, retries=1000)
+        began = time.monotonic()
+        with pytest.raises(HookFailed, match="did not answer"):
+            hook.send(replace(hook_of(), deadline=began + 0.3))
+        assert 0.3 <= time.monotonic() - began < 500
+        hook.close()
+
+
+def test_what_is_repeated_ends_when_the_request_may_wait_no_longer() -> None:
+    with answering(500, b"never") as receiver:
+        hook = transport(receiver.url, retries=100_000)
+        began = time.monotonic()
+        with pytest.raises((HookRefusal, HookFailed)):
+            hook.send(replace(hook_of(), deadline=began + 0.3))
+        hook.close()
+    assert 1 < len(receiver.requests) < 100_000
+
+
 def test_an_answer_without_end_is_not_read_to_it() -> None:
     def flood(sock: socket.socket) -> None:
         sock.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")

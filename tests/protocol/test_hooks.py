@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -184,6 +185,23 @@ class TestPreCreate:
         assert_refused(response, 500)
         assert "Set-Cookie" not in response.headers
         assert client.stored() == 0
+
+
+class TestPatience:
+    def test_a_receiver_that_hangs_costs_what_one_option_allows(
+        self, serve: Serve, caplog: Any
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            client = serve(
+                hooks_blocking_timeout="0.2s",
+                hooks="pre-create",
+                hooks_http_urls=f"http://127.0.0.1:{silent.getsockname()[1]}/",
+                hooks_http_timeout="1000s",
+            )
+            response = client.post(5)
+        assert_refused(response, 503)
+        assert response.headers["Retry-After"]
+        assert "did not answer" in caplog.text
 
 
 class TestHeaders:

@@ -77,9 +77,11 @@ class HttpClient:
         for scheme in ("http://", "https://"):
             session.mount(scheme, _BoundedAdapter(pool_maxsize=_IDLE_CONNECTIONS))
 
-    def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> HttpAnswer:
+    def post(
+        self, url: str, body: bytes, headers: Mapping[str, str], timeout: float | None = None
+    ) -> HttpAnswer:
         """Send a POST request and return the answer; see ``request``."""
-        return self.request("POST", url, body, headers)
+        return self.request("POST", url, body, headers, timeout)
 
     def request(
         self,

@@ -191,6 +191,7 @@ class AmqpHook(Hook):
 
         message = self._message(request)
         timeout = self.timeout if request.type.blocking else max(self.timeout, PATIENCE)
+        timeout = request.time_left(timeout)
         try:
             self._broker.get().publish(message, timeout)
         except PublishFailed as error:

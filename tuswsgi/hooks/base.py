@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, ClassVar
 from uuid import uuid4
 
-from tuswsgi.errors import HookRefusal
+from tuswsgi.errors import HookFailed, HookRefusal
 from tuswsgi.info import FileInfo, Metadata, Storage
 from tuswsgi.telemetry import hook_sent, report
 
@@ -70,6 +70,8 @@ class HookRequest:
         there is nothing to show (pre-create, stores without names).
     :param id: unique, and the same for every transport and every repetition.
     :param sequence: counts the record's writes; 0 where there was none.
+    :param deadline: until when, on the monotonic clock, the client's request waits for the
+        answer; ``None`` for as long as the transports take.
     """
 
     type: HookType
@@ -78,6 +80,23 @@ class HookRequest:
     location: str | None = None
     id: str = field(default_factory=lambda: uuid4().hex)
     sequence: int = 0
+    deadline: float | None = field(default=None, compare=False)
+
+    def may_wait(self, seconds: float) -> bool:
+        """Return whether the client's request may wait for so long from now on."""
+        return self.deadline is None or time.monotonic() + seconds < self.deadline
+
+    def time_left(self, most: float) -> float:
+        """Return how long an attempt may take, in seconds, up to `most`.
+
+        :raises HookFailed: if time is over.
+        """
+        if self.deadline is None:
+            return most
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise HookFailed("The request waited as long as it may (blocking_timeout).")
+        return min(most, left)
 
     def after(self, answer: HookResponse) -> HookRequest:
         """Return what the next listener is to see: the upload as `answer` changed it."""
@@ -237,8 +256,8 @@ class Hook(ABC):
 
         It may be called from many greenlets or threads at once, and must not block the
         others: no waiting but on gevent's (patched) primitives. It always ends, after its
-        timeout at the latest. For a blocking hook the request waits; for a post-hook the
-        caller repeats what failed.
+        timeout at the latest and at the hook's deadline. For a blocking hook the request
+        waits; for a post-hook the caller repeats what failed.
 
         :raises HookRefusal: to refuse the request with the application's own answer.
         :raises HookFailed: if the hook could not be reached or took too long; a blocking

@@ -110,7 +110,7 @@ class FileHook(Hook):
             yield self.dir / type.value
 
     def _run(self, path: Path, request: HookRequest) -> HookResponse | None:
-        turn = self._turn() if request.type.blocking else nullcontext(self.file_post_timeout)
+        turn = self._turn(request) if request.type.blocking else nullcontext(self.file_post_timeout)
         try:
             if not path.exists():
                 self._do_without(path, request.type)
@@ -132,14 +132,15 @@ class FileHook(Hook):
         return self._understood(path, request, ended)
 
     @contextmanager
-    def _turn(self) -> Iterator[float]:
+    def _turn(self, request: HookRequest) -> Iterator[float]:
         """Wait until a request may have its program; yields how long that may take.
 
         :raises TimeoutError: if its time is over before.
         """
-        deadline = time.monotonic() + self.file_timeout
+        timeout = request.time_left(self.file_timeout)
+        deadline = time.monotonic() + timeout
         turns = self._turns.get()
-        if not turns.acquire(timeout=self.file_timeout):
+        if not turns.acquire(timeout=timeout):
             raise TimeoutError(f"{self.file_programs} others ran all the time (file_programs)")
         try:
             yield max(0.0, deadline - time.monotonic())

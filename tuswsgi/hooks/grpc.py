@@ -80,7 +80,13 @@ class GrpcHook(Hook):
         "with more metadata than they take, often 8 KiB.",
         kind=Size,
     )
-    timeout: float = option(15.0, "How long an attempt may take.", kind=Duration)
+    timeout: float = option(
+        15.0,
+        "How long an attempt may take. A service that hangs costs a request `timeout` for each "
+        "attempt and `backoff` between them: 63 s by default, for each blocking hook. `[hooks] "
+        "blocking_timeout` bounds the sum.",
+        kind=Duration,
+    )
     retries: int = option(
         3,
         "How often a blocking hook is repeated that could not be delivered. Others are "
@@ -132,7 +138,8 @@ class GrpcHook(Hook):
 
         def attempt() -> Message:
             try:
-                return self._call()(message, timeout=self.timeout, metadata=metadata)
+                timeout = request.time_left(self.timeout)
+                return self._call()(message, timeout=timeout, metadata=metadata)
             except grpc.RpcError as error:
                 # An RpcError of a call is the call, which knows its status.
                 code, details = error.code().name, error.details()

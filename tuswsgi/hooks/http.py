@@ -115,7 +115,9 @@ class HttpHook(Hook):
     )
     timeout: float = option(
         2.0,
-        "How long an attempt may take, from the connection to the end of the answer.",
+        "How long an attempt may take, from the connection to the end of the answer. A receiver "
+        "that hangs costs a request `timeout` for each attempt and `backoff` between them: 11 s "
+        "by default, for each blocking hook and URL. `[hooks] blocking_timeout` bounds the sum.",
         kind=Duration,
         rustus="HTTP_HOOK_TIMEOUT",
         aliases=("http-hook-timeout",),
@@ -183,7 +185,8 @@ class HttpHook(Hook):
         def attempt() -> HttpAnswer:
             try:
                 own = self._headers(request, body)
-                answer = self._client.get().post(url, body, {**sent_along, **own})
+                timeout = request.time_left(self.timeout)
+                answer = self._client.get().post(url, body, {**sent_along, **own}, timeout)
             except ValueError as error:
                 raise HookFailed(f"{_shown(url)} cannot be asked: {error}") from None
             except OSError as error:

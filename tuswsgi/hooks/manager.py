@@ -56,6 +56,8 @@ class HookManager:
         upload that one request completes is told as created, too.
     :param progress_interval: the least time between two post-receive hooks of a request,
         in seconds.
+    :param blocking_timeout: for how long a request waits for one of its blocking hooks, in
+        seconds; ``None`` for as long as the transports take together.
     :param max_headers: the most bytes of a request's headers that hooks are told of.
     :param locate: returns where the bytes of an upload lie.
     """
@@ -66,12 +68,14 @@ class HookManager:
         *,
         follows_tusd: bool = False,
         progress_interval: float = 1.0,
+        blocking_timeout: float | None = None,
         max_headers: int = 64 * KiB,
         locate: Callable[[FileInfo], str | None] = lambda info: None,
     ) -> None:
         self.hooks = list(hooks)
         self.follows_tusd = follows_tusd
         self.progress_interval = progress_interval
+        self.blocking_timeout = blocking_timeout
         self.max_headers = max_headers
         #: Brings post-hooks to their transports; without one they are not told at all.
         self.messenger: Messenger | None = None
@@ -117,6 +121,8 @@ class HookManager:
         if not hooks:
             return None
         sent = self._hook(type, info, request)
+        if self.blocking_timeout is not None:
+            sent = replace(sent, deadline=time.monotonic() + self.blocking_timeout)
         return ask_in_turn([partial(self._ask_or_refuse, hook) for hook in hooks], sent)
 
     def record(self, type: HookType, info: FileInfo, request: RequestInfo) -> Sequence[Event]:

@@ -35,14 +35,14 @@ def persistently(
 
     :param retries: how often it is repeated after a ``PassingFailure``.
     :param backoff: seconds between two attempts.
-    :raises HookFailed: as the last attempt.
+    :raises HookFailed: as the last attempt: that which leaves no time for another one.
     """
     left = retries if request.type.blocking else 0
     while True:
         try:
             return attempt()
         except PassingFailure as error:
-            if left <= 0:
+            if left <= 0 or not request.may_wait(backoff):
                 raise
             left -= 1
             log.info(

@@ -46,6 +46,14 @@ class HookSettings:
         "`tusd-v2` is what tusd sends today, and hooks come when tusd would send them.",
         rustus="HOOKS_FORMAT",
     )
+    blocking_timeout: float | None = option(
+        None,
+        "How long a request may wait for one of its blocking hooks, all transports, URLs, "
+        "attempts and the pauses between them together; then it is told to come back (503). "
+        "Unset, the sum of what the transports may take: a receiver that hangs costs a request "
+        "11 s by HTTP (4 attempts of 2 s, 3 pauses of 1 s) and 63 s by gRPC, a program 60 s.",
+        kind=Duration,
+    )
     max_headers: int = option(
         64 * KiB,
         "How many bytes of a request's headers, names and values, hooks are told of. Beyond that "
