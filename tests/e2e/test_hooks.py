@@ -222,6 +222,26 @@ def test_a_slow_patch_is_stopped(serve: Serve, application: Application) -> None
     assert application.next("post-terminate").upload["id"] == path.rpartition("/")[2]
 
 
+def test_the_progress_of_a_slow_patch_is_told_at_its_interval(
+    serve: Serve, application: Application
+) -> None:
+    server = start(serve, application, "--progress-hooks-interval", "100ms", workers=1)
+    path = server.client.create(10_000_000)
+    offsets: list[int] = []
+    with server.client.start_patch(path, 0, 10_000_000, bytes(1000)) as connection:
+        while len(offsets) < 10:
+            connection.send(bytes(1000))
+            try:
+                heard = application.heard.get(timeout=0.01)
+            except queue.Empty:
+                continue
+            if heard.type == "post-receive":
+                offsets.append(heard.upload["offset"])
+    assert offsets == sorted(set(offsets))
+    # The kernel hands over a quarter of a megabyte at a time, if it is left to it.
+    assert offsets[-1] - offsets[0] < 1_000_000
+
+
 SCRIPT = """#!/bin/sh
 echo "$1 $TUS_ID $TUS_OFFSET" >> {log}
 case "$1" in

@@ -78,6 +78,15 @@ def test_the_life_of_an_upload(heard):
     ]
 
 
+def test_no_offset_is_told_twice(heard):
+    app = App(hooks_progress_interval="0s")
+    path = app.post(100_000)
+    assert app.patch(path, 0, bytes(50_000)) == 204
+    offsets = [offset for name, _, offset in heard if name == "progress"]
+    assert offsets[-1] == 50_000
+    assert len(offsets) == len(set(offsets)) > 1
+
+
 def test_an_upload_in_one_request(heard):
     app = App()
     app.post(3, b"abc")

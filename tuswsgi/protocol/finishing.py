@@ -8,6 +8,7 @@ request, a HEAD, a PATCH at the end or the sweep.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -103,6 +104,13 @@ class Finisher:
         if info.state is State.FINISHED:
             self.hooks.tell(HookType.POST_FINISH, info, request)
             tell(upload_finished, self.sender, info)
+
+    @property
+    def pace(self) -> float:
+        """At which interval progress is to be told, in seconds; infinite if nobody wants it."""
+        if self.hooks.wants(HookType.POST_RECEIVE) or upload_progress.receivers:
+            return self.hooks.progress_interval
+        return math.inf
 
     def tell_progress(self, info: FileInfo, request: RequestInfo) -> None:
         """Tell everybody how far an upload has come."""

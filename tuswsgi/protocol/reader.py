@@ -34,6 +34,9 @@ from tuswsgi.protocol.checksum import Checksum
 #: The most bytes that are moved at once.
 _STEP = 1024 * 1024
 
+#: Seconds between two looks at all readers, at least.
+_SHORTEST_PAUSE = 0.02
+
 
 class Body(ABC):
     """The body of a request, as ``web`` gets it from the WSGI server.
@@ -98,6 +101,9 @@ class UploadReader:
         #: Why the body ended, ``None`` if it came to its own end.
         self.error: TusError | None = None
         self.last_progress = time.monotonic()
+        #: When what has arrived shall be taken, however little; on the monotonic clock.
+        self.due_at = math.inf
+        self._pace = math.inf
         self._body = body
         self._limit = 0
         self._too_many: TusError = BodyTooLarge()
@@ -162,8 +168,17 @@ class UploadReader:
             self.error = UploadInterrupted() if type(error) is UploadLocked else error
             self._body.wake()
 
+    def pace(self, at: float, interval: float) -> None:
+        """Take what has arrived at a time, and again when no byte has come for an interval.
+
+        :param at: on the monotonic clock.
+        :param interval: in seconds.
+        """
+        self.due_at, self._pace = at, interval
+
     def nudge(self) -> None:
         """Take what has arrived of a slow body."""
+        self.due_at = time.monotonic() + self._pace
         self._body.nudge()
 
     # --- inside ------------------------------------------------------------------------
@@ -259,10 +274,17 @@ class ActiveReaders:
     :param network_timeout: the longest silence of a body, in seconds.
     :param lifetime: after how many seconds without progress an upload is forgotten, ``None`` for
         never: the bytes of a slow body are told in time.
+    :param pace: returns the shortest interval, in seconds, at which readers are paced now.
     """
 
-    def __init__(self, network_timeout: float, lifetime: float | None = None) -> None:
+    def __init__(
+        self,
+        network_timeout: float,
+        lifetime: float | None = None,
+        pace: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self.network_timeout = network_timeout
+        self._pace = pace
         self._pause = max(0.05, min(network_timeout / 10, 2.0, (lifetime or math.inf) / 8))
         self._readers: PerProcess[set[UploadReader]] = PerProcess(self._start)
         self._stopped = False
@@ -296,8 +318,9 @@ class ActiveReaders:
 
     def _watch(self, readers: set[UploadReader]) -> None:
         # One look at all readers now and then is far cheaper than a timer per wait.
-        pause, looked = self._pause, time.monotonic()
+        looked = time.monotonic()
         while True:
+            pause = self._pause_before_next(readers)
             time.sleep(pause)
             now = time.monotonic()
             # A process that was held up knows nothing of its clients until it looks again.
@@ -306,8 +329,18 @@ class ActiveReaders:
                 silence = now - reader.last_progress
                 if silence > self.network_timeout and not held_up:
                     reader.interrupt(ReadTimeout())
-                elif silence > pause:
+                elif silence > self._pause or reader.due_at <= now:
                     reader.nudge()
+
+    def _pause_before_next(self, readers: set[UploadReader]) -> float:
+        pace = self._pace()
+        if pace == math.inf:
+            return self._pause
+        # Who comes meanwhile is due after its interval at the earliest. That many are due one
+        # after the other must not keep us busy.
+        due_at = min((reader.due_at for reader in tuple(readers)), default=math.inf)
+        soonest = max(_SHORTEST_PAUSE, pace / 20)
+        return max(soonest, min(self._pause, pace, due_at - time.monotonic()))
 
 
 class _Active(AbstractContextManager[None]):

@@ -84,13 +84,15 @@ class Reception:
         #: After how long a record is written anew while bytes arrive, and how often that is looked
         #: at: a store that forgets gets it in the first half of its life.
         self._refresh = _REFRESH if lifetime is None else min(_REFRESH, lifetime / 4)
-        self._pause = min(self._interval, _LOOK_INTERVAL, self._refresh)
+        self._pause = min(_LOOK_INTERVAL, self._refresh)
         self._chunk = chunk
         self._failure: TusError | None = None
         self._info: FileInfo | None = None
         self._on_progress: OnProgress = lambda info: None
         self._hold = SURE
         self._start = self._reported = 0
+        #: Which offset was told last.
+        self._told: int | None = None
         #: How many bytes may come, and what is wrong with more; ``check`` says.
         self._room: int
         self._too_many: TusError
@@ -191,6 +193,7 @@ class Reception:
         self.check(info, offset)
         self._info, self._start, self._on_progress = info, offset, on_progress
         self._hold = hold
+        self._pace(self._told_at)
         infos = self._finisher.infos
         if infos.is_forgetful and time.time() - _written_at(info) > self._refresh:
             # Its first bytes may be long in coming.
@@ -209,7 +212,7 @@ class Reception:
             return self._finisher.finish(info, request, hold)
         if kept > offset or was_reserved:
             info = self._finisher.infos.save(info)
-        if kept > offset or self.error is None:
+        if (kept > offset or self.error is None) and kept != self._told:
             on_progress(info)
         return info
 
@@ -281,7 +284,8 @@ class Reception:
         granted = self._granted
         if granted is not None and self._info is not None and granted - _MARGIN < received:
             self._info = self._promised(self._info)
-        if now - self._looked_at < self._pause:
+        is_due = self._info is not None and now - self._told_at >= self._interval
+        if now - self._looked_at < self._pause and not is_due:
             return
         self._looked_at = now
         if bytes_received.receivers:
@@ -297,9 +301,15 @@ class Reception:
                 raise  # others write it: the lock is lost
             except Unavailable:
                 pass  # the bytes still come; it is tried again in a moment
-        if now - self._told_at >= self._interval:
-            self._told_at = now
+        if is_due:
+            self._told_at, self._told = now, info.offset
+            self._pace(now)
             self._on_progress(info)
+
+    def _pace(self, told_at: float) -> None:
+        """Have what arrives of a slow body told in time, if anybody wants that."""
+        interval = self._finisher.pace
+        self.reader.pace(told_at + interval, interval)
 
     def _report_bytes(self) -> None:
         size = self.reader.received - self._reported

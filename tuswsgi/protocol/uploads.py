@@ -69,8 +69,10 @@ class Uploads:
         self.hooks = hooks
         self.settings = settings
         self.extensions = settings.offered(data.extensions)
-        self.readers = ActiveReaders(settings.network_timeout, infos.lifetime)
         self.finisher = Finisher(data, infos, locker, hooks, settings, sender)
+        self.readers = ActiveReaders(
+            settings.network_timeout, infos.lifetime, lambda: self.finisher.pace
+        )
         self.creator = Creator(self.finisher)
         #: The PATCHes that this process receives, by the ids of their uploads.
         self._received: dict[str, tuple[Reception, RequestInfo]] = {}
