@@ -123,6 +123,9 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if self._tus is not None and getattr(req, "_expected_100_continue", False):
             req._expected_100_continue = False
             req.body.send_continue = lambda: sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # Of a field that comes more than once the environ has one string. A request with one is
+        # never plain.
+        req.body.request_fields = req.headers
         if not self._knows_bodies:
             super().handle_request(listener_name, req, sock, addr)
             return

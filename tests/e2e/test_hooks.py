@@ -155,6 +155,19 @@ class TestHttp:
             refused = connection.request("DELETE", path, TUS)
             assert (refused.status, refused.body) == (418, b"no tea")
 
+    def test_headers_that_come_twice(self, serve: Serve, application: Application) -> None:
+        flags = ("--hooks-format", "tusd-v2", "--hooks-http-forward-headers", "Cookie")
+        server = start(serve, application, *flags)
+        twice = {"X-Tag": "a", "x-tag": "b", "Cookie": "c=1", "cookie": "d=2", "X-Once": "a,b"}
+        assert post(server, 5, **twice).status == 201
+        for type in ("pre-create", "post-create"):
+            heard = application.next(type)
+            told = heard.payload["Event"]["HTTPRequest"]["Header"]
+            assert told["X-Tag"] == ["a", "b"]
+            assert told["Cookie"] == ["c=1", "d=2"]
+            assert told["X-Once"] == ["a,b"]
+            assert heard.headers["Cookie"] == "c=1; d=2"
+
     def test_one_that_is_not_there(self, serve: Serve, application: Application) -> None:
         server = start(serve, application, "--hooks-http-retries", "0")
         application.close()

@@ -250,6 +250,19 @@ def test_the_whole_payload(name: FormatName) -> None:
     assert payload == expected
 
 
+def test_a_header_that_came_twice_has_two_values_for_tusd_and_one_for_rustus() -> None:
+    headers = {"x-tag": "a,b", "cookie": "c=1; d=2"}
+    repeated = {"x-tag": ("a", "b"), "cookie": ("c=1", "d=2")}
+    told = hook(request=replace(REQUEST, headers=headers, repeated=repeated))
+    header = sent(FormatName.TUSD_V2, told)["Event"]["HTTPRequest"]["Header"]
+    assert header == {"X-Tag": ["a", "b"], "Cookie": ["c=1", "d=2"]}
+    assert sent(FormatName.DEFAULT, told)["request"]["headers"] == headers
+    assert sent(FormatName.TUSD, told)["HTTPRequest"]["Header"] == {
+        "x-tag": ["a,b"],
+        "cookie": ["c=1; d=2"],
+    }
+
+
 @pytest.mark.parametrize("name", FormatName)
 def test_a_payload_can_be_sent_whatever_clients_say(name: FormatName) -> None:
     evil = "\x00\x1b[2J\x9b\xa0\u2028\udc80\ud800"

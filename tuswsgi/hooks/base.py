@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
@@ -49,7 +49,9 @@ class RequestInfo:
     :param remote_addr: the client's address, with a proxy looked through if that is
         configured; ``None`` where the server does not know it.
     :param remote_port: the client's port, where no proxy hides it.
-    :param headers: header names in lower case, repeated ones joined by commas.
+    :param headers: header names in lower case, repeated ones joined as one value.
+    :param repeated: the values of those headers that came more than once, one by one, where the
+        server tells them apart.
     :param owner: who sends it, as the embedding application names them.
     """
 
@@ -59,6 +61,23 @@ class RequestInfo:
     remote_port: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     owner: str | None = None
+    repeated: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> Mapping[str, Sequence[str]]:
+        """All headers with all of their values."""
+        return {name: self.repeated.get(name, (text,)) for name, text in self.headers.items()}
+
+
+def joined(name: str, values: Sequence[str]) -> str:
+    """Return the values of a header that came more than once as one.
+
+    They are joined by commas (RFC 9110, 5.3), but those of Cookie as browsers do it (RFC 6265,
+    5.4).
+
+    :param name: in lower case.
+    """
+    return ("; " if name == "cookie" else ",").join(values)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ so that it can be sent by whatever the server is configured with when its turn c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuswsgi.hooks.base import Event, HookRequest, RequestInfo
+from tuswsgi.hooks.base import Event, HookRequest, RequestInfo, joined
 from tuswsgi.infostores import record
 
 
@@ -24,7 +24,8 @@ def event_of(hook: HookRequest, transport: str, now: float) -> Event:
             "uri": request.uri,
             "remote_addr": request.remote_addr,
             "remote_port": request.remote_port,
-            "headers": dict(request.headers),
+            # Told once: headers may be long.
+            "headers": {**request.headers, **request.repeated},
             "owner": request.owner,
         },
     }
@@ -42,10 +43,21 @@ def request_of(event: Event) -> HookRequest:
         return HookRequest(
             event.type,
             info,
-            RequestInfo(**request),
+            _request_info(**request),
             event.payload["location"],
             event.id,
             event.sequence,
         )
     except (KeyError, TypeError) as error:
         raise record.CorruptRecord(f"Not the payload of an event: {error!r}") from error
+
+
+def _request_info(headers: Mapping[str, str | Sequence[str]], **others: Any) -> RequestInfo:
+    texts, repeated = {}, {}
+    for name, value in headers.items():
+        if isinstance(value, str):
+            texts[name] = value
+        else:
+            repeated[name] = tuple(value)
+            texts[name] = joined(name, value)
+    return RequestInfo(headers=texts, repeated=repeated, **others)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuswsgi.display import printable
 from tuswsgi.errors import ConfigurationError, HookBroken
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, joined
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import (
     BadAnswer,
@@ -228,7 +228,9 @@ def _message(data: Mapping[str, Any]) -> Message:
         "method": request["Method"],
         "uri": request["URI"],
         "remoteAddr": request["RemoteAddr"],
-        "header": {name: values[0] for name, values in (request["Header"] or {}).items()},
+        "header": {
+            name: joined(name.lower(), values) for name, values in request["Header"].items()
+        },
     }
     event = {"upload": info, "httpRequest": cause}
     return _message_class("HookRequest")(type=data["Type"], event=event)

@@ -159,7 +159,9 @@ class _TusdV2Request(Schema):
     URI = fields.String(attribute="request.uri")
     RemoteAddr = fields.Function(lambda hook: _host_and_port(hook))
     Header = fields.Function(
-        lambda hook: {_canonical(name): [value] for name, value in hook.request.headers.items()}
+        lambda hook: {
+            _canonical(name): list(values) for name, values in hook.request.fields.items()
+        }
     )
 
 

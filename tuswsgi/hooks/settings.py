@@ -43,7 +43,9 @@ class HookSettings:
     format: FormatName = option(
         FormatName.DEFAULT,
         "What hooks look like. The first three are rustus' and differ in the payload alone; "
-        "`tusd-v2` is what tusd sends today, and hooks come when tusd would send them.",
+        "`tusd-v2` is what tusd sends today, and hooks come when tusd would send them. There a "
+        "header that comes twice has two values; under other servers than `tuswsgi serve` and "
+        "our worker for gunicorn it has one, joined by a comma.",
         rustus="HOOKS_FORMAT",
     )
     blocking_timeout: float | None = option(

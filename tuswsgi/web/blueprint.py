@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import flask
@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter, Rule
 
 from tuswsgi.errors import MethodNotAllowed, TusError, Unavailable
-from tuswsgi.hooks.base import RequestInfo
+from tuswsgi.hooks.base import RequestInfo, joined
 from tuswsgi.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
 from tuswsgi.protocol.headers import TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.protocol.uploads import Uploads
@@ -180,6 +180,9 @@ class TusBlueprint(flask.Blueprint):
         owner = self._owner(flask.request) if self._owner is not None else None
         if not self._uploads.hooks.hooks:
             return RequestInfo(method, owner=owner)
+        repeated = _repeated(environ)
+        headers = {name: joined(name, values) for name, values in repeated.items()}
+        headers = dict(self._uploads.hooks.told(_headers(environ) | headers))
         port = environ.get("REMOTE_PORT", "") if origin.client == environ.get("REMOTE_ADDR") else ""
         return RequestInfo(
             method,
@@ -187,8 +190,9 @@ class TusBlueprint(flask.Blueprint):
             origin.client,
             int(port) if port.isdecimal() else None,
             # The id as if the client had sent it, so that every transport can pass it on.
-            {**self._uploads.hooks.told(_headers(environ)), "x-request-id": request_id(environ)},
+            headers | {"x-request-id": request_id(environ)},
             owner,
+            {name: values for name, values in repeated.items() if name in headers},
         )
 
     def _common_headers(self, environ: dict[str, Any]) -> Headers:
@@ -231,3 +235,18 @@ def _headers(environ: Mapping[str, Any]) -> dict[str, str]:
     names = {key: key[5:] for key in environ if key.startswith("HTTP_")}
     names |= {key: key for key in ("CONTENT_TYPE", "CONTENT_LENGTH") if environ.get(key)}
     return {name.replace("_", "-").lower(): environ[key] for key, name in names.items()}
+
+
+def _repeated(environ: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """Return the values of the headers that came more than once, with names in lower case.
+
+    In an environ they are one string. Our worker tells them apart, other servers do not.
+    """
+    values: dict[str, list[str]] = {}
+    for name, value in getattr(environ["wsgi.input"], "request_fields", ()):
+        values.setdefault(name.lower(), []).append(value)
+    return {
+        name: tuple(several)
+        for name, several in values.items()
+        if len(several) > 1 and name not in ("content-type", "x-request-id")
+    }
