@@ -188,6 +188,31 @@ class TestChoices:
         assert (server.data_dir / "a" / "seven.txt").read_bytes() == b"hello"
         assert server.client.head(path).headers["upload-metadata"] == "k dg=="
 
+    def test_an_id_and_a_path_as_tusds_documents_have_them(
+        self, serve: Serve, application: Application
+    ) -> None:
+        server = start(serve, application, "--hooks-format", "tusd-v2")
+        storage = {"Path": "./upload-e7a036dc/presentation.pdf"}
+        application.says("pre-create", ChangeFileInfo={"ID": "7:00%@a+b=c", "Storage": storage})
+        path = path_of(post(server, 10, b"hello"))
+        assert path == "/files/7:00%25@a+b=c"
+        assert server.client.patch(path, 5, b"world").status == 204
+        assert application.next("post-finish").upload["id"] == "7:00%@a+b=c"
+        assert server.client.get(path).body == b"helloworld"
+        file = server.data_dir / "upload-e7a036dc" / "presentation.pdf"
+        assert file.read_bytes() == b"helloworld"
+
+    @pytest.mark.parametrize("change", [{"ID": "a/b"}, {"Storage": {"Path": "../evil"}}])
+    def test_what_no_upload_may_have_is_told_to_the_operator(
+        self, serve: Serve, application: Application, change: dict[str, Any]
+    ) -> None:
+        server = start(serve, application)
+        application.says("pre-create", ChangeFileInfo=change)
+        answer = post(server, 5)
+        assert answer.status == 500
+        assert "retry-after" not in answer.headers
+        server.wait_for(r"pre-create of .* failed by http: The (id|path) .* cannot be that of")
+
     @pytest.mark.parametrize(
         "change", [{"ID": "seven"}, {"Storage": {"Path": "a/seven"}}], ids=["id", "path"]
     )
