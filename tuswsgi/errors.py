@@ -193,6 +193,12 @@ class RangeNotSatisfiable(TusError):
         self.size = size
 
 
+class PreconditionFailed(TusError):
+    status = 412
+    code = "ERR_PRECONDITION_FAILED"
+    message = "The upload is not the version that If-Match or If-Unmodified-Since asks for."
+
+
 class ChecksumMismatch(TusError):
     status = 460
     code = "ERR_CHECKSUM_MISMATCH"

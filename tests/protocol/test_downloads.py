@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flask
 import pytest
 from werkzeug.http import http_date
 
 from protocol.client import Client, assert_refused, metadata, path_of
 from protocol.conftest import Serve, on_memory
+from tuswsgi.app import Tus
+from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
+from tuswsgi.protocol.cleanup import CleanUp
+from tuswsgi.protocol.settings import CleanUpSettings
+
+Embed = Callable[..., Tus]
 
 DIGITS = b"0123456789"
 
@@ -237,16 +245,28 @@ class TestRanges:
         for condition in (
             '"other"',
             f"W/{tag}",
+            tag.strip('"'),
             tag.strip('"') + "x",
             http_date(0),
             "Thu, 01 Jan 2099 00:00:00 GMT",
-            "",
-            "nonsense",
+            *NO_DATES,
             "\xe9",
         ):
             response = client.get(url, Range="bytes=0-1", environ={"HTTP_IF_RANGE": condition})
             assert response.status_code == 200, condition
             assert response.data == DIGITS
+
+
+#: Dates with numbers that no machine counts with, besides ordinary nonsense.
+NO_DATES = [
+    "nonsense",
+    "Fri, 99 Foo 99999 99:99:99 GMT",
+    f"Thu, 01 Jan {'9' * 20} 00:00:00 GMT",
+    f"Thu, {'9' * 20} Jan 2000 00:00:00 GMT",
+    f"Thu, 01 Jan 2000 00:00:00 +{'9' * 20}",
+    f"Thu, 01 Jan {'9' * 5000} 00:00:00 GMT",
+    "",
+]
 
 
 @on_memory
@@ -265,7 +285,7 @@ class TestCaches:
     def test_dates(self, client: Client, url: str) -> None:
         date = client.get(url).headers["Last-Modified"]
         assert client.get(url, If_Modified_Since=date).status_code == 304
-        for other in (http_date(0), "nonsense", "Fri, 99 Foo 99999 99:99:99 GMT", ""):
+        for other in (http_date(0), *NO_DATES):
             response = client.get(url, environ={"HTTP_IF_MODIFIED_SINCE": other})
             assert response.status_code == 200
 
@@ -274,6 +294,52 @@ class TestCaches:
         assert len(tags) == 1
         other = client.create(10, DIGITS)
         assert client.get(other).headers["ETag"] not in tags
+
+    def test_an_id_that_is_used_again_has_another_tag(self, app: flask.Flask, embed: Embed) -> None:
+        tus = embed()
+
+        @tus.on("pre-create")
+        def choose(hook: HookRequest) -> HookResponse:
+            return HookResponse(change=ChangeFileInfo(id="today"))
+
+        app.register_blueprint(tus.blueprint(), url_prefix="/files")
+        client = Client(app, tus)
+        first = client.get(client.create(10, DIGITS))
+        client.delete("/files/today")
+        clean_up = CleanUp(tus.uploads, CleanUpSettings(tombstone_age=0.0))
+        for search in clean_up.searches():
+            list(search.removals())
+        url = client.create(10, DIGITS[::-1])
+        tag = first.headers["ETag"]
+        assert client.get(url, If_None_Match=tag).data == DIGITS[::-1]
+        assert client.get(url, If_Range=tag, Range="bytes=5-").data == DIGITS[::-1]
+        assert_refused(client.get(url, If_Match=tag), 412)
+
+    def test_who_wants_this_version_gets_it(self, client: Client, url: str) -> None:
+        fresh = client.get(url)
+        tag, date = fresh.headers["ETag"], fresh.headers["Last-Modified"]
+        for wanted in (tag, f'"other", {tag}', "*"):
+            assert client.get(url, If_Match=wanted).data == DIGITS
+        for since in (date, "Thu, 01 Jan 2099 00:00:00 GMT", *NO_DATES):
+            response = client.get(url, environ={"HTTP_IF_UNMODIFIED_SINCE": since})
+            assert response.data == DIGITS
+        # If-Match counts, and the date beside it does not.
+        assert client.get(url, If_Match=tag, If_Unmodified_Since=http_date(0)).data == DIGITS
+        assert client.get(url, If_Match=tag, If_None_Match=tag).status_code == 304
+
+    def test_who_wants_another_version_is_told(self, client: Client, url: str) -> None:
+        tag = client.get(url).headers["ETag"]
+        for wanted in ('"other"', f"W/{tag}", "nonsense"):
+            assert_refused(client.get(url, If_Match=wanted), 412, "version")
+            assert_refused(client.get(url, If_Match=wanted, Range="bytes=0-1"), 412)
+        assert_refused(client.get(url, If_Unmodified_Since=http_date(0)), 412)
+
+    def test_of_an_unfinished_upload_nobody_can_want_a_version(self, serve: Serve) -> None:
+        client = serve(download_unfinished=True)
+        url = client.create(20, DIGITS)
+        assert_refused(client.get(url, If_Match='"x"'), 412)
+        assert client.get(url, If_Match="*").data == DIGITS
+        assert client.get(url, If_Unmodified_Since=http_date(0)).data == DIGITS
 
     def test_a_part_that_is_not_the_clients_any_more(self, client: Client, url: str) -> None:
         tag = client.get(url).headers["ETag"]

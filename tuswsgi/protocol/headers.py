@@ -24,6 +24,9 @@ from tuswsgi.errors import (
 from tuswsgi.info import MAX_SIZE, FileInfo, Metadata
 from tuswsgi.protocol.checksum import Checksum
 
+#: int() takes no more digits, leading zeros included.
+_MOST_DIGITS = 4300
+
 VERSION = "1.0.0"
 OFFSET_OCTET_STREAM = "application/offset+octet-stream"
 
@@ -186,6 +189,8 @@ def _number(name: str, text: str, error: type[BadRequest]) -> int:
     # int() takes signs, blanks, underscores and digits of other scripts.
     if not (text.isascii() and text.isdigit()):
         raise error(f"The {name} header is not a non-negative integer.")
+    if len(text) > _MOST_DIGITS:
+        raise error(f"The {name} header is longer than {_MOST_DIGITS} digits.")
     if len(text.lstrip("0")) > 19 or (number := int(text)) > MAX_SIZE:
         raise error(f"The {name} header is larger than 2^63-1.")
     return number

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from email.utils import formatdate
 from typing import Any
 from urllib.parse import quote
 
-from werkzeug.http import (
-    is_resource_modified,
-    parse_date,
-    parse_if_range_header,
-    parse_range_header,
-)
+from werkzeug.http import parse_date, parse_etags, parse_range_header
 
-from tuswsgi.errors import RangeNotSatisfiable
+from tuswsgi.errors import PreconditionFailed, RangeNotSatisfiable
 from tuswsgi.info import FileInfo, Metadata
 
 #: Types that a browser may show in place; the list is tusd's. Everything else, HTML and
@@ -83,24 +79,59 @@ def disposition(metadata: Metadata, *, inline: bool) -> str:
 
 
 def validators(info: FileInfo) -> Headers:
-    """Return what names the content's version; finished uploads never change."""
+    """Return what names the content's version; finished uploads never change.
+
+    A hook may choose the id of a removed upload again, so the id alone would be no strong tag
+    (RFC 9110, 8.8.1).
+    """
     if not info.is_finished or info.finished_at is None:
         return [("Cache-Control", "no-store")]
     return [
-        ("ETag", f'"{info.id}"'),
+        ("ETag", f'"{info.id}-{round(info.finished_at * 1e6):x}"'),
         ("Last-Modified", formatdate(info.finished_at, usegmt=True)),
         ("Accept-Ranges", "bytes"),
     ]
 
 
 def is_cached(environ: Mapping[str, Any], headers: Headers) -> bool:
-    """Whether the client has the content already (RFC 9110, 13.1)."""
+    """Whether the client has the content already (RFC 9110, 13.2.2).
+
+    :raises PreconditionFailed: if it wants another content than this.
+    """
     named = dict(headers)
-    if "ETag" not in named:
+    tag, changed = named.get("ETag"), _date(named.get("Last-Modified"))
+    if not _is_wanted(environ, tag, changed):
+        raise PreconditionFailed
+    if tag is None or changed is None:
         return False
-    return not is_resource_modified(
-        dict(environ), etag=named["ETag"], last_modified=parse_date(named["Last-Modified"])
-    )
+    if known := parse_etags(environ.get("HTTP_IF_NONE_MATCH")):
+        return known.star_tag or known.contains_weak(_bare(tag))
+    since = _date(environ.get("HTTP_IF_MODIFIED_SINCE"))
+    return since is not None and changed <= since
+
+
+def _is_wanted(environ: Mapping[str, Any], tag: str | None, changed: datetime | None) -> bool:
+    if text := environ.get("HTTP_IF_MATCH"):
+        wanted = parse_etags(text)
+        return wanted.star_tag or (tag is not None and wanted.is_strong(_bare(tag)))
+    # "A recipient MUST ignore the If-Unmodified-Since header field if the received field value
+    # is not a valid HTTP-date" (RFC 9110, 13.1.4), or if it knows no date itself.
+    since = _date(environ.get("HTTP_IF_UNMODIFIED_SINCE"))
+    return since is None or changed is None or changed <= since
+
+
+def _bare(tag: str) -> str:
+    """Return a strong tag as werkzeug compares it, without its quotes."""
+    return tag[1:-1]
+
+
+def _date(text: str | None) -> datetime | None:
+    """Return the date in a header, ``None`` if it has none."""
+    try:
+        return parse_date(text)
+    except OverflowError:
+        # A year, a day or an offset that no number of the machine's holds.
+        return None
 
 
 def wanted_range(environ: Mapping[str, Any], headers: Headers, size: int) -> tuple[int, int] | None:
@@ -132,8 +163,5 @@ def _range_applies(text: str | None, named: Mapping[str, str]) -> bool:
     """Whether ``If-Range`` names the version that we have (RFC 9110, 13.1.5)."""
     if text is None:
         return True
-    condition = parse_if_range_header(text)
-    if condition.date is not None:
-        return condition.date == parse_date(named["Last-Modified"])
     # A weak tag never matches here: the comparison is the strong one.
-    return not text.startswith("W/") and f'"{condition.etag}"' == named["ETag"]
+    return text == named["ETag"] or _date(text) == _date(named["Last-Modified"])
