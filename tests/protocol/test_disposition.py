@@ -70,7 +70,12 @@ def test_other_clients_say_name_and_type() -> None:
 
 @pytest.mark.parametrize("media_type", sorted(INLINE_TYPES))
 def test_harmless_types_are_shown(media_type: str) -> None:
-    for written in (media_type, media_type.upper(), f"{media_type}; charset=utf-8"):
+    for written in (
+        media_type,
+        media_type.upper(),
+        f"{media_type}; charset=utf-8",
+        f'{media_type};a="a=b; A=c"; b=a',
+    ):
         headers = headers_of(filename="a", filetype=written)
         assert headers["Content-Type"] == written
         assert headers["Content-Disposition"] == 'inline; filename="a"'
@@ -118,6 +123,9 @@ def test_other_types_are_saved(media_type: str) -> None:
         "text/plain; x=é",
         "téxt/plain",
         "text /plain",
+        "text/plain; charset=a; charset=b",
+        'image/png;a=b ; A="c;d"',
+        'text/plain; x="é"',
         "text/html;text/plain",
         b"\xff\xfe",
     ],

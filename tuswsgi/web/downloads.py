@@ -41,7 +41,8 @@ INLINE_TYPES = frozenset(
 )
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
-_MEDIA_TYPE = re.compile(rf'{_TOKEN}/{_TOKEN}( *; *{_TOKEN}=({_TOKEN}|"[^"\\\x00-\x1f\x7f]*"))*')
+_PARAMETER = rf' *; *({_TOKEN})=(?:{_TOKEN}|"[^"\\\x00-\x1f\x7f]*")'
+_MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:{_PARAMETER})*)")
 
 Headers = list[tuple[str, str]]
 
@@ -49,15 +50,27 @@ Headers = list[tuple[str, str]]
 def content_headers(info: FileInfo) -> Headers:
     """Return what the content of an upload is and how it may be shown."""
     media_type = (info.metadata.text("filetype") or info.metadata.text("type") or "").strip()
-    if not media_type.isascii() or _MEDIA_TYPE.fullmatch(media_type) is None:
-        media_type = "application/octet-stream"
-    bare = media_type.partition(";")[0].strip().lower()
+    bare = _bare_type(media_type)
+    if bare is None:
+        bare = media_type = "application/octet-stream"
     return [
         ("Content-Type", media_type),
         ("Content-Disposition", disposition(info.metadata, inline=bare in INLINE_TYPES)),
         ("X-Content-Type-Options", "nosniff"),
         ("Content-Security-Policy", "sandbox"),
     ]
+
+
+def _bare_type(text: str) -> str | None:
+    """Return a media type without its parameters, ``None`` if it is malformed.
+
+    Where a parameter comes twice, programs do not agree which of them counts.
+    """
+    match = _MEDIA_TYPE.fullmatch(text)
+    if match is None or not text.isascii():
+        return None
+    names = [name.lower() for name in re.findall(_PARAMETER, match[2])]
+    return match[1].lower() if len(names) == len(set(names)) else None
 
 
 def disposition(metadata: Metadata, *, inline: bool) -> str:
