@@ -159,8 +159,24 @@ class TestFinal:
 class TestUrls:
     def test_absolute_and_paths(self, client: Client) -> None:
         part = client.part(b"x")
-        for url in (part, f"http://localhost{part}", f"//localhost{part}"):
+        for url in (
+            part,
+            f"http://localhost{part}",
+            f"//localhost{part}",
+            # One server has many names.
+            f"http://127.0.0.1:8080{part}",
+            f"https://example.org{part}",
+        ):
             assert client.content(path_of(client.final(url, part))) == b"xx"
+
+    @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
+    def test_of_a_host_with_the_default_port(self, serve: Serve, scheme: str, port: int) -> None:
+        client = serve(behind_proxy=True)
+        said = {"X-Forwarded-Proto": scheme, "X-Forwarded-Host": f"example.org:{port}"}
+        created = client.post(1, b"x", Upload_Concat="partial", **said)
+        location = created.headers["Location"]
+        assert location.startswith(f"{scheme}://example.org/files/")
+        assert client.final(location, location, **said).status_code == 201
 
     def test_behind_a_proxy(self, serve: Serve) -> None:
         client = serve(behind_proxy=True)
@@ -190,9 +206,7 @@ class TestUrls:
     @pytest.mark.parametrize(
         "form",
         [
-            "http://evil.org{}",
-            "//evil.org{}",
-            "http://localhost:81{}",
+            "http://evil.org/other{}",
             "ftp://localhost{}",
             "/other{}",
             "{}?x=1",

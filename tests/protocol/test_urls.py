@@ -43,10 +43,49 @@ def location(headers: dict[str, str], settings: WebSettings = PROXIED, **values:
 class TestHost:
     @pytest.mark.parametrize(
         "host",
-        ["example.org", "example.org:80", "127.0.0.1:1081", "[::1]", "[2001:db8::1]:8080", "a_b"],
+        ["example.org", "example.org:443", "127.0.0.1:1081", "[::1]", "[2001:db8::1]:8080", "a_b"],
     )
     def test_it_is_what_the_client_said(self, host: str) -> None:
         assert location({"Host": host}, WebSettings()) == f"http://{host}"
+
+    # "If the port is equal to the default port for a scheme, the normal form is to omit the port
+    # subcomponent." (RFC 9110, 4.2.3)
+    @pytest.mark.parametrize(
+        ("scheme", "port"), [("http", "80"), ("https", "443"), ("http", ""), ("http", "00080")]
+    )
+    @pytest.mark.parametrize("host", ["example.org", "127.0.0.1", "[2001:db8::1]"])
+    def test_the_default_port_is_left_out(self, host: str, scheme: str, port: str) -> None:
+        said = {"Host": f"{host}:{port}"}
+        values = {"wsgi.url_scheme": scheme}
+        assert location(said, WebSettings(), **values) == f"{scheme}://{host}"
+        for forwarded in (
+            {"X-Forwarded-Host": f"{host}:{port}", "X-Forwarded-Proto": scheme},
+            {"Host": f"{host}:{port}", "X-Forwarded-Proto": scheme},
+            {"Forwarded": f'host="{host}:{port}";proto={scheme}'},
+        ):
+            assert location(forwarded) == f"{scheme}://{host}"
+
+    def test_the_default_port_of_another_scheme_is_not(self) -> None:
+        said = {"Host": "example.org:80", "X-Forwarded-Proto": "https"}
+        assert location(said) == "https://example.org:80"
+
+    @pytest.mark.parametrize("key", ["RAW_URI", "REQUEST_URI"])
+    @pytest.mark.parametrize("host", ["example.org", "example.org:8080", "[::1]:8080"])
+    def test_the_targets_own_wins(self, host: str, key: str) -> None:
+        for target in (f"http://{host}/files", f"HTTP://{host}?x", f"https://{host}"):
+            request = environ({"Host": "other.org"}, **{key: target})
+            assert origin_of(request, WebSettings()).host == host
+        # What a proxy says that is trusted comes from farther out.
+        said = environ({"X-Forwarded-Host": "outside.org"}, **{key: f"http://{host}/files"})
+        assert origin_of(said, PROXIED).host == "outside.org"
+
+    @pytest.mark.parametrize("target", ["/http://evil.org/", "//evil.org/files", "*", "/files"])
+    def test_a_target_that_is_but_a_path(self, target: str) -> None:
+        assert origin_of(environ(RAW_URI=target), WebSettings()).host == "inside:1081"
+
+    def test_a_target_whose_host_is_none(self) -> None:
+        with pytest.raises(BadRequest, match="host in the request's target is invalid"):
+            origin_of(environ(RAW_URI="http://user@example.org/files"), WebSettings())
 
     @pytest.mark.parametrize(
         "host",
@@ -200,7 +239,7 @@ class TestForwarded:
             ("Proto=HTTPS; Host=example.org", "https://example.org", "127.0.0.1"),
             ('for=192.0.2.60;proto="https"', "https://inside:1081", "192.0.2.60"),
             ('host="example.org:8443";proto=https', "https://example.org:8443", "127.0.0.1"),
-            ('host="[2001:db8::1]:443";proto=https', "https://[2001:db8::1]:443", "127.0.0.1"),
+            ('host="[2001:db8::1]:443";proto=https', "https://[2001:db8::1]", "127.0.0.1"),
             ('for="[2001:db8:cafe::17]:4711"', "http://inside:1081", "2001:db8:cafe::17"),
             ('for="[2001:db8:cafe::17]"', "http://inside:1081", "2001:db8:cafe::17"),
             ('for="192.0.2.43:47011"', "http://inside:1081", "192.0.2.43"),
@@ -273,9 +312,14 @@ class TestUrlsOfParts:
             f"HTTP://INSIDE:1081/files/{ID}",
             f"https://inside:1081/files/{ID}",
             f"//inside:1081/files/{ID}",
+            f"http://inside/files/{ID}",
+            f"http://inside:80/files/{ID}",
+            f"http://other.org/files/{ID}",
+            f"//other.org:8080/files/{ID}",
+            f"http://user@inside:1081/files/{ID}",
         ],
     )
-    def test_of_this_host(self, url: str) -> None:
+    def test_of_any_host(self, url: str) -> None:
         assert upload_id(url, environ(), WebSettings()) == ID
 
     @pytest.mark.parametrize(
@@ -312,10 +356,9 @@ class TestUrlsOfParts:
     @pytest.mark.parametrize(
         "url",
         [
-            f"http://evil.org/files/{ID}",
-            f"http://inside/files/{ID}",
-            f"http://user@inside:1081/files/{ID}",
-            f"//evil.org/files/{ID}",
+            f"http://evil.org/{ID}",
+            f"http://evil.org/other/{ID}",
+            f"http://evil.org/files/{ID}?x",
             f"ftp://inside:1081/files/{ID}",
             f"javascript:/files/{ID}",
             f"/other/{ID}",

@@ -17,14 +17,18 @@ from tuswsgi.errors import BadRequest, InvalidConcat, UploadNotFound
 from tuswsgi.info import check_id
 from tuswsgi.web.settings import UNIX, LocationForm, WebSettings
 
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{1,5})?", re.ASCII)
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?", re.ASCII)
+_ABSOLUTE = re.compile(r"https?://([^/?#]*)", re.ASCII | re.IGNORECASE)
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", re.ASCII)
 _FORWARDED_PAIR = re.compile(r'\s*([A-Za-z]+)=("(?:[^"\\]|\\.)*"|[^;,"\s]+)\s*', re.ASCII)
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Origin(NamedTuple):
     """Where a request came from and went to, as its client sees it.
 
+    :param host: with its port, unless that is the default one of the scheme.
     :param prefix: the path that a proxy has taken off, without a slash at its end.
     :param client: the client's address, ``None`` if the server does not know it.
     """
@@ -44,16 +48,40 @@ def origin_of(environ: Mapping[str, Any], settings: WebSettings) -> Origin:
     if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
         raise BadRequest("The Host header is missing.")
     said = _forwarded(environ, settings) if _is_believed(environ, settings) else {}
-    host = said.get("host") or host or environ["SERVER_NAME"]
-    if _HOST.fullmatch(host) is None:
-        raise BadRequest("The Host header is invalid.")
+    target = _target_host(environ)
+    host = said.get("host") or target or host or environ["SERVER_NAME"]
+    match = _HOST.fullmatch(host)
+    if match is None:
+        what = "host in the request's target" if host is target else "Host header"
+        raise BadRequest(f"The {what} is invalid.")
     scheme = said.get("proto", "").lower()
+    if scheme not in _DEFAULT_PORTS:
+        scheme = environ["wsgi.url_scheme"]
     return Origin(
-        scheme if scheme in ("http", "https") else environ["wsgi.url_scheme"],
-        host,
+        scheme,
+        match[1] if match[2] and _is_default(match[2][1:], scheme) else host,
         said.get("prefix", ""),
         said.get("for") or environ.get("REMOTE_ADDR") or None,
     )
+
+
+def _is_default(port: str, scheme: str) -> bool:
+    """Whether URLs are the same without this port, and shall be written so (RFC 9110, 4.2.3)."""
+    return not port or int(port) == _DEFAULT_PORTS.get(scheme)
+
+
+def _target_host(environ: Mapping[str, Any]) -> str:
+    """Return the host in the target of a request, empty if that is but a path.
+
+    "When an origin server receives a request with an absolute-form of request-target, the origin
+    server MUST ignore the received Host header field (if any) and instead use the host
+    information of the request-target." (RFC 9112, 3.2.2)
+    """
+    target: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
+    if not target or target[0] == "/":
+        return ""
+    match = _ABSOLUTE.match(target)
+    return match[1] if match else ""
 
 
 def request_uri(environ: Mapping[str, Any]) -> str:
@@ -89,7 +117,8 @@ def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings, origi
 def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> str:
     """Return the id of the upload that a URL in ``Upload-Concat`` means.
 
-    The URL is absolute, on this host or below the public URL, or a path.
+    The URL is absolute or a path. Its host does not count, as in tusd: one server has many names,
+    and clients write them as they like. What protects an upload is its id and who may see it.
 
     :raises InvalidConcat: if it is not a URL of this collection.
     """
@@ -99,17 +128,10 @@ def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> st
         raise InvalidConcat("The Upload-Concat header has an invalid URL.") from None
     if parts.scheme not in ("", "http", "https") or parts.query or parts.fragment:
         raise InvalidConcat("The Upload-Concat header has a URL that is not one of an upload.")
-    origin = origin_of(environ, settings)
     own = _collection_path(environ)
-    bases = {own, origin.prefix + own}
-    public = urlsplit(settings.public_url) if settings.public_url else None
-    if public is not None:
-        bases.add(public.path.rstrip("/"))
-    if parts.netloc and parts.netloc.lower() not in {
-        origin.host.lower(),
-        public.netloc.lower() if public else "",
-    }:
-        raise InvalidConcat("The Upload-Concat header names an upload of another server.")
+    bases = {own, origin_of(environ, settings).prefix + own}
+    if settings.public_url:
+        bases.add(urlsplit(settings.public_url).path.rstrip("/"))
     directory, _, id = parts.path.removesuffix("/").rpartition("/")
     if unquote(directory) not in map(unquote, bases):
         raise InvalidConcat("The Upload-Concat header has a URL that is not one of an upload.")
