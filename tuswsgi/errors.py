@@ -298,6 +298,12 @@ class BodyIncomplete(Unavailable):
     message = "The request's body ended before its announced length."
 
 
+class UnsupportedTransferCoding(TusError):
+    status = 501
+    code = "ERR_UNSUPPORTED_TRANSFER_CODING"
+    message = "The only transfer coding that is understood here is chunked."
+
+
 class BodyMalformed(BadRequest):
     """The chunked encoding of a body is broken: where it ends is unknown."""
 

@@ -427,3 +427,34 @@ def test_a_body_whose_end_is_unclear_is_refused(client: Client, framing: str) ->
         assert answer.status in (400, 501)
         assert connection.is_closed()
     assert client.offset(path) == 0
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "identity, chunked", "deflate,chunked"])
+def test_a_body_that_is_coded_is_not_kept(client: Client, coding: str) -> None:
+    path = client.create(100)
+    for method, where in (("PATCH", path), ("POST", "/files/")):
+        with client.connect() as connection:
+            headers = {**patch_headers(0), "Upload-Length": 100, "Transfer-Encoding": coding}
+            connection.send(connection.head(method, where, headers) + chunk(b"coded") + chunk(b""))
+            answer = connection.read()
+            assert answer.status == 501
+            assert b"transfer coding" in answer.body
+            assert "location" not in answer.headers
+    assert client.offset(path) == 0
+
+
+def test_the_host_of_the_target_wins(client: Client) -> None:
+    with client.connect() as connection:
+        headers = {**TUS, "Upload-Length": 5, "Host": "other.org"}
+        connection.send_head("POST", "http://example.org:80/files/", headers)
+        created = connection.read()
+    assert created.status == 201
+    assert created.headers["location"].startswith("http://example.org/files/")
+    assert client.offset(path_of(created)) == 0
+
+
+def test_a_head_whose_lines_end_without_cr_is_refused_at_once(client: Client) -> None:
+    with client.connect() as connection:
+        connection.send(b"OPTIONS /files/ HTTP/1.1\nHost: x\n\n")
+        assert connection.read().status == 400
+        assert connection.is_closed()

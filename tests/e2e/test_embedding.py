@@ -75,6 +75,21 @@ def test_upload_and_download(embedded: Server, kind: str) -> None:
     assert client.head(path).status == 410
 
 
+def test_head_says_nothing_wrong_of_the_length(embedded: Server) -> None:
+    client = embedded.client
+    path = client.create(5)
+    for data, headers, length in ((b"", TUS, None), (b"hello", TUS, None), (b"", {}, "5")):
+        client.patch(path, client.offset(path), data)
+        with client.connect() as connection:
+            connection.send(connection.head("HEAD", path, headers))
+            answer = connection.read()
+            assert answer.status == 200
+            assert answer.headers.get("content-length") == length
+            if not answer.closes:
+                # Nothing else is taken for the end of this answer.
+                assert connection.request("HEAD", path, TUS).status == 200
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "reset"])
 def test_abort_and_resume(embedded: Server, reset: bool) -> None:
     client, data = embedded.client, content(3_000_000)

@@ -14,6 +14,7 @@ from protocol.test_headers import NO_NUMBERS
 from tuswsgi.app import Tus
 from tuswsgi.datastores.memory import MemoryDataStore
 from tuswsgi.extensions import Extension
+from tuswsgi.hooks.base import HookRequest, HookResponse
 
 #: What an HTTP client can send at all.
 SENDABLE = [text for text in NO_NUMBERS if text.isprintable() and text == text.strip(" ")]
@@ -88,6 +89,86 @@ class TestVersion:
         url = client.create(5, b"hello")
         for version in (None, "0.2.2"):
             assert client.get(url, Tus_Resumable=version).data == b"hello"
+
+
+@on_memory
+class TestHeadOfADownload:
+    """Browsers and ``curl -I`` know nothing of Tus-Resumable."""
+
+    def test_it_says_what_get_would(self, client: Client) -> None:
+        raw = metadata(filename="a.png", filetype="image/png")
+        url = client.create(5, b"hello", Upload_Metadata=raw)
+        head, get = client.head(url, Tus_Resumable=None), client.get(url)
+        assert (head.status_code, head.data) == (200, b"")
+        assert dict(get.headers).items() <= dict(head.headers).items()
+        assert head.headers["Content-Length"] == "5"
+        assert head.headers["Upload-Offset"] == head.headers["Upload-Length"] == "5"
+        tag = get.headers["ETag"]
+        assert client.head(url, Tus_Resumable=None, If_None_Match=tag).status_code == 304
+        assert_refused(client.head(url, Tus_Resumable=None, If_Match='"x"'), 412)
+        # "A server MUST ignore a Range header field received with a request method that is
+        # unrecognized or for which range handling is not defined." (RFC 9110, 14.2)
+        assert client.head(url, Tus_Resumable=None, Range="bytes=0-1").status_code == 200
+
+    def test_another_version_is_refused(self, client: Client) -> None:
+        url = client.create(5, b"hello")
+        assert_refused(client.head(url, Tus_Resumable="0.2.2"), 412)
+
+    def test_where_there_is_nothing_to_download(self, serve: Serve) -> None:
+        client = serve(download_unfinished=True)
+        removed = client.create(5, b"hello")
+        client.delete(removed)
+        for url in (client.create(5, b"hel"), removed, "/files/unknown"):
+            response = client.head(url, Tus_Resumable=None)
+            assert_refused(response, 412)
+            assert response.headers["Tus-Version"] == "1.0.0"
+
+    def test_where_downloads_are_switched_off(self, serve: Serve) -> None:
+        client = serve(tus_extensions="creation,creation-with-upload")
+        url = client.create(5, b"hello")
+        assert_refused(client.head(url, Tus_Resumable=None), 412)
+
+    def test_a_file_that_was_moved_away(self, client: Client) -> None:
+        url, uploads = client.create(5, b"hello"), client.tus.uploads
+        uploads.data.delete(uploads.infos.load(url.rpartition("/")[2]))
+        assert_refused(client.head(url, Tus_Resumable=None), 410)
+
+    def test_who_may_not_download_learns_nothing(self, embed: Any, app: flask.Flask) -> None:
+        tus = embed()
+
+        @tus.on("pre-get")
+        def refuse(hook: HookRequest) -> HookResponse:
+            return HookResponse(status=403, body="No.", reject=True)
+
+        app.register_blueprint(tus.blueprint(), url_prefix="/files")
+        client = Client(app, tus)
+        response = client.head(client.create(5, b"hello"), Tus_Resumable=None)
+        assert response.status_code == 403
+        assert "Upload-Length" not in response.headers
+
+    def test_a_head_by_override_is_none(self, client: Client) -> None:
+        # Its answer would have to have the body that its Content-Length announces.
+        url = client.create(5, b"hello")
+        response = client.request("POST", url, X_HTTP_Method_Override="HEAD")
+        assert_refused(response, 412)
+
+
+@on_memory
+class TestAsInRustus:
+    def test_nothing_needs_a_version(self, serve: Serve) -> None:
+        client = serve(compat="rustus")
+        url = client.create(5, Tus_Resumable=None)
+        head = client.head(url, Tus_Resumable=None)
+        assert (head.status_code, head.headers["Upload-Offset"]) == (200, "0")
+        client.append(url, b"hello", 0, Tus_Resumable=None)
+        finished = client.head(url, Tus_Resumable=None)
+        assert finished.headers["Upload-Offset"] == "5"
+        assert finished.headers["Cache-Control"] == "no-store"
+        assert client.delete(url, Tus_Resumable=None).status_code == 204
+
+    def test_another_version_is_refused(self, serve: Serve) -> None:
+        client = serve(compat="rustus")
+        assert_refused(client.post(5, Tus_Resumable="0.2.2"), 412)
 
 
 @on_memory
@@ -169,6 +250,23 @@ class TestHead:
         for absent in ("Upload-Defer-Length", "Upload-Concat", "Upload-Expires"):
             assert absent not in response.headers
         assert response.data == b""
+
+    @pytest.mark.parametrize("data", [b"", b"hello"])
+    def test_it_does_not_say_that_get_sends_nothing(self, client: Client, data: bytes) -> None:
+        url = client.create(5, data)
+        for response in (
+            client.head(url),
+            client.head(url, Tus_Resumable="0.2.2"),
+            client.head("/files/unknown"),
+            client.request("HEAD", "/files"),
+        ):
+            assert "Content-Length" not in response.headers
+        assert client.get("/files/unknown").headers["Content-Length"] != "0"
+        # This one is read as what it is on the wire.
+        overridden = client.request(
+            "POST", url, Tus_Resumable="1.0.0", X_HTTP_Method_Override="HEAD"
+        )
+        assert overridden.headers["Content-Length"] == "0"
 
     def test_offset_0_and_the_end_are_told(self, client: Client) -> None:
         # "The Server MUST always include the Upload-Offset header in the response for a

@@ -19,6 +19,7 @@ from tuswsgi.errors import (
     InvalidUploadDeferLength,
     InvalidUploadLength,
     InvalidUploadOffset,
+    UnsupportedTransferCoding,
     UnsupportedVersion,
     UploadNotFound,
 )
@@ -96,8 +97,17 @@ class TestNumbers:
         assert content_length({"CONTENT_LENGTH": ""}) == 0
 
     def test_a_chunked_body_has_no_length(self) -> None:
-        for coding in ("chunked", "Chunked", "gzip, chunked"):
+        for coding in ("chunked", "Chunked", " chunked"):
             assert content_length({"HTTP_TRANSFER_ENCODING": coding}) is None
+            headers(transfer_encoding=coding).check_transfer_coding()
+        headers().check_transfer_coding()
+
+    @pytest.mark.parametrize(
+        "coding", ["gzip, chunked", "identity, chunked", "gzip", "chunked, chunked", "x", ""]
+    )
+    def test_a_body_that_is_coded_in_another_way(self, coding: str) -> None:
+        with pytest.raises(UnsupportedTransferCoding, match="chunked"):
+            headers(transfer_encoding=coding).check_transfer_coding()
 
 
 class TestPromisedSize:

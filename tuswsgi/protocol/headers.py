@@ -19,6 +19,7 @@ from tuswsgi.errors import (
     InvalidUploadDeferLength,
     InvalidUploadLength,
     InvalidUploadOffset,
+    UnsupportedTransferCoding,
     UnsupportedVersion,
 )
 from tuswsgi.info import MAX_SIZE, FileInfo, Metadata
@@ -104,6 +105,21 @@ class TusHeaders:
         """
         if self._environ.get("HTTP_TUS_RESUMABLE") != VERSION:
             raise UnsupportedVersion
+
+    @property
+    def names_version(self) -> bool:
+        """Whether there is a ``Tus-Resumable``, whatever it says."""
+        return "HTTP_TUS_RESUMABLE" in self._environ
+
+    def check_transfer_coding(self) -> None:
+        """Refuse a body that is coded in a way that nobody here takes back, such as gzip.
+
+        "A server that receives a request message with a transfer coding it does not understand
+        SHOULD respond with 501 (Not Implemented)." (RFC 9112, 6.1)
+        """
+        coding: str | None = self._environ.get("HTTP_TRANSFER_ENCODING")
+        if coding is not None and coding.strip(" \t").lower() != "chunked":
+            raise UnsupportedTransferCoding
 
     @property
     def offset(self) -> int:

@@ -6,7 +6,7 @@ sends, it looks after the rest of the request's body.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -48,17 +48,30 @@ class Answer:
         if self.status in (204, 304):
             # They have no body, whatever a hook says: it would be taken for the next answer.
             self.content = b""
-        elif isinstance(self.content, bytes):
-            self.headers = [*self.headers, ("Content-Length", str(len(self.content)))]
 
     @property
     def status_line(self) -> str:
         return f"{self.status} {_REASONS.get(self.status, 'Unknown')}"
 
+    def headers_for(self, environ: Mapping[str, Any]) -> Headers:
+        """Return the headers with which this answers a request.
+
+        "A server MUST NOT send a Content-Length header field in [a response to HEAD] unless its
+        field value equals the decimal number of octets that would have been sent in the content
+        of a response if the same request had used the GET method." (RFC 9110, 8.6)
+        """
+        if (
+            not isinstance(self.content, bytes)
+            or self.status in (204, 304)
+            or environ["REQUEST_METHOD"] == "HEAD"
+        ):
+            return self.headers
+        return [*self.headers, ("Content-Length", str(len(self.content)))]
+
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
-        start_response(self.status_line, self.headers)
+        start_response(self.status_line, self.headers_for(environ))
         if environ["REQUEST_METHOD"] == "HEAD":
             # gunicorn would leave it out as well, and complain each time.
             return _sent((), self.request_body, environ, start_response)
@@ -76,12 +89,14 @@ class TusResponse(Response):
     are_final = False
     request_body: RequestBody | None = None
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, environ: Mapping[str, Any]) -> None:
         content = answer.content
+        # The content of an answer to HEAD says nothing about that to GET.
+        self.automatically_set_content_length = environ["REQUEST_METHOD"] != "HEAD"
         super().__init__(
             [content] if isinstance(content, bytes) else content,
             status=answer.status_line,
-            headers=answer.headers,
+            headers=answer.headers_for(environ),
             direct_passthrough=not isinstance(content, bytes),
         )
         self.are_final = True

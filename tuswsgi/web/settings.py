@@ -20,6 +20,12 @@ class LocationForm(str, Enum):
     RELATIVE = "relative"
 
 
+class Compat(str, Enum):
+    """A server whose answers clients are used to, where they differ from the specification."""
+
+    RUSTUS = "rustus"
+
+
 #: The paths by which a server is watched; they are never those of uploads.
 WATCHED = HEALTH, READY, METRICS = ("/health", "/ready", "/metrics")
 
@@ -79,6 +85,12 @@ class WebSettings:
         "The URL under which clients reach the uploads, e.g. `https://example.org/files`. "
         "It overrides everything that requests and proxies say.",
         validate=_public_url,
+    )
+    compat: Compat | None = option(
+        None,
+        "The server that clients are used to. With `rustus`, requests without Tus-Resumable are "
+        "taken as rustus takes them; unset, they are refused with 412 as the specification says, "
+        "downloads excepted.",
     )
     behind_proxy: bool = option(
         False,

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from tuswsgi.errors import ExtensionDisabled, InvalidUploadLength
+from tuswsgi.errors import (
+    ExtensionDisabled,
+    InvalidUploadLength,
+    UnsupportedVersion,
+    UploadGone,
+    UploadNotFound,
+)
 from tuswsgi.extensions import Extension
 from tuswsgi.hooks.base import RequestInfo
 from tuswsgi.logs import UPLOAD_ID
@@ -96,6 +102,32 @@ class Views:
         # "The Server MUST prevent the client and/or proxies from caching the response by
         # adding the Cache-Control: no-store header to the response." (HEAD)
         headers = [*call.common, ("Cache-Control", "no-store"), *tus.describe(info, full=True)]
+        return Answer(200, headers, b"", call.body)
+
+    def head_of_download(self, call: Call) -> Answer:
+        """Answer a HEAD without ``Tus-Resumable``, which browsers and ``curl -I`` send.
+
+        As in tusd they learn what GET would answer, and where the upload is. Only a tus client has
+        something to ask about an upload that cannot be downloaded.
+        """
+        try:
+            info = self._uploads.look(call.id, call.request)
+        except (UploadNotFound, UploadGone):
+            raise UnsupportedVersion from None
+        if not info.is_finished:
+            raise UnsupportedVersion
+        validators = downloads.validators(info)
+        if downloads.is_cached(call.environ, validators):
+            return Answer(304, [*call.common, *validators], b"", call.body)
+        # What GET misses is not there for HEAD either.
+        self._uploads.open(info, 0).close()
+        headers = [
+            *call.common,
+            *validators,
+            *downloads.content_headers(info),
+            ("Content-Length", str(info.offset)),
+            *tus.describe(info, full=True),
+        ]
         return Answer(200, headers, b"", call.body)
 
     def patch(self, call: Call) -> Answer:
