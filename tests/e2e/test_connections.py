@@ -103,6 +103,34 @@ def test_a_large_refused_body_closes_it_after_the_answer(
     assert client.offset(path) == 0
 
 
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_does_not_wait_for_a_slow_client(client: Client, refusal: str) -> None:
+    method, where, headers, status = REFUSALS[refusal]
+    path = client.create(10**9)
+    with client.connect() as chunked:
+        chunked.send_head(method, where or path, {**headers, "Transfer-Encoding": "chunked"})
+        chunked.send(chunk(bytes(10)))
+        # Here nobody knows how long the rest is.
+        answer = chunked.read()
+        assert (answer.status, answer.closes) == (status, True)
+    with client.connect() as slow:
+        slow.send_head(method, where or path, {**headers, "Content-Length": 1000})
+        slow.send(bytes(20))
+        answer = slow.read()
+        assert (answer.status, answer.closes) == (status, False)
+        slow.send(bytes(980))
+        assert slow.request("HEAD", path, TUS).offset == 0
+
+
+def test_a_client_that_stops_in_a_refused_body_is_given_up(client: Client) -> None:
+    path = client.create(10**9)
+    with client.connect() as connection:
+        connection.send(connection.head("PATCH", path, patch_headers(5, 1000)) + bytes(10))
+        assert connection.read().status == 409
+        assert connection.is_closed()
+    assert client.offset(path) == 0
+
+
 @pytest.mark.parametrize("refusal", ["wrong offset", "no version"])
 def test_a_client_that_sends_all_before_it_reads(client: Client, refusal: str) -> None:
     """That is how requests does it, and with it tuspy."""

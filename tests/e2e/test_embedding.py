@@ -120,6 +120,20 @@ def test_a_small_refused_body(embedded: Server, kind: str, size: int) -> None:
     assert client.offset(path) == 0
 
 
+def test_a_refusal_does_not_wait_for_the_rest(embedded: Server, kind: str) -> None:
+    client = embedded.client
+    path = client.create(10**9)
+    with client.connect() as connection:
+        connection.send(connection.head("PATCH", path, patch_headers(5, 1000)) + bytes(10))
+        answer = connection.read()
+        assert (answer.status, answer.offset) == (409, 0)
+        assert answer.closes is (kind not in KEEP_ALIVE)
+        if kind in KEEP_ALIVE:
+            connection.send(bytes(990))
+            assert connection.request("HEAD", path, TUS).offset == 0
+    assert client.offset(path) == 0
+
+
 def test_a_large_refused_body(embedded: Server, kind: str) -> None:
     client = embedded.client
     path = client.create(10**9)

@@ -8,13 +8,16 @@ bytes are for.
 from __future__ import annotations
 
 import logging
+import select
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from tuswsgi.errors import BodyIncomplete
 from tuswsgi.protocol.headers import content_length
 from tuswsgi.web.gunicorn_body import gunicorn_body
-from tuswsgi.web.request_body import RequestBody
+from tuswsgi.web.request_body import MOMENT, RequestBody
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class PlainBody(RequestBody):
         super().__init__(environ, length)
         self._input = environ["wsgi.input"]
         self._remaining = length
+        #: That of Flask's own server.
+        self._sock: socket.socket | None = environ.get("werkzeug.socket")
         # read() waits for all it was asked for; where there is read1() it does not.
         self._read = getattr(self._input, "read1", self._input.read)
         if length is None and not environ.get("wsgi.input_terminated"):
@@ -60,6 +65,19 @@ class PlainBody(RequestBody):
     def _left(self) -> int | None:
         return self._remaining
 
+    def is_short(self) -> bool:
+        if self._sock is None or self._is_given_up:
+            return super().is_short()
+        # Flask's own server ends each connection, but looks for more in its socket before that,
+        # and if there is some it reads until the client closes.
+        self._read_rest(MOMENT)
+        return self._ended
+
+    def _receive_until(self, deadline: float, n: int) -> bytes:
+        if self._sock is not None and not _is_readable(self._sock, deadline - time.monotonic()):
+            raise BodyIncomplete
+        return self.receive(n)
+
     def _read_block(self, n: int) -> bytes:
         try:
             block: bytes = self._read(n)
@@ -68,3 +86,10 @@ class PlainBody(RequestBody):
             log.info("The body broke off: %r", error)
             raise BodyIncomplete from error
         return block
+
+
+def _is_readable(sock: socket.socket, seconds: float) -> bool:
+    """Wait for bytes, and return whether there are any."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))

@@ -1,7 +1,7 @@
 """What all bodies of requests have in common, above all: how to be rid of an unwanted rest.
 
-A refusal is answered while the client still sends. The rest must not be taken for the
-next request, and the client must get the chance to read the answer.
+A refusal is answered while the client still sends, and before the rest is read. That must not be
+taken for the next request, and the client must get the chance to read the answer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ DRAIN_LIMIT = 256 * 1024
 
 #: How long a client may take to send these bytes, and to notice an early answer (seconds).
 DRAIN_TIME = 2.0
+
+#: How long the end of a chunked body may take to arrive until an answer is sent (seconds).
+MOMENT = 0.1
 
 #: The most bytes that are thrown away after an early answer.
 LINGER_LIMIT = 64 * 1024 * 1024
@@ -60,18 +63,31 @@ class RequestBody(Body):
         """Whether all of it was read, so that the next request may follow."""
         return self._ended
 
+    def is_short(self) -> bool:
+        """Return whether a rest that nobody wants is short, so that the connection can be kept.
+
+        The answer, which is sent before the rest is read, has to say so. Where nobody knows how
+        long the rest is, what has arrived of it is read, and what comes within a moment.
+        """
+        if self._ended or self._is_given_up:
+            return self._ended
+        if self._left is None:
+            self._read_rest(MOMENT)
+            return self._ended
+        return True
+
     def drain(self) -> None:
-        """Read a short rest that nobody wants, so that the connection can be kept.
+        """Read a short rest that nobody wants, so that the next request may follow.
 
         "A server MUST read the entire request message body or close the connection after
         sending its response" (RFC 9112, 9.3), and reading without a bound would be a cheap
         attack.
         """
-        if self._ended or self._is_woken or self._waits_for_continue:
-            return
-        if (self._left or 0) > DRAIN_LIMIT:
-            return
-        deadline, rest = time.monotonic() + DRAIN_TIME, DRAIN_LIMIT
+        if not self._ended and not self._is_given_up:
+            self._read_rest(DRAIN_TIME)
+
+    def _read_rest(self, seconds: float) -> None:
+        deadline, rest = time.monotonic() + seconds, DRAIN_LIMIT
         try:
             while rest > 0 and time.monotonic() < deadline:
                 block = self._receive_until(deadline, rest)
@@ -94,6 +110,11 @@ class RequestBody(Body):
     def _left(self) -> int | None:
         """How many bytes are still to come, ``None`` if nobody knows."""
         return self.length
+
+    @property
+    def _is_given_up(self) -> bool:
+        """Whether the rest is not worth reading, or cannot be read."""
+        return self._is_woken or self._waits_for_continue or (self._left or 0) > DRAIN_LIMIT
 
     @property
     def _waits_for_continue(self) -> bool:

@@ -128,23 +128,31 @@ def _sent(
         content = content.through(environ, start_response)
     if body is None or body.ended:
         return content
-    body.drain()
-    if body.ended:
-        return content
-    body.abandon()
     # gunicorn takes no Connection header from applications; this is how it is told.
-    force_close = getattr(getattr(start_response, "__self__", None), "force_close", None)
-    if force_close is not None:
+    force_close = getattr(getattr(start_response, "__self__", None), "force_close", lambda: None)
+    is_kept = body.is_short()
+    if is_kept and body.ended:
+        return content
+    if not is_kept:
+        body.abandon()
         force_close()
-    return _LingeringContent(content, body)
+    return _LingeringContent(content, body, force_close if is_kept else None)
 
 
 class _LingeringContent:
-    """Content after which the client, still sending, gets the chance to read it."""
+    """Content after which the rest of the request is read: the next one may follow, or the client,
+    still sending, gets the chance to read this answer.
 
-    def __init__(self, content: Iterable[bytes], body: RequestBody) -> None:
+    :param force_close: ends the connection if the rest is not read in time; ``None`` if it ends
+        anyway.
+    """
+
+    def __init__(
+        self, content: Iterable[bytes], body: RequestBody, force_close: Callable[[], None] | None
+    ) -> None:
         self._content = content
         self._body = body
+        self._force_close = force_close
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._content)
@@ -153,6 +161,12 @@ class _LingeringContent:
         close = getattr(self._content, "close", None)
         if close is not None:
             close()
+        if self._force_close is not None:
+            self._body.drain()
+            if self._body.ended:
+                return
+            self._body.abandon()
+            self._force_close()
         self._body.linger()
 
 
