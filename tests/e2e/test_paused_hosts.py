@@ -88,7 +88,10 @@ class Hosts:
 
 
 def _stands_still(worker: int) -> bool:
-    stat = Path(f"/proc/{worker}/stat").read_text()
+    try:
+        stat = Path(f"/proc/{worker}/stat").read_text()
+    except OSError:
+        return False  # it ended a moment ago
     return stat.rpartition(")")[2].split()[0] == "T"
 
 

@@ -125,3 +125,35 @@ def test_only_post_receive_stops(client: Client, event: str) -> None:
     url = client.create(5)
     client.append(url, b"hello", 0)
     assert client.content(url) == b"hello"
+
+
+class Timed(Breaking):
+    """A body of which ten bytes come each 100 ms, on a clock that goes on with them.
+
+    When an interval is over, it waits until that was told.
+    """
+
+    def __init__(self, data: bytes, interval: float) -> None:
+        super().__init__(data)
+        self.ahead = 0.0
+        self.heard: queue.Queue[HookRequest] = queue.Queue()
+        self._interval = self._next = interval
+
+    def read(self, n: int = -1) -> bytes:
+        if self.ahead > self._next + 0.05:
+            self.heard.get(timeout=PATIENCE)
+            self._next = self.ahead + self._interval
+        self.ahead += 0.1
+        return super().read(10)
+
+
+@pytest.mark.parametrize("interval", [0.7, 1.0, 1.2, 1.9])
+def test_progress_is_told_when_the_interval_is_over(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, interval: float
+) -> None:
+    client, body = serve(hooks_progress_interval=f"{interval:g}s"), Timed(bytes(600), interval)
+    client.tus.on("post-receive")(body.heard.put)
+    url, clock = client.create(600), time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + body.ahead)
+    environ = {"CONTENT_LENGTH": "600", "wsgi.input": body}
+    assert client.patch(url, b"", 0, environ=environ).status_code == 204
