@@ -1,11 +1,12 @@
-"""The one place that decides whether a path stays inside its directory, and whether that
-directory takes files.
+"""The one place that decides whether a path stays inside its directory, whether that
+directory takes files, and whose they are that root makes there.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,6 +47,40 @@ def contained(name: str) -> str:
         ):
             raise UploadNotFound
     return name
+
+
+def adopt(file: int | str | Path, directory: str | Path) -> None:
+    """Let a new file or directory belong to those whose the directory is that it is in.
+
+    An operator runs commands as root beside a server that is somebody else: owner, group and
+    rights of what root makes follow the directory's. What others make is theirs as it is.
+    """
+    if os.geteuid() != 0:
+        return
+    above = os.stat(directory)
+    if above.st_uid == above.st_gid == 0:
+        return
+    os.chown(file, above.st_uid, above.st_gid)
+    is_directory = stat.S_ISDIR(os.stat(file).st_mode)
+    os.chmod(file, stat.S_IMODE(above.st_mode) & (0o7777 if is_directory else 0o666))
+
+
+def make_directory(directory: str | Path) -> None:
+    """Make a directory, and those above it, if it is missing; see ``adopt``.
+
+    :raises OSError: if that is impossible.
+    """
+    directory = Path(directory)
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        if directory.is_dir():  # somebody else was faster
+            return
+        raise
+    adopt(directory, directory.parent)
 
 
 def why_unwritable(directory: Path) -> OSError | None:

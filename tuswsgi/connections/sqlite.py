@@ -9,6 +9,7 @@ waiting would block every greenlet of the process.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.errors import ConfigurationError, StorageFull, TusError, Unavailable
+from tuswsgi.paths import adopt, make_directory
 from tuswsgi.process import PerProcess, aside, jitter, let_others_run
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,10 @@ class SqliteConnection(SqlConnection):
     def prepare(self) -> None:
         database = _database(self._path, durable=self._durable)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self._path.parent)
+            # Root's log follows the file: SQLite sees to that.
+            if _make_file(self._path):
+                adopt(self._path, self._path.parent)
             # The mode stays with the file. With a log beside it readers and the writer do
             # not wait for each other.
             (mode,) = _patiently(
@@ -313,6 +318,15 @@ class _Writer:
                 cast(threading.Event, successor.woken).set()
             elif self._closing:
                 self._database.close()
+
+
+def _make_file(path: Path) -> bool:
+    """Make an empty database and return whether it was missing."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _database(path: Path, *, durable: bool) -> Database:

@@ -47,7 +47,14 @@ from tuswsgi.extensions import OF_STORES
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
 from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.options import MAIN, Mode, option
-from tuswsgi.paths import NO_UNNAMED, UNNAMED, contained, why_unwritable
+from tuswsgi.paths import (
+    NO_UNNAMED,
+    UNNAMED,
+    adopt,
+    contained,
+    make_directory,
+    why_unwritable,
+)
 from tuswsgi.process import aside
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -88,7 +95,7 @@ class FileDataStore(DataStore):
 
     def prepare(self) -> None:
         try:
-            self.data_dir.mkdir(parents=True, exist_ok=True)
+            make_directory(self.data_dir)
         except OSError as error:
             raise ConfigurationError(
                 f"The data directory {self.data_dir} cannot be made: {error.strerror}."
@@ -294,17 +301,18 @@ class FileDataStore(DataStore):
         if directory == self.data_dir or directory.is_dir():
             return
         self._make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
+        make_directory(directory)
         if self.dir_mode is not None:
             directory.chmod(self.dir_mode)
         self._sync_directory(directory.parent)
 
     def _make_file(self, path: Path | str, flags: int) -> int:
         fd = os.open(path, flags | os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        self._set_mode(fd)
+        self._set_mode(fd, os.path.dirname(path))
         return fd
 
-    def _set_mode(self, fd: int) -> None:
+    def _set_mode(self, fd: int, directory: str | Path) -> None:
+        adopt(fd, directory)
         if self.file_mode is not None:
             os.fchmod(fd, self.file_mode)
 
@@ -374,7 +382,7 @@ class FileDataStore(DataStore):
                 if error.errno not in NO_UNNAMED:
                     raise
             else:
-                self._set_mode(fd)
+                self._set_mode(fd, path.parent)
                 return fd, False
         return self._make_file(path, os.O_EXCL), True
 
@@ -446,6 +454,7 @@ class FileDataStore(DataStore):
         marker = self._path(info, _marker(len(_sealed(info))))
         try:
             with open(marker, "w", encoding="ascii") as file:
+                adopt(file.fileno(), marker.parent)
                 file.write(f"{offset}\n")
                 file.flush()
                 if self.force_fsync:

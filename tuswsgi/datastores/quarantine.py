@@ -16,6 +16,7 @@ from itertools import count
 
 from tuswsgi.datastores import places
 from tuswsgi.datastores.base import Place, Quarantined
+from tuswsgi.paths import make_directory
 from tuswsgi.process import aside, let_others_run
 
 _ROOT = ".tuswsgi/quarantine"
@@ -105,7 +106,7 @@ def _move(source: str, target: str) -> None:
     Whoever dies in between leaves two names of one file, and no file without what belongs to
     it: what has lost its upload is for the clean-up.
     """
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    make_directory(os.path.dirname(target))
     pairs = [*zip(places.beside(source), places.beside(source, target), strict=True)]
     pairs.append((source, target))
     named: list[tuple[str, str]] = []

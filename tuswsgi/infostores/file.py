@@ -37,7 +37,7 @@ from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.markers import PendingMarkers, WaitingMarkers
 from tuswsgi.infostores.outbox import Kept
 from tuswsgi.options import option
-from tuswsgi.paths import inside, why_unwritable
+from tuswsgi.paths import adopt, inside, why_unwritable
 from tuswsgi.process import aside, jitter, let_others_run
 
 logger = logging.getLogger(__name__)
@@ -331,6 +331,7 @@ class FileInfoStore(InfoStore):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with open(fd, "w", encoding="ascii") as file:
             try:
+                adopt(fd, self._directory)
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 file.write(text)
                 file.flush()

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from tuswsgi.paths import adopt, make_directory
+
 #: The time of what is never to be claimed. Every file system can tell it.
 _NEVER = float(2**32 - 1)
 
@@ -25,7 +27,7 @@ class PendingMarkers:
 
     def prepare(self) -> None:
         """Create the directory. May be called again."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
 
     def set(self, id: str, at: float | None) -> bool:
         """Mark an upload, to be looked at from the time `at` on.
@@ -41,6 +43,7 @@ class PendingMarkers:
             # By the descriptor: somebody else may remove it at once.
             fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
+                adopt(fd, self._directory)
                 os.utime(fd, (at, at))
             finally:
                 os.close(fd)
@@ -95,15 +98,16 @@ class WaitingMarkers:
 
     def prepare(self) -> None:
         """Create the directory. May be called again."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
 
     def add(self, part: str, final: str) -> None:
         """Mark that `final` may wait for `part`."""
         path = self._directory / part / final
         while True:
-            path.parent.mkdir(exist_ok=True)
             try:
+                make_directory(path.parent)
                 path.touch()
+                adopt(path, path.parent)
             except FileNotFoundError:
                 continue  # somebody removed the empty directory in between
             return

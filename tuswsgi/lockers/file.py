@@ -42,7 +42,7 @@ from tuswsgi.errors import (
     UploadNotFound,
 )
 from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
-from tuswsgi.paths import contained, why_unwritable
+from tuswsgi.paths import adopt, contained, make_directory, why_unwritable
 from tuswsgi.process import PerProcess, aside
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class FileLocker(Locker[Held]):
 
     def prepare(self) -> None:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
             lock = self._files.get().try_lock("probe")
             if lock is not None:
                 self._files.get().unlock(lock)
@@ -141,7 +141,7 @@ class FileLocker(Locker[Held]):
     def check(self) -> None:
         error = aside(why_unwritable, self.directory)
         if isinstance(error, FileNotFoundError):
-            _make_again(self.directory)
+            make_directory(self.directory)
         elif error is not None:
             raise Unavailable from error
 
@@ -316,7 +316,7 @@ class Mailbox:
                 self._watcher.start()
 
     def _open(self) -> None:
-        _make_again(self._directory)
+        make_directory(self._directory)
         self._post = Post(self._directory)
         self._inbox = self._post.bind(self.name)
         self._inbox.settimeout(_LOOK)
@@ -398,6 +398,8 @@ class Post:
     def bind(self, name: str) -> socket.socket:
         inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         inbox.bind(str(self._prefix / name))
+        # Who may not write to it can neither ask for a lock nor find out that nobody is there.
+        adopt(self.path(name), self._directory)
         return inbox
 
     def send(self, name: str, message: bytes) -> None:
@@ -431,21 +433,35 @@ def _place(id: str) -> tuple[str, int]:
 
 def _open(directory: Path, name: str) -> int:
     path = f"{directory}/{contained(name)}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
-        return os.open(path, flags, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        _make_again(directory)
-        return os.open(path, flags, 0o600)
+        make_directory(directory)
+        return _make(path, directory)
 
 
-def _make_again(directory: Path) -> None:
-    """Make a directory of locks that somebody has removed, and the one that it is in.
+def _make(path: str, directory: Path) -> int:
+    """Make a lock file for all who may make one, whoever of them comes first."""
+    # By another name at first: nobody may find it before it is theirs, too.
+    unfinished = f"{directory}/.{secrets.token_hex(8)}"
+    fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        adopt(fd, directory)
+        os.fchmod(fd, _mode(directory))
+        os.link(unfinished, path)
+        return fd
+    except BaseException as error:
+        close(fd)
+        if isinstance(error, FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        raise
+    finally:
+        os.unlink(unfinished)
 
-    What is above that may be a disk that is not there now: others must not take its place.
-    """
-    directory.parent.mkdir(exist_ok=True)
-    directory.mkdir(exist_ok=True)
+
+def _mode(directory: Path) -> int:
+    # Never for more: who can read a file can lock it.
+    return 0o660 if directory.stat().st_mode & 0o020 else 0o600
 
 
 def _has_name(fd: int) -> bool:
