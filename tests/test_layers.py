@@ -46,6 +46,7 @@ ROWS = {
     "tuswsgi.config": 5,
     "tuswsgi.reference": 5,
     "tuswsgi.registry": 5,
+    "tuswsgi.runtime": 5,
     "tuswsgi.sentry": 5,
     "tuswsgi.server": 5,
     "tuswsgi.__main__": 6,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import flask
 
-from tuswsgi import registry
+from tuswsgi import registry, runtime
 from tuswsgi.backends import LockerName
 from tuswsgi.config import Config
 from tuswsgi.datastores.base import DataStore
@@ -94,6 +94,7 @@ class Tus:
         config = config or Config.load(flags=options)
         self.config = config
         infos = info_store or registry.info_store(config)
+        is_own = locker is None
         locker = locker or registry.locker(config)
         data = data_store or registry.data_store(config)
         data = registry.limited(config, data, infos, locker)
@@ -116,6 +117,9 @@ class Tus:
         number = next(_count)
         self._name = name or ("tus" if number == 1 else f"tus_{number}")
         self._started = PerProcess(self._start)
+        self._presence: PerProcess[runtime.Presence] | None = None
+        if is_own and runtime.is_told(config):
+            self._presence = PerProcess(lambda: runtime.Presence(config))
         #: ``None`` if they are switched off.
         self.metrics = self._make_metrics()
         self._start_again_at = 0.0
@@ -270,6 +274,7 @@ class Tus:
             raise Unavailable
         try:
             self.prepare()
+            self._say_where_locks_are()
         except TusError:
             self._start_again_at = time.monotonic() + _START_PAUSE
             raise
@@ -277,6 +282,13 @@ class Tus:
             self._delivery.start()
         threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
         return True
+
+    def _say_where_locks_are(self) -> None:
+        if self._presence is not None:
+            try:
+                self._presence.get()
+            except OSError as error:
+                log.warning("Commands beside this server will not find its locks: %s", error)
 
     def prepare(self) -> None:
         """Make the backends ready, and no more: for a program beside the servers.

@@ -99,6 +99,10 @@ class Config:
         """Return the value of one option."""
         return self._values[option.key]
 
+    def but(self, key: str, value: Any, source: str) -> Config:
+        """Return a configuration that differs in the value of one option, by its ``key``."""
+        return Config({**self._values, key: value}, {**self._sources, key: source})
+
     def source(self, option: Option) -> str:
         """Say where a value came from: a flag, a variable, a file or ``DEFAULT``."""
         return self._sources.get(option.key, DEFAULT)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from tuswsgi import runtime
 from tuswsgi.app import Tus
 from tuswsgi.backends import Backends
 from tuswsgi.config import Config
@@ -81,7 +82,7 @@ def opened(config: Config) -> Iterator[Uploads]:
     """
     if config.build(Backends).in_memory:
         raise ConfigurationError("A part of it is in the server's memory: nobody else sees it.")
-    tus = Tus(config)
+    tus = Tus(runtime.as_servers_have_it(config))
     try:
         tus.prepare()
         yield tus.uploads

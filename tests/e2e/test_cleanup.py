@@ -141,6 +141,38 @@ def test_a_running_upload_is_not_disturbed(serve: Serve) -> None:
     assert server.client.get(path).body == data
 
 
+def test_an_operator_finds_the_locks_of_the_servers(serve: Serve, tmp_path: Path) -> None:
+    """The unit for systemd says by a flag where they are, which operators do not repeat."""
+    server, data = serve("--runtime-dir", str(tmp_path / "run")), content(300_000)
+    path = server.client.create(len(data))
+    flags = ("--data-dir", str(server.data_dir), "--gc-unfinished-age", "0")
+    with server.client.start_patch(path, 0, len(data), data[:100_000]) as connection:
+        wait_until(lambda: server.stored(path) == 100_000, "bytes on disk")
+        output, _ = (gc := start_gc(flags)).communicate(timeout=120)
+        assert (gc.returncode, output) == (0, "Nothing removed.\n")
+        for other in (tmp_path / "other", server.data_dir / ".tuswsgi"):
+            output, _ = (gc := start_gc((*flags, "--runtime-dir", str(other)))).communicate()
+            assert gc.returncode == 1
+            assert output == (
+                f"A server on {server.data_dir} has its locks in the runtime directory "
+                f"{tmp_path / 'run'}, not {other}: say --runtime-dir {tmp_path / 'run'}.\n"
+            )
+        connection.send(data[100_000:])
+        assert connection.read().status == 204
+    path = server.client.create(5)
+    server.kill()
+    other = ("--runtime-dir", str(tmp_path / "other"))
+    output, _ = (gc := start_gc((*flags, *other))).communicate(timeout=120)
+    assert (gc.returncode, output) == (0, "1 removed (1 unfinished), 0 bytes.\n")
+
+
+def test_two_servers_with_different_locks_are_told_of(serve: Serve, tmp_path: Path) -> None:
+    server = serve("--runtime-dir", str(tmp_path / "one"))
+    server.client.create(5)
+    other = serve("--runtime-dir", str(tmp_path / "two"))
+    other.wait_for("Another server on .* Give both the same runtime_dir")
+
+
 def test_an_operator_removes_an_upload_that_is_received(serve: Serve) -> None:
     server = serve()
     path = server.client.create(200_000)
