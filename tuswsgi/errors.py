@@ -11,8 +11,12 @@ plain 4xx here.
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections.abc import Mapping
 from typing import ClassVar
+
+log = logging.getLogger(__name__)
 
 #: Seconds after which a client that met passing trouble may come back.
 RETRY_AFTER = 1
@@ -342,8 +346,43 @@ class LimitReached(StorageFull):
         self.left = max(0, limit - used)
 
 
+#: What a file system says when it may work again by itself, or after somebody has looked at it.
+_PASSING = {
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.ENOTCONN,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EBUSY,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether an error of a file is trouble that may pass, and nobody's mistake."""
+    return error.errno in _PASSING
+
+
 # --- mistakes of an operator, never seen by a client -----------------------------------
 
 
 class ConfigurationError(Exception):
     """The server cannot start as it is configured."""
+
+
+def unusable(text: str, error: OSError) -> ConfigurationError | Unavailable:
+    """Return what to raise where a file or directory that the server needs cannot be used.
+
+    :param text: a sentence for the operator. Where the trouble may pass it is logged here.
+    """
+    if not may_pass(error):
+        return ConfigurationError(text)
+    log.error("%s", text)
+    return Unavailable()

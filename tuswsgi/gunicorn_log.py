@@ -52,6 +52,9 @@ class TextLog(Logger):  # type: ignore[misc]  # gunicorn has no types
     ) -> dict[str, Any]:
         atoms: dict[str, Any] = super().atoms(resp, req, environ, request_time)
         atoms["h"] = environ.get(CLIENT) or atoms["h"]
+        # Queries may hold tokens.
+        target = environ["RAW_URI"].partition("?")[0]
+        atoms["r"] = f"{environ['REQUEST_METHOD']} {target} {environ['SERVER_PROTOCOL']}"
         # Clients choose most of them. Those of the other format are escaped by it.
         return {
             name: printable(value) if isinstance(value, str) else value

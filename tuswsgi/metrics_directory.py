@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import logging
 import os
 import shutil
 import socket
@@ -22,6 +23,8 @@ from typing import NamedTuple
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.options import MAIN
 from tuswsgi.process import PerProcess
+
+log = logging.getLogger(__name__)
 
 #: Names the directory to Prometheus' library.
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -105,8 +108,19 @@ def close_directory() -> None:
 
 
 def use_slots() -> bool:
-    """Whether the processes that count are to do so by ``slot``: it is our own directory."""
-    return _is_open
+    """Whether this process is to count by ``slot``: the directory is our own.
+
+    One that cannot write there now counts for itself alone.
+    """
+    if not _is_open or DIRECTORY_VARIABLE not in os.environ:
+        return False
+    try:
+        slot()
+    except OSError as error:
+        log.error("What this process counts is missing in the sums of the metrics: %s", error)
+        del os.environ[DIRECTORY_VARIABLE]
+        return False
+    return True
 
 
 def slot() -> int:

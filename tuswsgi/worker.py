@@ -31,7 +31,7 @@ from gunicorn.sock import ssl_context
 from gunicorn.workers.ggevent import GeventWorker
 
 from tuswsgi.app import Tus
-from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.errors import ConfigurationError, TusError
 from tuswsgi.logs import current_request
 from tuswsgi.options import KiB
 from tuswsgi.web.gunicorn_body import finish, is_read, missing_internals, take_over
@@ -62,6 +62,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         self._plain: ModuleType | None = None
         #: Whether gunicorn's bodies are as they are expected.
         self._knows_bodies = False
+        #: Why uploads cannot be served, as the log has it.
+        self._trouble: str | None = None
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
@@ -77,8 +79,11 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         try:
             self._start_tus()
         except ConfigurationError as error:
-            # gunicorn gives up after this one instead of trying with new workers.
-            raise AppImportError(str(error)) from error
+            if self.age <= self.cfg.workers:
+                # gunicorn gives up after this one instead of trying with new workers.
+                raise AppImportError(str(error)) from error
+            # It was right when the server began, so it may be again.
+            self._tell_of_trouble(str(error))
         # What is loaded by now stays: to look through it for garbage again and again would hold
         # up all connections.
         gc.collect()
@@ -279,16 +284,25 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         try:
             self._start_tus()
         except ConfigurationError as error:
-            log.error("Uploads cannot be served: %s", error)
+            self._tell_of_trouble(str(error))
 
     def _start_tus(self) -> None:
         if self._tus is None or self._tus.is_started:
             return
         try:
             self._tus.start()
-        except Unavailable:
+        except TusError:
             # A worker that is made anew while a database is away must not end the server.
-            log.error("Uploads cannot be served yet; trying again")
+            self._tell_of_trouble("what was logged before this is in the way")
+        else:
+            if self._trouble is not None:
+                log.info("Uploads can be served now")
+
+    def _tell_of_trouble(self, reason: str) -> None:
+        """Log why uploads cannot be served, unless that is known."""
+        if reason != self._trouble:
+            self._trouble = reason
+            log.error("Uploads cannot be served yet; trying again each second: %s", reason)
 
     def _close_idle(self, seconds: float) -> None:
         """Close the connections that have been without a request for so long."""

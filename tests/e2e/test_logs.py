@@ -88,6 +88,16 @@ def test_questions_are_told_at_debug_only(serve: Serve, tmp_path: Path) -> None:
         assert re.search(rf"\[DEBUG\] {told}", chatty.log)
 
 
+def test_queries_are_no_business_of_the_access_log(serve: Serve) -> None:
+    """They may hold tokens."""
+    server = serve("--access-log", "--log-level", "debug")
+    server.client.request("OPTIONS", "/files/?token=secret", {})
+    server.client.request("GET", "/elsewhere?token=secret", {})
+    server.wait_for(r'"OPTIONS /files/ HTTP/1.1" 204')
+    server.wait_for(r'"GET /elsewhere HTTP/1.1" 404')
+    assert "secret" not in server.log
+
+
 def test_the_access_log(serve: Serve) -> None:
     server = serve("--access-log")
     response = server.client.request("OPTIONS", "/files/", {"User-Agent": "a test"})

@@ -8,6 +8,7 @@ waiting would block every greenlet of the process.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -20,8 +21,8 @@ from typing import Any, TypeVar, cast
 from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
-from tuswsgi.errors import ConfigurationError, StorageFull, TusError, Unavailable
-from tuswsgi.paths import adopt, make_directory
+from tuswsgi.errors import ConfigurationError, StorageFull, TusError, Unavailable, unusable
+from tuswsgi.paths import adopt, make_directory, why_unwritable
 from tuswsgi.process import PerProcess, aside, jitter, let_others_run
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ class SqliteConnection(SqlConnection):
                 lambda: database.execute_sql("PRAGMA journal_mode = wal").fetchone(), _deadline()
             )
         except (OSError, PeeweeException) as error:
-            raise ConfigurationError(
-                f"The database {self._path} cannot be used: {error}"
+            raise unusable(
+                f"The database {self._path} cannot be used: {error}", self._cause(error)
             ) from error
         finally:
             database.close()
@@ -86,6 +87,16 @@ class SqliteConnection(SqlConnection):
                 f"The database {self._path} must be on a local file system: "
                 "SQLite's write-ahead log does not work there."
             )
+
+    def _cause(self, error: Exception) -> OSError:
+        """Return what the system said: SQLite does not tell."""
+        if isinstance(error, OSError):
+            return error
+        if _is_busy(error):
+            return OSError(errno.EBUSY, str(error))
+        if str(error) == "disk I/O error":
+            return OSError(errno.EIO, str(error))
+        return why_unwritable(self._path.parent) or OSError(str(error))
 
     def read(self, fn: Callable[[Database], T]) -> T:
         try:

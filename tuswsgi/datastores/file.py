@@ -42,6 +42,8 @@ from tuswsgi.errors import (
     UploadExists,
     UploadGone,
     UploadNotFound,
+    may_pass,
+    unusable,
 )
 from tuswsgi.extensions import OF_STORES
 from tuswsgi.info import MAX_SIZE, FileInfo, Storage
@@ -96,12 +98,15 @@ class FileDataStore(DataStore):
     def prepare(self) -> None:
         try:
             make_directory(self.data_dir)
+            trouble = aside(why_unwritable, self.data_dir)
         except OSError as error:
-            raise ConfigurationError(
-                f"The data directory {self.data_dir} cannot be made: {error.strerror}."
+            raise unusable(
+                f"The data directory {self.data_dir} cannot be made: {error.strerror}.", error
             ) from error
-        if not os.access(self.data_dir, os.R_OK | os.W_OK | os.X_OK):
-            raise ConfigurationError(f"The data directory {self.data_dir} is not writable.")
+        if trouble is not None:
+            raise unusable(
+                f"The data directory {self.data_dir} is not writable: {trouble.strerror}.", trouble
+            ) from trouble
         try:
             self.place(FileInfo(id="id"))
         except UploadNotFound:
@@ -532,7 +537,9 @@ def _unlink(*paths: Path | str) -> None:
 
 
 def _translated(error: OSError) -> Exception:
-    return StorageFull() if error.errno in _FULL else error
+    if error.errno in _FULL:
+        return StorageFull()
+    return Unavailable() if may_pass(error) else error
 
 
 def _blocks(fd: int, offset: int, n: int) -> Iterator[bytes]:

@@ -29,6 +29,8 @@ from tuswsgi.errors import (
     Unavailable,
     UploadExists,
     UploadNotFound,
+    may_pass,
+    unusable,
 )
 from tuswsgi.hooks.base import Event
 from tuswsgi.info import FileInfo, State, check_id
@@ -95,8 +97,8 @@ class FileInfoStore(InfoStore):
                 time.time() - _ABANDONED, lambda id: (self._directory / f"{id}{_SUFFIX}").exists()
             )
         except OSError as error:
-            raise ConfigurationError(
-                f"The directory {self._directory} cannot be used for records: {error}"
+            raise unusable(
+                f"The directory {self._directory} cannot be used for records: {error}", error
             ) from error
 
     def check(self) -> None:
@@ -430,6 +432,6 @@ def _trouble(path: Path, full: type[TusError] = StorageFull) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.exception("Cannot read or write %s", path)
+        logger.error("Cannot read or write %s: %s", path, error, exc_info=not may_pass(error))
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (full if is_full else Unavailable) from error

@@ -34,12 +34,13 @@ from posix import close
 from typing import NamedTuple
 
 from tuswsgi.errors import (
-    ConfigurationError,
     LockLost,
     StorageFull,
     Unavailable,
     UploadInterrupted,
     UploadNotFound,
+    may_pass,
+    unusable,
 )
 from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
 from tuswsgi.paths import adopt, contained, make_directory, why_unwritable
@@ -134,8 +135,8 @@ class FileLocker(Locker[Held]):
                 self._files.get().unlock(lock)
             _remove_leftovers(self.directory)
         except OSError as error:
-            raise ConfigurationError(
-                f"The directory {self.directory} cannot be used for locks: {error}"
+            raise unusable(
+                f"The directory {self.directory} cannot be used for locks: {error}", error
             ) from error
 
     def check(self) -> None:
@@ -167,7 +168,7 @@ class FileLocker(Locker[Held]):
                     raise
             return held
         except OSError as error:
-            logger.exception("Cannot lock %s", id)
+            logger.error("Cannot lock %s: %s", id, error, exc_info=not may_pass(error))
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise (StorageFull if full else Unavailable) from error
 

@@ -6,7 +6,6 @@ ours and carries the headers that tus and browsers need.
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +15,7 @@ from flask.sansio.blueprints import BlueprintSetupState
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter, Rule
 
-from tuswsgi.errors import MethodNotAllowed, TusError, Unavailable
+from tuswsgi.errors import MethodNotAllowed, TusError, Unavailable, may_pass
 from tuswsgi.hooks.base import RequestInfo, joined
 from tuswsgi.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
 from tuswsgi.protocol.headers import TUS_RESUMABLE, VERSION, TusHeaders
@@ -143,11 +142,15 @@ class TusBlueprint(flask.Blueprint):
                 self._report(method, error.code or 500, _ABORTED)
             raise
         except Exception as error:
-            # Too many open files is trouble that passes.
-            passes = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+            # Too many open files, or a disk that is read-only for now.
+            passes = isinstance(error, OSError) and may_pass(error)
             failure = Unavailable() if passes else TusError()
             code, answer = failure.code, error_response(failure, common, body)
-            log_failure(environ, method, answer.status, body, began, error)
+            if passes:
+                failure.__cause__ = error
+                log_answer(environ, method, answer.status, body, began, failure)
+            else:
+                log_failure(environ, method, answer.status, body, began, error)
         if request_answered.receivers:
             self._report(method, answer.status, code)
         if REQUEST_ID in environ and not is_told:

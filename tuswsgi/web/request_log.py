@@ -22,6 +22,7 @@ from tuswsgi.errors import (
     TusError,
     UnsupportedVersion,
     UploadNotFound,
+    may_pass,
 )
 from tuswsgi.logs import CLIENT, UPLOAD_ID
 from tuswsgi.web.request_body import RequestBody
@@ -62,10 +63,13 @@ def log_answer(
     else:
         level = logging.DEBUG if method in _ASKING or isinstance(error, _ASTRAY) else logging.INFO
     if log.isEnabledFor(level):
-        # Where in the code a disk turned out to be full is of no use to anybody.
-        is_puzzling = level == logging.WARNING and not isinstance(error, StorageFull)
-        cause = error.__cause__ if error is not None and is_puzzling else None
-        _tell(level, _fields(environ, method, status, body, began, error), cause)
+        cause = None if error is None or level != logging.WARNING else error.__cause__
+        fields = _fields(environ, method, status, body, began, error)
+        # Where in the code a disk turned out to be full or broken is of no use to anybody.
+        if isinstance(cause, OSError) and may_pass(cause):
+            fields["reason"] += f" {_shown(str(cause))}"
+            cause = None
+        _tell(level, fields, None if isinstance(error, StorageFull) else cause)
 
 
 def log_failure(
