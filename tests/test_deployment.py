@@ -59,6 +59,10 @@ class TestUnit:
         known = {flag for option in all_options() for flag in option.flags} | {"--config"}
         assert set(arguments[::2]) <= known
 
+    def test_systemd_never_gives_it_up(self, unit: Path) -> None:
+        assert settings_of(unit)["StartLimitIntervalSec"] == "0"
+        assert settings_of(unit)["Restart"] == "always"
+
     def test_it_waits_for_a_graceful_stop(self, unit: Path) -> None:
         assert float(settings_of(unit)["TimeoutStopSec"]) > GRACEFUL
 

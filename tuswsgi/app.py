@@ -299,11 +299,18 @@ class Tus:
         :raises ConfigurationError: as ``start``.
         :raises Unavailable: as ``start``.
         """
-        self.uploads.data.prepare()
-        self.uploads.infos.prepare()
-        self.uploads.locker.prepare()
-        for hook in self.hooks.hooks:
-            hook.prepare()
+        backends: list[DataStore | InfoStore | Locker[Any] | Hook]
+        backends = [self.uploads.data, self.uploads.infos, self.uploads.locker, *self.hooks.hooks]
+        failures: list[Exception] = []
+        # All of them: one that cannot be used is not in the way of those that can.
+        for backend in backends:
+            try:
+                backend.prepare()
+            except (TusError, ConfigurationError) as error:
+                failures.append(error)
+        if failures:
+            # What does not pass by itself comes first.
+            raise min(failures, key=lambda error: isinstance(error, TusError))
         if self.hooks.hooks and not self._delivery.keeps_events:
             self._delivery.start()
 

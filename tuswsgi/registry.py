@@ -212,16 +212,18 @@ def _transports() -> list[tuple[type, tuple[str, ...]]]:
 def prepare(config: Config) -> None:
     """Make the configured backends ready for use, as the workers will, and let them go.
 
-    :raises ConfigurationError: if one of them cannot be used.
+    One that is away may come back: the workers wait for it.
+
+    :raises ConfigurationError: if one of them cannot be used as it is configured.
     """
     backends: list[DataStore | InfoStore | Locker[Any] | Hook]
     backends = [data_store(config), info_store(config), locker(config), *hooks(config)]
     for backend in backends:
         try:
             backend.prepare()
-        except TusError as error:
+        except TusError:
             name = type(backend).__name__
-            raise ConfigurationError(f"The {name} cannot be used now; the log says why.") from error
+            log.error("The %s cannot be used yet: no uploads are taken until it can", name)
         finally:
             backend.close()
     _warn_of_locks(config.build(Backends))

@@ -70,6 +70,8 @@ class PooledConnection(SqlConnection):
         self._address = address
         self._settings = settings
         self._pool: PerProcess[Pool[Database]] = PerProcess(self._make_pool)
+        #: Why the server could not be used when it was asked last.
+        self._away: str | None = None
 
     def __str__(self) -> str:
         return str(self._address)
@@ -136,7 +138,11 @@ class PooledConnection(SqlConnection):
         pause = _FIRST_PAUSE
         while True:
             try:
-                return work(database)
+                result = work(database)
+                if self._away is not None:
+                    self._away = None
+                    log.warning("The database %s answers again", self)
+                return result
             except PeeweeException as error:
                 trouble = self._trouble(error, database)
                 if trouble is not Trouble.CONFLICT:
@@ -183,7 +189,11 @@ class PooledConnection(SqlConnection):
 
     def _told(self, error: PeeweeException, trouble: Trouble) -> TusError:
         text = " ".join(str(error).split())
-        log.error("The database %s failed: %s: %s", self, type(error).__name__, text)
+        # Where it is away, everybody who asks meets the same.
+        is_known = text == self._away
+        self._away = None if _unexplained(error) else text
+        level = logging.DEBUG if is_known else logging.ERROR
+        log.log(level, "The database %s failed: %s: %s", self, type(error).__name__, text)
         return StorageFull() if trouble is Trouble.FULL else Unavailable()
 
 

@@ -43,6 +43,8 @@ class RedisServer:
         self._address = address_of(dsn, settings.pool_timeout)
         self._settings = settings
         self._looked = False
+        #: Why it could not be used when it was asked last.
+        self._away: str | None = None
         self._finder = PerProcess(self._address.finder)
         self._pool: PerProcess[Pool[Line]] = PerProcess(self._make_pool)
 
@@ -127,12 +129,17 @@ class RedisServer:
         """Say what Redis says as errors of ours."""
         try:
             yield
+            if self._away is not None:
+                self._away = None
+                log.warning("%s answers again", self._address.shown)
         except redis.OutOfMemoryError as error:
             log.error("%s: %s", self._address.shown, error)
             raise StorageFull from None
         except (*_BROKEN, redis.TimeoutError) as error:
             # One sentence says it all, and every request meets it.
-            log.error("%s: %s", self._address.shown, error)
+            level = logging.DEBUG if str(error) == self._away else logging.ERROR
+            self._away = str(error)
+            log.log(level, "%s: %s", self._address.shown, error)
             raise Unavailable from None
         except redis.RedisError as error:
             log.error("%s: %s", self._address.shown, error)

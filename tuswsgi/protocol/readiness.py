@@ -19,9 +19,14 @@ from tuswsgi.protocol.uploads import Uploads
 log = logging.getLogger(__name__)
 
 #: How long a check may take, and for how long its result is good (seconds).
-_PATIENCE, _FRESH = 3.0, 1.0
+_PATIENCE, _FRESH = 1.0, 1.0
+
+#: How long checks wait for a server that is about to begin (seconds).
+_START_PATIENCE = 0.25
 
 _CANNOT_BE_USED = "It cannot be used; the log says why."
+_NO_ANSWER = "No answer within a second."
+_NOT_BEGUN = "It has not begun to work; the log says why."
 
 
 class Readiness:
@@ -47,32 +52,49 @@ class Readiness:
             name: Probe(partial(self._find_problem, name, check), _PATIENCE, _FRESH)
             for name, check in checks.items()
         }
-        self._told: dict[str, str | None] = {}
+        self._beginning = Probe(self._begin, _START_PATIENCE, _FRESH)
+        #: What the log has of each check since it was well.
+        self._told: dict[str, set[str]] = {name: set() for name in checks}
 
     def problems(self) -> Mapping[str, str | None]:
         """Return what is wrong, ``None`` for what is not, by the name of the check.
 
-        It takes some seconds at most, and does something once a second at most.
+        It takes little more than a second at most, and does something once a second at most.
         """
+        has_begun = self._has_begun()
         for probe in self._probes.values():
             probe.begin()
         found = {name: self._problem(name, probe) for name, probe in self._probes.items()}
         if self._uploads.readers.is_stopped:
             found["server"] = "It is about to stop."
+        elif not has_begun and not any(found.values()):
+            # Otherwise it is known what it waits for.
+            found["server"] = _NOT_BEGUN
         return found
 
     def _problem(self, name: str, probe: Probe[str | None]) -> str | None:
         try:
             return probe.get()
         except TimeoutError:
-            problem = f"No answer within {_PATIENCE:g} seconds."
-            self._tell(name, problem)
-            return problem
+            self._tell(name, _NO_ANSWER)
+            return _NO_ANSWER
+
+    def _has_begun(self) -> bool:
+        try:
+            return self._beginning.get()
+        except TimeoutError:
+            return False
+
+    def _begin(self) -> bool:
+        try:
+            self._start()
+        except (TusError, ConfigurationError):
+            return False  # the checks find out which part it is
+        return True
 
     def _find_problem(self, name: str, check: Callable[[], None]) -> str | None:
         problem, cause = None, None
         try:
-            self._start()
             check()
         except StorageFull as error:
             problem = error.message
@@ -83,19 +105,25 @@ class Readiness:
 
     def _tell(self, name: str, problem: str | None, cause: Exception | None = None) -> None:
         """Log what is news."""
-        if self._told.get(name) == problem:
-            return
-        self._told[name] = problem
+        told = self._told[name]
         if problem is None:
-            log.info("Ready again: %s", name)
+            if told:
+                told.clear()
+                log.info("Ready again: %s", name)
             return
+        if problem in told:
+            return
+        told.add(problem)
         known = isinstance(cause, (TusError, OSError, ConfigurationError))
         reason = getattr(cause, "__cause__", None) or cause
         text = problem if reason is None else f"{type(reason).__name__}: {reason}"
         log.warning("Not ready: %s: %s", name, text, exc_info=None if known else cause)
 
     def _check_space(self) -> None:
-        free = self._uploads.data.free_space()
+        try:
+            free = self._uploads.data.free_space()
+        except OSError:
+            return  # that there is no directory is the data store's fault
         wanted = self._uploads.settings.min_free_disk
         if free is not None and free < wanted:
             raise StorageFull(f"{free} bytes are free, {wanted} are wanted (min_free_disk).")
