@@ -189,7 +189,7 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "accesslog": "-" if settings.access_log else None,
         "access_log_format": _ACCESS_FORMAT,
         **_FIXED,
-        "on_starting": lambda arbiter: _prepare_process(settings, counted, arbiter),
+        "on_starting": lambda arbiter: _begin_master(settings, counted, arbiter),
         "on_reload": lambda arbiter: _prepare_process(settings, counted, arbiter),
         "on_exit": lambda arbiter: metrics_directory.close_directory(),
         "post_fork": lambda arbiter, worker: _enter(settings, reports, arbiter, worker),
@@ -336,6 +336,13 @@ def _prepare_process(settings: ServerSettings, counted: Path | None, arbiter: An
     access.removeFilter(_is_not_health)
     if settings.disable_health_access_log:
         access.addFilter(_is_not_health)
+
+
+def _begin_master(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
+    """Get the master ready that has just begun."""
+    # To gunicorn, Ctrl-C means to break off all requests. A second one still does.
+    arbiter.handle_int = arbiter.handle_term
+    _prepare_process(settings, counted, arbiter)
 
 
 def set_up_logging(settings: ServerSettings) -> None:

@@ -12,6 +12,7 @@ import errno
 import gc
 import logging
 import os
+import signal
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -95,6 +96,15 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if self._tus is not None:
             self._tus.stop_uploads()
         gevent.get_hub().loop.run_callback_threadsafe(self._stopping.set)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        # A terminal sends Ctrl-C to each worker itself; gunicorn would break off its requests.
+        if sig == signal.SIGINT:
+            self.handle_exit(sig, frame)
+            return
+        if self._tus is not None:
+            self._tus.stop_uploads()
+        super().handle_quit(sig, frame)
 
     def run(self) -> None:
         # gunicorn's own looks each second whether to stop. Until then it takes connections

@@ -124,6 +124,11 @@ class Server:
         assert self._process is not None
         self._process.send_signal(number)
 
+    def signal_all(self, number: signal.Signals) -> None:
+        """Send a signal to the master and its workers at once, as a terminal does."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
     def wait(self, timeout: float = PATIENCE) -> int:
         """Wait until the master has ended and return its exit code."""
         assert self._process is not None

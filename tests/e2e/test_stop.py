@@ -6,14 +6,14 @@ import signal
 import ssl
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from threading import Event
 
 import pytest
 
-from e2e.client import TUS, Connection, Origin, Response, content, wait_until
+from e2e.client import BYTES, MB, TUS, Connection, Origin, Response, content, path_of, wait_until
 from e2e.conftest import Serve, Server
 from tuswsgi.lockers.file import is_locked
 
@@ -64,6 +64,33 @@ def test_sigterm_in_mid_body(serve: Serve) -> None:
         assert server.client.offset(path) == sent
         server.client.finish(path, data)
         assert server.client.get(path).body == data
+
+
+@pytest.mark.parametrize("strike", [Server.signal_all, Server.signal])
+def test_ctrl_c_in_mid_body(serve: Serve, strike: Callable[[Server, signal.Signals], None]) -> None:
+    server, data = serve(), content(SIZE)
+    with in_mid_body(server, 6) as uploads, server.client.connect() as creation:
+        files = {*server.data_dir.iterdir()}
+        headers = {**TUS, **BYTES, "Upload-Length": SIZE, "Content-Length": SIZE}
+        creation.send_head("POST", "/files/", headers)
+        creation.send(data[:MB])
+        wait_until(lambda: len({*server.data_dir.iterdir()} - files) == 1, "the file of the POST")
+        (file,) = {*server.data_dir.iterdir()} - files
+        wait_until(lambda: file.stat().st_size == MB, "its bytes")
+        strike(server, signal.SIGINT)
+        for connection, _ in uploads.values():
+            check_told_to_come_back(connection.read())
+            assert connection.is_closed()
+        created = creation.read()
+        assert (created.status, created.offset) == (201, MB)
+        assert server.wait() == 0
+    server.restart()
+    for path, (_, sent) in uploads.items():
+        assert server.client.offset(path) == sent
+        server.client.finish(path, data)
+    assert server.client.offset(path_of(created)) == MB
+    server.client.finish(path_of(created), data)
+    assert server.file(path_of(created)) == file
 
 
 def test_sigterm_while_clients_send(serve: Serve) -> None:
