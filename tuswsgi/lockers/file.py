@@ -141,7 +141,7 @@ class FileLocker(Locker[Held]):
 
     def check(self) -> None:
         error = aside(why_unwritable, self.directory)
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) and _may_be_made_again(self.directory):
             make_directory(self.directory)
         elif error is not None:
             raise Unavailable from error
@@ -347,7 +347,7 @@ class Mailbox:
             if not _has_name(held.lock.fd):
                 logger.error("The lock of %s is lost: somebody has removed its file", id)
                 ask_to_release(held.on_release_request, LockLost())
-        if not self._post.path(self.name).is_socket():
+        if not self._post.path(self.name).is_socket() and _may_be_made_again(self._directory):
             logger.error("Somebody has removed %s; it is made again", self._post.path(self.name))
             self._dispose()
             self._open()
@@ -437,8 +437,18 @@ def _open(directory: Path, name: str) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
+        if not _may_be_made_again(directory):
+            raise
         make_directory(directory)
         return _make(path, directory)
+
+
+def _may_be_made_again(directory: Path) -> bool:
+    """Whether only the directory of locks is away, and not all that it belongs to.
+
+    Where the data directory is not mounted for a while, it must not come to be on another disk.
+    """
+    return directory.parent.parent.is_dir()
 
 
 def _make(path: str, directory: Path) -> int:
