@@ -304,6 +304,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         except TusError:
             # A worker that is made anew while a database is away must not end the server.
             self._tell_of_trouble("what was logged before this is in the way")
+        except OSError as error:
+            self._tell_of_trouble(str(error))
         else:
             if self._trouble is not None:
                 log.info("Uploads can be served now")
