@@ -12,11 +12,8 @@ plain 4xx here.
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Mapping
 from typing import ClassVar
-
-log = logging.getLogger(__name__)
 
 #: Seconds after which a client that met passing trouble may come back.
 RETRY_AFTER = 1
@@ -378,11 +375,8 @@ class ConfigurationError(Exception):
 
 
 def unusable(text: str, error: OSError) -> ConfigurationError | Unavailable:
-    """Return what to raise where a file or directory that the server needs cannot be used.
+    """Return what to raise from `error` where a file that the server needs cannot be used.
 
-    :param text: a sentence for the operator. Where the trouble may pass it is logged here.
+    :param text: a sentence for the operator; where the trouble may pass, `error` tells enough.
     """
-    if not may_pass(error):
-        return ConfigurationError(text)
-    log.error("%s", text)
-    return Unavailable()
+    return Unavailable() if may_pass(error) else ConfigurationError(text)

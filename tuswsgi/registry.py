@@ -221,9 +221,11 @@ def prepare(config: Config) -> None:
     for backend in backends:
         try:
             backend.prepare()
-        except TusError:
-            name = type(backend).__name__
-            log.error("The %s cannot be used yet: no uploads are taken until it can", name)
+        except TusError as error:
+            name, why = type(backend).__name__, error.__cause__ or "see above"
+            log.error(
+                "The %s cannot be used yet (%s): no uploads are taken until it can", name, why
+            )
         finally:
             backend.close()
     _warn_of_locks(config.build(Backends))

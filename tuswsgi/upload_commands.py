@@ -210,7 +210,8 @@ def _uploads(load: Load) -> Iterator[tuple[Config, Uploads]]:
         with failing(exit_code=1), inventory.opened(configuration) as found:
             yield configuration, found
     except TusError as error:
-        raise click.ClickException(str(error)) from error
+        why = f" {error.__cause__}" if isinstance(error.__cause__, OSError) else ""
+        raise click.ClickException(f"{error}{why}") from error
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         #: Whether gunicorn's bodies are as they are expected.
         self._knows_bodies = False
         #: Why uploads cannot be served, as the log has it.
-        self._trouble: str | None = None
+        self._troubles: set[str] = set()
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
@@ -301,19 +301,19 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             return
         try:
             self._tus.start()
-        except TusError:
+        except TusError as error:
             # A worker that is made anew while a database is away must not end the server.
-            self._tell_of_trouble("what was logged before this is in the way")
+            self._tell_of_trouble(str(error.__cause__ or "the log says why above"))
         except OSError as error:
             self._tell_of_trouble(str(error))
         else:
-            if self._trouble is not None:
+            if self._troubles:
                 log.info("Uploads can be served now")
 
     def _tell_of_trouble(self, reason: str) -> None:
         """Log why uploads cannot be served, unless that is known."""
-        if reason != self._trouble:
-            self._trouble = reason
+        if reason not in self._troubles:
+            self._troubles.add(reason)
             log.error("Uploads cannot be served yet; trying again each second: %s", reason)
 
     def _close_idle(self, seconds: float) -> None:

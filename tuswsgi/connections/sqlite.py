@@ -77,9 +77,8 @@ class SqliteConnection(SqlConnection):
                 lambda: database.execute_sql("PRAGMA journal_mode = wal").fetchone(), _deadline()
             )
         except (OSError, PeeweeException) as error:
-            raise unusable(
-                f"The database {self._path} cannot be used: {error}", self._cause(error)
-            ) from error
+            cause = self._cause(error)
+            raise unusable(f"The database {self._path} cannot be used: {error}", cause) from cause
         finally:
             database.close()
         if mode != "wal":
