@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tuswsgi import registry
 from tuswsgi.backends import Backends, LockerName
 from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError
+from tuswsgi.lockers.file import FileLocker
 from tuswsgi.options import MAIN
 from tuswsgi.paths import adopt, make_directory
 from tuswsgi.process import aside
@@ -127,7 +127,8 @@ def _refusal(data_dir: Path, path: Path, here: Path) -> str:
 
 
 def _scope(config: Config) -> str:
-    return registry.locker(config).scope or str(config.build(Backends).lock_dir.absolute())
+    directory = config.build(Backends).lock_dir
+    return FileLocker(directory).scope or str(directory.absolute())
 
 
 def _directory(backends: Backends) -> Path:

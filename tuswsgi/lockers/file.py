@@ -114,6 +114,17 @@ class FileLocker(Locker[Held]):
         # A child has its own: a lock belongs to all who share an open file.
         self._files: PerProcess[LockFiles] = PerProcess(lambda: LockFiles(self.directory))
 
+    @property
+    def scope(self) -> str | None:
+        """A name for the directory on this host until it boots again, whatever path it is seen
+        by; ``None`` where there is no such name.
+        """
+        try:
+            found = self.directory.stat()
+        except OSError:
+            return None
+        return f"{_BOOT}-{found.st_dev:x}-{found.st_ino:x}" if _BOOT else None
+
     def identify(self, held: Held) -> str | None:
         """Return the name of a lock's file on this host until it boots again.
 
