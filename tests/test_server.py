@@ -16,6 +16,9 @@ from tuswsgi.config import Config
 from tuswsgi.errors import ConfigurationError
 from tuswsgi.server import ServerSettings, check_listening, gunicorn_settings, ready_line
 
+#: What gunicorn's master is when it begins, as far as we look at it.
+MASTER = SimpleNamespace(handle_term=lambda *signal: None)
+
 
 def settings(**flags: Any) -> ServerSettings:
     return Config.load(flags=flags).build(ServerSettings)
@@ -159,7 +162,7 @@ def test_the_log_follows_the_settings_also_at_a_reload(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         # pytest has put its own there.
         patch.setattr(logging.getLogger(), "handlers", [])
-        told(log_level="warn")["on_starting"](None)
+        told(log_level="warn")["on_starting"](MASTER)
         assert logs(logging.WARNING)
         assert not logs(logging.INFO)
         told(log_level="TRACE")["on_reload"](None)
@@ -176,7 +179,7 @@ def test_a_log_that_somebody_else_has_set_up_is_left_alone(
     own = logging.NullHandler()
     with monkeypatch.context() as patch:
         patch.setattr(logging.getLogger(), "handlers", [own])
-        told()["on_starting"](None)
+        told()["on_starting"](MASTER)
         assert logging.getLogger().handlers == [own]
 
 
@@ -201,7 +204,7 @@ def test_health_checks_can_be_left_out_of_the_access_log() -> None:
         record = logging.LogRecord("x", logging.INFO, "", 0, "%(U)s", ({"U": path},), None)
         return bool(logging.getLogger("gunicorn.access").filter(record))
 
-    told(disable_health_access_log=True)["on_starting"](None)
+    told(disable_health_access_log=True)["on_starting"](MASTER)
     assert passes("/files/")
     assert not any(map(passes, ("/health", "/ready", "/metrics")))
     told()["on_reload"](None)

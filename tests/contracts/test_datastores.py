@@ -418,14 +418,14 @@ class TestFileDataStore(DataStoreContract):
 
     def test_other_trouble_stays_what_it_is(self, store, monkeypatch):
         def fail(*args, **kwargs):
-            raise OSError(errno.EIO, "broken")
+            raise OSError(errno.EINVAL, "broken")
 
         info = created(store)
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", fail)
             with pytest.raises(OSError, match="broken") as error:
                 store.append(info, 0, Blocks(b"x"), SURE)
-        assert error.value.errno == errno.EIO
+        assert error.value.errno == errno.EINVAL
         assert store.offset(info) == 0
 
     def test_it_knows_its_room(self, store):

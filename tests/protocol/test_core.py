@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Any
 
@@ -544,7 +545,7 @@ class Failing(MemoryDataStore):
 
     def __getattribute__(self, name: str) -> Any:
         if not name.startswith("_") and name in self._methods:
-            raise OSError(5, "secret /path/of/the/disk")
+            raise OSError(errno.EINVAL, "secret /path/of/the/disk")
         return super().__getattribute__(name)
 
 

@@ -135,9 +135,8 @@ class FileDataStore(DataStore):
         return _OpenFile(self, info.but(storage=storage), self._make(storage))
 
     def offset(self, info: FileInfo) -> int:
-        for path, length in self._sealed_files(info):
-            if not _has_bytes(path, length):
-                raise UploadGone
+        if info.storage.details:
+            self._check_sealed(info)
         with self._opened(info, os.O_RDONLY) as fd:
             if self.force_fsync:
                 # A worker that was killed has written without syncing, and whoever
@@ -333,8 +332,8 @@ class FileDataStore(DataStore):
 
     def _opened(self, info: FileInfo, flags: int) -> _Opened:
         """Open the file that takes an upload's bytes."""
-        number = len(_sealed(info))
-        return _Opened(self._text_path(info, _segment(number) if number else ""), flags)
+        hidden = _segment(len(_sealed(info))) if info.storage.details else ""
+        return _Opened(self._text_path(info, hidden), flags)
 
     def _copy(self, source: Source, fd: int, offset: int) -> int:
         try:
@@ -399,6 +398,11 @@ class FileDataStore(DataStore):
         last = self._text_path(info, _segment(len(sealed)))
         return [*sealed, (last, self.offset(info) - _start(info))]
 
+    def _check_sealed(self, info: FileInfo) -> None:
+        for path, length in self._sealed_files(info):
+            if not _has_bytes(path, length):
+                raise UploadGone
+
     def _sealed_files(self, info: FileInfo) -> Sequence[tuple[str, int]]:
         """Return the files that take no more bytes, and how many of each count."""
         return [
@@ -439,7 +443,7 @@ class FileDataStore(DataStore):
     # --- the marker of unverified bytes ------------------------------------------------
 
     def _marked(self, info: FileInfo) -> int | None:
-        path = self._text_path(info, _marker(len(_sealed(info))))
+        path = self._text_path(info, _marker_of(info))
         # There hardly ever is one, and an exception takes longer than this question.
         if not os.access(path, os.F_OK):
             return None
@@ -456,7 +460,7 @@ class FileDataStore(DataStore):
         return int(text) if text.endswith(b"\n") else MAX_SIZE
 
     def _mark(self, info: FileInfo, offset: int) -> None:
-        marker = self._path(info, _marker(len(_sealed(info))))
+        marker = self._path(info, _marker_of(info))
         try:
             with open(marker, "w", encoding="ascii") as file:
                 adopt(file.fileno(), marker.parent)
@@ -469,7 +473,7 @@ class FileDataStore(DataStore):
         self._sync_directory(marker.parent)
 
     def _unmark(self, info: FileInfo) -> None:
-        marker = self._path(info, _marker(len(_sealed(info))))
+        marker = self._path(info, _marker_of(info))
         try:
             marker.unlink()
         except FileNotFoundError:
@@ -551,13 +555,14 @@ def _blocks(fd: int, offset: int, n: int) -> Iterator[bytes]:
 
 def _sealed(info: FileInfo) -> Sequence[int]:
     """Return how many bytes count of each file but the last one."""
-    # Hardly any upload has details, and this is asked on the way of every request.
-    return info.storage.details.get(_SEALED, ()) if info.storage.details else ()
+    sealed: Sequence[int] = info.storage.details.get(_SEALED, ())
+    return sealed
 
 
 def _start(info: FileInfo) -> int:
     """Return the offset of the first byte in the file that takes bytes."""
-    return sum(_sealed(info))
+    # Hardly any upload has details, and this is asked on the way of every request.
+    return sum(_sealed(info)) if info.storage.details else 0
 
 
 def _has_bytes(path: str, length: int) -> bool:
@@ -569,6 +574,11 @@ def _has_bytes(path: str, length: int) -> bool:
 
 def _segment(number: int) -> str:
     return f"segment{number}"
+
+
+def _marker_of(info: FileInfo) -> str:
+    """Return the purpose of the marker of the file that takes bytes."""
+    return _marker(len(_sealed(info))) if info.storage.details else "unverified"
 
 
 def _marker(number: int) -> str:

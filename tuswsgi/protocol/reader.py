@@ -27,7 +27,7 @@ from tuswsgi.errors import (
     UploadInterrupted,
     UploadLocked,
 )
-from tuswsgi.lockers.base import Hold, IsLost
+from tuswsgi.lockers.base import SURE, Hold, IsLost
 from tuswsgi.process import PerProcess, let_others_run
 from tuswsgi.protocol.checksum import Checksum
 
@@ -156,7 +156,7 @@ class UploadReader:
 
         The process may have stood still for long, and another one may write by now.
         """
-        self._is_lost = hold.is_lost
+        self._is_lost = None if hold is SURE else hold.is_lost
 
     def interrupt(self, error: TusError) -> None:
         """End the body as if it had come to its end, for the reason `error`.
