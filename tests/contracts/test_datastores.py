@@ -274,6 +274,31 @@ class TestFileDataStore(DataStoreContract):
         assert content(store, info) == b"one,two,last"
         assert [one.storage.path for one in store.places(LATER)] == [info.storage.path]
 
+    def test_segments_of_an_upload_before_are_not_taken_over(self, store):
+        before = created(store, size=12)
+        store.append(before, 0, Blocks(b"one,"), SURE)
+        sealed = before.but(storage=store.seal(before))
+        store.append(sealed, 4, Blocks(b"two,last"), SURE)
+        # Its maker died before it was tidied up, and it was removed by hand.
+        Path(store.location(before)).unlink()
+        store.create(before)
+        store.append(before, 0, Blocks(b"new,"), SURE)
+        again = before.but(storage=store.seal(before))
+        assert store.offset(again) == 4
+        store.delete(before)
+        assert files_below(store.data_dir) == []
+
+    def test_an_upload_that_lacks_a_segment_is_gone(self, store):
+        info = created(store, size=12)
+        for block in (b"one,", b"two,", b"last"):
+            info = info.but(storage=store.seal(info))
+            store.append(info, store.offset(info), Blocks(block), SURE)
+        path = Path(store.location(info))
+        path.with_name(f".{path.name}.segment2").unlink()
+        for ask in (store.offset, store.open, store.seal):
+            with pytest.raises(UploadGone):
+                ask(info)
+
     def test_a_move_that_was_cut_off_is_done_again(self, store, monkeypatch):
         class Death(BaseException):
             """As if the process died."""
