@@ -188,7 +188,7 @@ class FileDataStore(DataStore):
         return info.storage
 
     def tidy(self, info: FileInfo) -> None:
-        aside(_unlink, *self._paths_of_segments(info))
+        aside(_unlink, *places.beside(self._text_path(info)))
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
         with self._opened(info, os.O_RDONLY):
@@ -410,11 +410,6 @@ class FileDataStore(DataStore):
             for number, length in enumerate(_sealed(info))
         ]
 
-    def _paths_of_segments(self, info: FileInfo) -> Iterator[Path]:
-        for number in range(1, len(_sealed(info)) + 1):
-            yield self._path(info, _segment(number))
-            yield self._path(info, _marker(number))
-
     def _cut(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
         if self.force_fsync:
@@ -578,9 +573,4 @@ def _segment(number: int) -> str:
 
 def _marker_of(info: FileInfo) -> str:
     """Return the purpose of the marker of the file that takes bytes."""
-    return _marker(len(_sealed(info))) if info.storage.details else "unverified"
-
-
-def _marker(number: int) -> str:
-    """Return the purpose of the marker of a segment; the upload's own file is number 0."""
-    return f"unverified{number or ''}"
+    return f"unverified{len(_sealed(info))}" if info.storage.details else "unverified"

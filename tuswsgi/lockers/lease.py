@@ -112,7 +112,7 @@ class LeaseLocker(Locker[Lease]):
         super().__init__(timeout)
         self.lease = lease
         self.beside = beside
-        self._keeper: PerProcess[Keeper] = PerProcess(self._make_keeper)
+        self._keeper: PerProcess[Keeper] = PerProcess(lambda: Keeper(self))
 
     def prepare(self) -> None:
         if self.beside is not None:
@@ -171,9 +171,6 @@ class LeaseLocker(Locker[Lease]):
         """Release what ``_hear`` needed for `worker`. It is called by who called that."""
 
     # --- what all of them do alike ----------------------------------------------------
-
-    def _make_keeper(self) -> Keeper:
-        return Keeper(self)
 
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Lease | None:
         if self.beside is None:

@@ -375,10 +375,7 @@ class Uploads:
         try:
             return info.but(offset=self.data.offset(info))
         except UploadGone:
-            # It may have been joined to one file a moment ago.
-            now = self.infos.load(info.id)
-            if now.storage == info.storage:
-                raise
+            now = self._moved(info)
             return now if now.is_finished else now.but(offset=self.data.offset(now))
 
     def open(self, info: FileInfo, start: int) -> Readable:
@@ -386,10 +383,18 @@ class Uploads:
         try:
             return self.data.open(info, start)
         except UploadGone:
-            now = self.infos.load(info.id)
-            if now.is_gone or now.storage == info.storage:
-                raise
-            return self.data.open(now, start)
+            return self.data.open(self._moved(info), start)
+
+    def _moved(self, info: FileInfo) -> FileInfo:
+        """Return an upload whose bytes are not where they were: it may have been joined to one
+        file a moment ago.
+
+        :raises UploadGone: if they are nowhere else.
+        """
+        now = self.infos.load(info.id)
+        if now.is_gone or now.storage == info.storage:
+            raise UploadGone
+        return now
 
     # --- shared steps ----------------------------------------------------------------------
 
