@@ -6,6 +6,6 @@ It is configured by the environment and by the INI file that ``TUSWSGI_CONFIG`` 
 import os
 
 from tuswsgi.app import create_app
-from tuswsgi.config import Config
+from tuswsgi.config.loading import Config
 
 application = create_app(Config.from_environment(os.environ))

@@ -13,9 +13,9 @@ monkey.patch_all()
 import os  # noqa: E402
 import sys  # noqa: E402
 
-from tuswsgi.config import Config  # noqa: E402
-from tuswsgi.errors import ConfigurationError  # noqa: E402
-from tuswsgi.server import gunicorn_settings  # noqa: E402
+from tuswsgi.config.loading import Config  # noqa: E402
+from tuswsgi.core.errors import ConfigurationError  # noqa: E402
+from tuswsgi.serving.settings import gunicorn_settings  # noqa: E402
 
 try:
     globals().update(gunicorn_settings(Config.from_environment(os.environ)))

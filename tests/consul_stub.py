@@ -91,8 +91,6 @@ class ConsulStub:
             del self.sessions[session]
             self._remove_keys(lambda key: self.keys[key].session == session)
 
-    # --- the API ---
-
     def _answer(self, method: str, target: str, body: bytes) -> Answer:
         parts = urlsplit(target)
         query = {name: found[0] for name, found in parse_qs(parts.query, True).items()}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tuswsgi.connections.address import Address
-from tuswsgi.connections.sql import connect
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.connections.databases import connect
+from tuswsgi.core.errors import ConfigurationError
 
 
 def test_a_dsn_is_decoded() -> None:

@@ -18,11 +18,11 @@ from gevent import monkey; monkey.patch_all()
 import sys, time
 import gevent
 from tuswsgi.app import Tus
-from tuswsgi.info import FileInfo, State, new_id
+from tuswsgi.core.info import FileInfo, State, new_id
 from tuswsgi.infostores import record
 from tuswsgi.protocol.cleanup import CleanUp
 from tuswsgi.protocol.settings import CleanUpSettings
-from tuswsgi.process import let_others_run
+from tuswsgi.core.process import let_others_run
 
 COUNT = 20_000
 tus = Tus(data_dir=sys.argv[1], info_storage=sys.argv[2])

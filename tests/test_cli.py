@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tuswsgi.cli import main
+from tuswsgi.commands.cli import main
 
 #: rustus' core options: the key, its flags, its variable, and a value as rustus takes it.
 RUSTUS = [
@@ -162,7 +162,7 @@ def test_docs_are_written_checked_and_printed(tmp_path: Path) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from tuswsgi.cli import main\n"
+        "from tuswsgi.commands.cli import main\n"
         "try:\n"
         "    main(['--help'])\n"
         "except SystemExit:\n"
@@ -182,7 +182,7 @@ def test_serve_is_patched_before_anything_is_imported() -> None:
         "def patch_all():\n"
         "    sys.exit(', '.join({'ssl', 'marshmallow', 'peewee'} & set(sys.modules)) or None)\n"
         "monkey.patch_all = patch_all\n"
-        "from tuswsgi.cli import main\n"
+        "from tuswsgi.commands.cli import main\n"
         "main(['serve'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -191,7 +191,8 @@ def test_serve_is_patched_before_anything_is_imported() -> None:
 
 def test_the_package_does_not_patch_when_it_is_imported() -> None:
     code = (
-        "import tuswsgi, tuswsgi.cli, tuswsgi.server, tuswsgi.registry, socket, sys\n"
+        "import socket, sys, tuswsgi, tuswsgi.commands.cli\n"
+        "import tuswsgi.config.registry, tuswsgi.serving.settings\n"
         "sys.exit(socket.socket.__module__ != 'socket' or 'gevent' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -219,7 +220,7 @@ def test_upload_names_the_extra_that_it_needs(
 ) -> None:
     for name in ("tusclient", "tusclient.client"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "tuswsgi.client", raising=False)
+    monkeypatch.delitem(sys.modules, "tuswsgi.commands.client", raising=False)
     file = tmp_path / "file"
     file.write_bytes(b"x")
     result = run("upload", file, "http://localhost:1/files/")

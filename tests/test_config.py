@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.backends import Backends, DataStoreName
-from tuswsgi.config import DEFAULT, Config, all_options
+from tuswsgi.config.backends import Backends, DataStoreName
+from tuswsgi.config.loading import DEFAULT, Config, all_options
+from tuswsgi.config.registry import data_store, info_store, locker, prepare
+from tuswsgi.config.server import LogLevel, ServerSettings
+from tuswsgi.core.errors import ConfigurationError
+from tuswsgi.core.extensions import Extension
+from tuswsgi.core.options import MiB, Option
 from tuswsgi.datastores.file import FileDataStore
 from tuswsgi.datastores.memory import MemoryDataStore
-from tuswsgi.errors import ConfigurationError
-from tuswsgi.extensions import Extension
-from tuswsgi.options import MiB, Option
 from tuswsgi.protocol.settings import UploadSettings
-from tuswsgi.registry import data_store, info_store, locker, prepare
-from tuswsgi.server import LogLevel, ServerSettings
 
 OPTIONS: dict[str, Option] = {one.key: one for one in all_options()}
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from tuswsgi.connections import sqlite
-from tuswsgi.connections.sql import connect
-from tuswsgi.errors import ConfigurationError, StorageFull, Unavailable
+from tuswsgi.connections.databases import connect
+from tuswsgi.core.errors import ConfigurationError, StorageFull, Unavailable
 
 
 @pytest.fixture

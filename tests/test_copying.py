@@ -17,12 +17,12 @@ import pytest
 from click.testing import CliRunner
 from private_servers import PrivateRedis
 
-from tuswsgi import registry
-from tuswsgi.cli import main
-from tuswsgi.config import Config
-from tuswsgi.copying import Copy, StoredUploads
-from tuswsgi.hooks.base import Event
-from tuswsgi.info import FileInfo, State
+from tuswsgi.commands.cli import main
+from tuswsgi.commands.copy import Copy, StoredUploads
+from tuswsgi.config import registry
+from tuswsgi.config.loading import Config
+from tuswsgi.core.events import Event
+from tuswsgi.core.info import FileInfo, State
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.file import FileInfoStore
 from tuswsgi.testing.records import event, full, upload
@@ -167,7 +167,7 @@ def test_what_differs_is_overwritten_only_when_asked(way: tuple[str, str]) -> No
         source.create(info, events)
         for n in range(4):
             info = source.save(info, [told(info, sequence=n + 1)])
-        old = info.but(size=6, sequence=1)
+        old = info.replace(size=6, sequence=1)
         target.create(old, [told(old), events[1], told(old, dead=True)])
         before = everything(target)
         output = copy(way, code=1)
@@ -185,7 +185,7 @@ def test_a_record_that_was_written_more_often_is_overwritten(
 ) -> None:
     info = upload(size=5)
     source.create(info, [told(info)])
-    target.create(info.but(size=6, sequence=7), [told(info)])
+    target.create(info.replace(size=6, sequence=7), [told(info)])
     copy(near, code=1)
     copy(near, "--overwrite")
     found = target.load(info.id)
@@ -208,7 +208,7 @@ Change = Callable[[InfoStore], object]
 
 
 def _rewrite(store: InfoStore) -> None:
-    store.save(store.list()[0].but(offset=3))
+    store.save(store.list()[0].replace(offset=3))
 
 
 def _settle(store: InfoStore) -> None:

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from private_servers import program
 
-from tuswsgi.config import Config, all_options
-from tuswsgi.server import ServerSettings
+from tuswsgi.config.loading import Config, all_options
+from tuswsgi.config.server import ServerSettings
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"

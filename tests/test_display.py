@@ -8,8 +8,8 @@ import unicodedata
 
 import pytest
 
-from tuswsgi.display import printable, without_controls, without_secrets
-from tuswsgi.logs import LogFormat, formatter
+from tuswsgi.core.display import printable, without_controls, without_secrets
+from tuswsgi.observing.logs import LogFormat, formatter
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2028\r\udc80"
 SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2028\r\udc80"

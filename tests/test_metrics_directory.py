@@ -10,7 +10,7 @@ from pathlib import Path
 WORKER = """
 import sys
 from pathlib import Path
-from tuswsgi import metrics_directory
+from tuswsgi.observing import metrics_directory
 number = metrics_directory.slot()
 files = Path(sys.argv[1]).glob(f"*_{number}.db")
 print(number, *sorted(file.name for file in files if file.stat().st_size), flush=True)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import pytest
 from marshmallow import ValidationError
 
-from tuswsgi.config import all_options
-from tuswsgi.options import (
+from tuswsgi.config.loading import all_options
+from tuswsgi.core.options import (
     Duration,
     GiB,
     KiB,

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tuswsgi import registry
-from tuswsgi.cli import main
-from tuswsgi.config import Config
-from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
-from tuswsgi.hooks.events import event_of
-from tuswsgi.info import FileInfo, Metadata, State
+from tuswsgi.commands.cli import main
+from tuswsgi.config import registry
+from tuswsgi.config.loading import Config
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, Metadata, State
+from tuswsgi.hooks.base import HookRequest
 from tuswsgi.infostores.base import InfoStore
+from tuswsgi.outbox.events import event_of
 
 STORES = ["db-info-storage", "file-info-storage"]
 

@@ -19,9 +19,10 @@ import databases
 import pytest
 from private_servers import PrivateMariaDb, PrivatePostgres
 
+from tuswsgi.connections.databases import connect
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.sql import SqlConnection, connect
-from tuswsgi.errors import StorageFull, Unavailable
+from tuswsgi.connections.sql import SqlConnection
+from tuswsgi.core.errors import StorageFull, Unavailable
 
 ROOT = Path(__file__).parent.parent
 

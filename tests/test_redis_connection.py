@@ -17,8 +17,9 @@ from line import Line
 from private_servers import PrivateRedis, PrivateSentinel
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.redis import Script, connect
-from tuswsgi.errors import ConfigurationError, StorageFull, Unavailable
+from tuswsgi.connections.redis import connect
+from tuswsgi.connections.redis_scripts import Script
+from tuswsgi.core.errors import ConfigurationError, StorageFull, Unavailable
 
 #: Seconds after which a test's server is given up.
 PATIENCE = 0.5
@@ -85,9 +86,6 @@ def test_everybody_shares_the_connections_of_a_server(line):
     assert connect(line.url, PoolSettings(99)) is server
     del server
     gc.collect()
-
-
-# --- it goes away ---
 
 
 def test_a_connection_that_was_closed_is_replaced(server, line, key):
@@ -182,9 +180,6 @@ def test_a_full_server_is_told_from_one_that_is_away(private):
         server.close()
 
 
-# --- channels ---
-
-
 def test_messages_are_heard_again_after_a_break(server, line, key):
     subscription = server.subscribe(key)
     assert subscription.hear(0.0) == []
@@ -218,9 +213,6 @@ def test_a_quiet_channel_stays_open(server, line, key):
         assert subscription.hear(0.1) == []
     assert line.accepted == 1
     subscription.close()
-
-
-# --- addresses ---
 
 
 @pytest.mark.parametrize(
@@ -356,15 +348,13 @@ def test_a_master_that_became_a_replica_is_left():
         new.remove()
 
 
-# --- gevent ---
-
 BUSY = """
 from gevent import monkey; monkey.patch_all()
 import sys, time
 import gevent
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.redis import connect
-from tuswsgi.errors import Unavailable
+from tuswsgi.core.errors import Unavailable
 
 server = connect(sys.argv[1], PoolSettings(2, 1.0))
 gaps = []
@@ -412,7 +402,10 @@ assert server.call("CLIENT", "ID") in ids
 
 
 def test_help_does_not_load_the_client():
-    code = "import sys, tuswsgi.registry as r; r.option_groups(); sys.exit('redis' in sys.modules)"
+    code = (
+        "import sys, tuswsgi.config.groups as g; g.option_groups(); "
+        "sys.exit('redis' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

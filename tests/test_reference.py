@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tuswsgi import reference
-from tuswsgi.config import Config, all_options
-from tuswsgi.options import Items, Text
+from tuswsgi.config import reference
+from tuswsgi.config.loading import Config, all_options
+from tuswsgi.core.options import Items, Text
 
 CONF = Path(__file__).parent.parent / "conf"
 

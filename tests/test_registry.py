@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import redis_service
 
-from tuswsgi import registry
-from tuswsgi.config import Config
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.config import registry
+from tuswsgi.config.loading import Config
+from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.lockers.redis import RedisLocker
 from tuswsgi.lockers.sql import SqlLocker
@@ -74,6 +74,6 @@ def test_locks_of_one_host_for_records_of_many_are_warned_of(
         ({"locker": "file-locker"}, False),
     ):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "tuswsgi.registry"):
+        with caplog.at_level(logging.WARNING, "tuswsgi.config.registry"):
             registry.prepare(config(tmp_path, **flags))
         assert ("only while one host serves them" in caplog.text) is warned

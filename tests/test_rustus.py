@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from private_servers import PrivateRedis
 from rustus import FIRST_FIELDS, Rustus, in_files
 
-from tuswsgi.cli import main
+from tuswsgi.commands.cli import main
+from tuswsgi.core.info import FileInfo, State
 from tuswsgi.datastores.file import FileDataStore
-from tuswsgi.info import FileInfo, State
 from tuswsgi.infostores.file import FileInfoStore
 
 
@@ -255,7 +255,7 @@ def test_an_upload_that_went_on_since_is_not_taken_back(
 ) -> None:
     id = rustus.upload(b"hello", 11)
     copy()
-    infos.save(infos.load(id).but(state=State.FINISHED, offset=11, finished_at=5.0))
+    infos.save(infos.load(id).replace(state=State.FINISHED, offset=11, finished_at=5.0))
     assert "1 not copied" in copy(code=1)
     assert only(infos).state is State.FINISHED
 

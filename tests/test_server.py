@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.config import Config
-from tuswsgi.errors import ConfigurationError
-from tuswsgi.server import ServerSettings, check_listening, gunicorn_settings, ready_line
+from tuswsgi.config.loading import Config
+from tuswsgi.config.server import ServerSettings
+from tuswsgi.core.errors import ConfigurationError
+from tuswsgi.serving.settings import check_listening, gunicorn_settings, ready_line
 
 #: What gunicorn's master is when it begins, as far as we look at it.
 MASTER = SimpleNamespace(handle_term=lambda *signal: None)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.process import is_cooperative
-from tuswsgi.spawn import Ended, Program, run
+from tuswsgi.core.process import is_cooperative
+from tuswsgi.hooks.programs import Ended, Program, run
 
 #: For what takes milliseconds on an idle machine, in seconds.
 SOON = 60.0

@@ -10,10 +10,11 @@ import databases
 import pytest
 from click.testing import CliRunner
 
-from tuswsgi.cli import main
-from tuswsgi.connections.sql import SqlConnection, connect
+from tuswsgi.commands.cli import main
+from tuswsgi.connections.databases import connect
+from tuswsgi.connections.sql import SqlConnection
 from tuswsgi.connections.tables import SCHEMA, prepare_tables, version
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.infostores.sql import SqlInfoStore
 from tuswsgi.testing.records import upload
 

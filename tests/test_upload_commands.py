@@ -15,9 +15,9 @@ from e2e.client import wait_until
 from protocol.client import Client, closing, metadata, path_of
 
 from tuswsgi.app import Tus, create_app
-from tuswsgi.cli import main
-from tuswsgi.config import Config
-from tuswsgi.info import FileInfo, State, made_at, new_id
+from tuswsgi.commands.cli import main
+from tuswsgi.config.loading import Config
+from tuswsgi.core.info import FileInfo, State, made_at, new_id
 from tuswsgi.lockers.base import SURE
 from tuswsgi.testing.datastores import Blocks
 
@@ -119,7 +119,7 @@ class TestList:
         infos = client.tus.uploads.infos
         url = client.create(3)
         client.create(3)
-        infos.save(infos.load(id_of(url)).but(owner="me"))
+        infos.save(infos.load(id_of(url)).replace(owner="me"))
         assert listed(flags, "--owner", "me") == [id_of(url)]
 
     def test_more_than_a_page(self, client: Client, flags: list[str]) -> None:

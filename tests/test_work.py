@@ -105,9 +105,6 @@ def check(measure: Callable[[], Counts], bounds: Counts) -> None:
     pytest.fail(f"more than {bounds}: {counts}")
 
 
-# --- bulk ----------------------------------------------------------------------------------
-
-
 def test_an_upload(counting: Server) -> None:
     # A turn of half a MiB: from the socket, to the file, and perhaps to see nothing more.
     check(lambda: upload(counting, SIZE), {"splice": 9, "pwrite": 0.1, "recv_into": 0.1})
@@ -161,9 +158,6 @@ def test_connections_in_mid_body(counting: Server) -> None:
     print(f"{each / KIB:.1f} KiB for each connection")
     # Python 3.10 takes half as much again as later ones.
     assert each < 48 * KIB
-
-
-# --- small requests ------------------------------------------------------------------------
 
 
 def requests(server: Server, connection: Connection, kind: str, count: int) -> None:

@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tuswsgi.app import Tus as Tus
     from tuswsgi.app import create_app as create_app
+    from tuswsgi.core.errors import ConfigurationError as ConfigurationError
+    from tuswsgi.core.errors import TusError as TusError
+    from tuswsgi.core.events import HookType as HookType
+    from tuswsgi.core.info import FileInfo as FileInfo
+    from tuswsgi.core.info import Metadata as Metadata
     from tuswsgi.datastores.base import DataStore as DataStore
-    from tuswsgi.errors import ConfigurationError as ConfigurationError
-    from tuswsgi.errors import TusError as TusError
     from tuswsgi.hooks.base import ChangeFileInfo as ChangeFileInfo
     from tuswsgi.hooks.base import HookRequest as HookRequest
     from tuswsgi.hooks.base import HookResponse as HookResponse
-    from tuswsgi.hooks.base import HookType as HookType
-    from tuswsgi.info import FileInfo as FileInfo
-    from tuswsgi.info import Metadata as Metadata
     from tuswsgi.infostores.base import InfoStore as InfoStore
     from tuswsgi.lockers.base import Locker as Locker
     from tuswsgi.web.blueprint import request_method as request_method
 
 _HOMES = {
     "ChangeFileInfo": "hooks.base",
-    "ConfigurationError": "errors",
+    "ConfigurationError": "core.errors",
     "DataStore": "datastores.base",
-    "FileInfo": "info",
+    "FileInfo": "core.info",
     "HookRequest": "hooks.base",
     "HookResponse": "hooks.base",
-    "HookType": "hooks.base",
+    "HookType": "core.events",
     "InfoStore": "infostores.base",
     "Locker": "lockers.base",
-    "Metadata": "info",
+    "Metadata": "core.info",
     "Tus": "app",
-    "TusError": "errors",
+    "TusError": "core.errors",
     "create_app": "app",
     "request_method": "web.blueprint",
 }

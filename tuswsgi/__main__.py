@@ -1,5 +1,5 @@
 """``python -m tuswsgi`` is the command ``tuswsgi``."""
 
-from tuswsgi.cli import main
+from tuswsgi.commands.cli import main
 
 main(prog_name="tuswsgi")

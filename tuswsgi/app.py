@@ -17,24 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 import flask
 
-from tuswsgi import registry, runtime
-from tuswsgi.backends import LockerName
-from tuswsgi.config import Config
+from tuswsgi.config import registry, runtime
+from tuswsgi.config.backends import LockerName
+from tuswsgi.config.loading import Config
+from tuswsgi.config.server import ServerSettings
+from tuswsgi.core.errors import ConfigurationError, TusError, Unavailable
+from tuswsgi.core.events import HookType
+from tuswsgi.core.process import PerProcess
 from tuswsgi.datastores.base import DataStore
-from tuswsgi.errors import ConfigurationError, TusError, Unavailable
-from tuswsgi.hooks.base import Hook, HookType
+from tuswsgi.hooks.base import Hook
 from tuswsgi.hooks.callable import CallableHook, HookFunction
-from tuswsgi.hooks.delivery import Delivery, DeliverySettings
-from tuswsgi.hooks.manager import HookManager
 from tuswsgi.hooks.settings import EnabledHooks, HookSettings
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
-from tuswsgi.process import PerProcess
+from tuswsgi.outbox.delivery import Delivery, DeliverySettings
+from tuswsgi.outbox.manager import HookManager
 from tuswsgi.protocol.readiness import Readiness
 from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.server import ServerSettings
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
 from tuswsgi.web.monitoring import MonitoringBlueprint
 from tuswsgi.web.settings import MonitoringSettings, WebSettings
@@ -85,7 +86,8 @@ class Tus:
     ) -> None:
         if locker is not None and not isinstance(locker, Locker):
             # The option has the same name: which of the server's own lockers it is to be.
-            options["locker"], locker = locker, None
+            options["locker"] = locker
+            locker = None
         own_hooks = [] if hooks is None else [hook for hook in hooks if isinstance(hook, Hook)]
         if hooks is not None and not own_hooks:
             options["hooks"] = hooks

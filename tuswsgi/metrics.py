@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from tuswsgi import signals, telemetry
-from tuswsgi.info import FileInfo, State
+from tuswsgi.core.info import FileInfo, State
 from tuswsgi.infostores.base import Census
-from tuswsgi.metrics_directory import (
+from tuswsgi.observing import signals, telemetry
+from tuswsgi.observing.cached_check import Probe
+from tuswsgi.observing.metrics_directory import (
     DIRECTORY_VARIABLE,
     check_installed,
     forget_the_dead,
     slot,
     use_slots,
 )
-from tuswsgi.probe import Probe
 from tuswsgi.protocol.uploads import Uploads
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 _STALLED = 3600.0
 
 #: How long a look into the stores may take, and for how long it is good (seconds).
-_PATIENCE, _FRESH = 8.0, 5.0
+_PATIENCE = 8.0
+_FRESH = 5.0
 
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST")
 
@@ -90,7 +91,8 @@ class Metrics:
         """Yield what the stores say; Prometheus' library calls it. What cannot be had is left
         out, so that the rest can be.
         """
-        census, free = self._seen(self._census), self._seen(self._free)
+        census = self._seen(self._census)
+        free = self._seen(self._free)
         if census is not None:
             yield _gauge("uploads_in_progress", "Unfinished uploads.", census.unfinished)
             text = "Unfinished uploads without a byte for an hour."

@@ -8,7 +8,7 @@ import pytest
 from consul_stub import ConsulStub
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import ConfigurationError, LockLost, Unavailable
+from tuswsgi.core.errors import ConfigurationError, LockLost, Unavailable
 from tuswsgi.lockers.consul import ConsulLocker
 from tuswsgi.testing.leases import LeaseContract
 from tuswsgi.testing.lockers import LockerContract, Requests, ignore

@@ -14,11 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.datastores.base import DataStore
-from tuswsgi.datastores.file import FileDataStore
-from tuswsgi.datastores.limited import LimitedDataStore
-from tuswsgi.datastores.memory import MemoryDataStore
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     ConfigurationError,
     LimitReached,
     OffsetMismatch,
@@ -26,11 +22,15 @@ from tuswsgi.errors import (
     UploadGone,
     UploadNotFound,
 )
-from tuswsgi.info import FileInfo, Metadata, Storage
+from tuswsgi.core.info import FileInfo, Metadata, Storage
+from tuswsgi.core.paths import inside
+from tuswsgi.datastores.base import DataStore
+from tuswsgi.datastores.file import FileDataStore
+from tuswsgi.datastores.limited import LimitedDataStore
+from tuswsgi.datastores.memory import MemoryDataStore
 from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.lockers.base import SURE
 from tuswsgi.lockers.memory import MemoryLocker
-from tuswsgi.paths import inside
 from tuswsgi.testing.datastores import LARGE, Blocks, DataStoreContract, content, created
 from tuswsgi.testing.records import upload
 
@@ -96,8 +96,6 @@ class TestFileDataStore(DataStoreContract):
         store = FileDataStore(tmp_path / "data", **self.options)
         store.prepare()
         return store
-
-    # --- crashes ---
 
     @pytest.mark.parametrize("provisional", [False, True])
     def test_bytes_behind_a_marker_do_not_count(self, store, provisional):
@@ -192,14 +190,12 @@ class TestFileDataStore(DataStoreContract):
         store.append(info, kept, Blocks(b"!"), SURE)
         assert content(store, info) == b"oldlost"[:kept] + b"!"
 
-    # --- what lies in the directory ---
-
     def test_what_crashes_left_is_found(self, store):
         info, gone = created(store), FileInfo(id="gone")
         path = Path(store.location(info))
         left = path.with_name(f".{path.name}.concat-0123456789abcdef")
         left.write_text("half")
-        sealed = info.but(storage=store.seal(info))
+        sealed = info.replace(storage=store.seal(info))
         stale = marker_of(path.with_name(gone.id))
         stale.write_text("0\n")
         marker_of(path).write_text("0\n")
@@ -263,7 +259,7 @@ class TestFileDataStore(DataStoreContract):
         info = created(store, size=12)
         store.append(info, 0, Blocks(b"one,"), SURE)
         for block in (b"two,", b"last"):
-            info = info.but(storage=store.seal(info))
+            info = info.replace(storage=store.seal(info))
             store.append(info, store.offset(info), Blocks(block), SURE)
         (place,) = store.places(LATER)
         found = store.quarantine(place)
@@ -277,13 +273,13 @@ class TestFileDataStore(DataStoreContract):
     def test_segments_of_an_upload_before_are_not_taken_over(self, store):
         before = created(store, size=12)
         store.append(before, 0, Blocks(b"one,"), SURE)
-        sealed = before.but(storage=store.seal(before))
+        sealed = before.replace(storage=store.seal(before))
         store.append(sealed, 4, Blocks(b"two,last"), SURE)
         # Its maker died before it was tidied up, and it was removed by hand.
         Path(store.location(before)).unlink()
         store.create(before)
         store.append(before, 0, Blocks(b"new,"), SURE)
-        again = before.but(storage=store.seal(before))
+        again = before.replace(storage=store.seal(before))
         assert store.offset(again) == 4
         store.delete(before)
         assert files_below(store.data_dir) == []
@@ -291,7 +287,7 @@ class TestFileDataStore(DataStoreContract):
     def test_an_upload_that_lacks_a_segment_is_gone(self, store):
         info = created(store, size=12)
         for block in (b"one,", b"two,", b"last"):
-            info = info.but(storage=store.seal(info))
+            info = info.replace(storage=store.seal(info))
             store.append(info, store.offset(info), Blocks(block), SURE)
         path = Path(store.location(info))
         path.with_name(f".{path.name}.segment2").unlink()
@@ -354,8 +350,6 @@ class TestFileDataStore(DataStoreContract):
     def test_a_directory_that_is_gone_has_no_places(self, tmp_path):
         assert list(FileDataStore(tmp_path / "gone").places(LATER)) == []
 
-    # --- where files are ---
-
     @pytest.mark.parametrize(
         "path",
         [
@@ -388,8 +382,6 @@ class TestFileDataStore(DataStoreContract):
     def test_what_lies_inside(self, store):
         for name in ("a", "a/b", "2024/1/x~y", "ы", "a b", "x" * 255):
             assert inside(store.data_dir, name) == store.data_dir / name
-
-    # --- sizes ---
 
     def test_offsets_have_64_bits(self, store):
         info = created(store)
@@ -456,8 +448,6 @@ class TestFileDataStore(DataStoreContract):
     def test_it_knows_its_room(self, store):
         state = os.statvfs(store.data_dir)
         assert 0 < store.free_space() <= state.f_blocks * state.f_frsize
-
-    # --- where the kernel does not help ---
 
     @pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
     def test_parts_are_joined_by_hand(self, store, monkeypatch, number):
@@ -604,13 +594,11 @@ def test_structures_that_lead_out_are_mistakes(tmp_path, monkeypatch, structure)
         FileDataStore(tmp_path, dir_structure=structure).prepare()
 
 
-# --- tools ---
-
 DYING = """
 import os, signal, sys
 from pathlib import Path
 from tuswsgi.datastores.file import FileDataStore
-from tuswsgi.info import FileInfo, Storage
+from tuswsgi.core.info import FileInfo, Storage
 from tuswsgi.lockers.base import SURE
 from tuswsgi.testing.datastores import Blocks
 
@@ -631,7 +619,7 @@ DYING_JOINER = """
 import os, signal, sys
 from pathlib import Path
 from tuswsgi.datastores.file import FileDataStore, copy_file
-from tuswsgi.info import FileInfo, Storage
+from tuswsgi.core.info import FileInfo, Storage
 from tuswsgi.lockers.base import SURE
 
 def die_in_the_middle(*args):

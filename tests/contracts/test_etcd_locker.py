@@ -14,7 +14,7 @@ import requests
 from private_servers import PATIENCE, PrivateEtcd
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import ConfigurationError, LockLost, Unavailable
+from tuswsgi.core.errors import ConfigurationError, LockLost, Unavailable
 from tuswsgi.lockers.etcd import EtcdLocker
 from tuswsgi.testing.leases import LeaseContract
 from tuswsgi.testing.lockers import SOON, LockerContract, Requests, ignore

@@ -11,9 +11,9 @@ from consul_stub import ConsulStub
 from private_servers import PrivateEtcd, PrivateRedis
 from test_processes import Child, children
 
-from tuswsgi.config import Config
+from tuswsgi.config.loading import Config
+from tuswsgi.config.registry import locker as configured
 from tuswsgi.lockers.consul import ConsulLocker
-from tuswsgi.registry import locker as configured
 from tuswsgi.testing.lockers import SOON, Requests, ignore
 
 #: Seconds; etcd rounds them up.

@@ -10,15 +10,15 @@ from threading import Thread
 
 import pytest
 
-from tuswsgi.connections.sql import connect
-from tuswsgi.errors import (
+from tuswsgi.connections.databases import connect
+from tuswsgi.core.errors import (
     ConfigurationError,
     StorageFull,
     Unavailable,
     UploadExists,
     UploadNotFound,
 )
-from tuswsgi.info import FileInfo, State
+from tuswsgi.core.info import FileInfo, State
 from tuswsgi.infostores import record
 from tuswsgi.infostores.file import FileInfoStore
 from tuswsgi.infostores.memory import MemoryInfoStore

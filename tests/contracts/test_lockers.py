@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     ConfigurationError,
     LockLost,
     StorageFull,

@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 
 from test_processes import Child
 
-from tuswsgi.hooks.base import HookType
+from tuswsgi.core.events import HookType
 from tuswsgi.testing.lockers import SOON
 from tuswsgi.testing.records import event, upload
 

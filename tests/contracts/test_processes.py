@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import stores
 
-from tuswsgi.errors import InfoConflict, UploadLocked
+from tuswsgi.core.errors import InfoConflict, UploadLocked
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.testing.lockers import SOON, Requests, ignore
 from tuswsgi.testing.records import event, upload
@@ -89,9 +89,6 @@ def run_tests_under_gevent(*args):
         "sys.exit(pytest.main(['-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))",
         *args,
     )
-
-
-# --- lockers ---
 
 
 def take_turns(connection, directory, count):
@@ -235,9 +232,6 @@ def test_a_forked_child_has_its_own_mailbox(tmp_path, kind):
     run_python(FORK, kind, tmp_path)
 
 
-# --- info stores ---
-
-
 def write_much(connection, make, directory):
     store = make(directory)
     connection.send("ready")
@@ -346,9 +340,6 @@ assert len(store.list()) == 7
 @pytest.mark.parametrize("make", stores.SQL, indirect=True)
 def test_a_forked_child_has_its_own_connections(tmp_path, make, kind):
     run_python(FORK_STORE, kind, make(tmp_path).info_db_dsn)
-
-
-# --- gevent ---
 
 
 @pytest.mark.parametrize(

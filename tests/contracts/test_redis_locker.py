@@ -12,7 +12,7 @@ from private_servers import PrivateRedis
 from test_processes import run_python, run_tests_under_gevent
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import LockLost, Unavailable, UploadInterrupted, UploadLocked
+from tuswsgi.core.errors import LockLost, Unavailable, UploadInterrupted, UploadLocked
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.lockers.redis import RedisLocker
 from tuswsgi.testing.leases import LeaseContract

@@ -14,8 +14,8 @@ from line import Line
 from private_servers import PrivateRedis
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import InfoConflict, StorageFull, Unavailable, UploadExists, UploadNotFound
-from tuswsgi.info import State
+from tuswsgi.core.errors import InfoConflict, StorageFull, Unavailable, UploadExists, UploadNotFound
+from tuswsgi.core.info import State
 from tuswsgi.infostores import record
 from tuswsgi.infostores.redis import RedisInfoStore
 from tuswsgi.testing.infostores import InfoStoreContract
@@ -133,8 +133,6 @@ class TestRedisInfoStore(InfoStoreContract):
         after = store._server.call("INFO", "commandstats").decode()
         assert calls(after, "mget") - calls(before, "mget") <= 1
 
-    # --- records that Redis forgets ---
-
     def test_records_are_forgotten_in_time(self, settings, client, sets):
         store = RedisInfoStore(redis_service.url(), 0.3, settings=settings)
         part, final, told = upload(expires_at=1.0), upload("f"), upload()
@@ -194,9 +192,6 @@ def calls(stats, command):
     """Return how often a command was run, of ``INFO commandstats``."""
     lines = [line for line in stats.splitlines() if line.startswith(f"cmdstat_{command}:")]
     return int(lines[0].partition("calls=")[2].partition(",")[0]) if lines else 0
-
-
-# --- broken connections ---
 
 
 def test_changes_are_made_once_while_connections_are_cut(private, settings):

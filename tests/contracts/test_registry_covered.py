@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi import backends, registry
-from tuswsgi.config import Config
+from tuswsgi.config import backends, registry
+from tuswsgi.config.loading import Config
 
 HERE = Path(__file__).parent
 

@@ -9,9 +9,9 @@ import databases
 import pytest
 from private_servers import PrivateMariaDb, PrivatePostgres
 
+from tuswsgi.connections.databases import connect
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.sql import connect
-from tuswsgi.errors import LockLost, Unavailable, UploadLocked
+from tuswsgi.core.errors import LockLost, Unavailable, UploadLocked
 from tuswsgi.lockers.sql import SqlLocker
 from tuswsgi.testing.leases import LeaseContract
 from tuswsgi.testing.lockers import LockerContract, Requests, ignore

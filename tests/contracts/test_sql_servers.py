@@ -8,7 +8,7 @@ import databases
 import pytest
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import Unavailable
+from tuswsgi.core.errors import Unavailable
 from tuswsgi.infostores.sql import SqlInfoStore
 from tuswsgi.testing.infostores import InfoStoreContract
 from tuswsgi.testing.records import event, upload

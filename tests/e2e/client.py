@@ -100,8 +100,6 @@ class Connection:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # --- sending -----------------------------------------------------------------------
-
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
@@ -138,8 +136,6 @@ class Connection:
     def pause(self, seconds: float) -> None:
         """Send nothing for a while, and see that the server says nothing either."""
         assert select.select([self.sock], [], [], seconds)[0] == [], "an answer came too early"
-
-    # --- reading -----------------------------------------------------------------------
 
     def read(self) -> Response:
         """Read the answer to the oldest request that has none yet."""
@@ -232,8 +228,6 @@ class Connection:
         received = self.sock.recv(65536)
         self._buffer += received
         return bool(received)
-
-    # --- ending ------------------------------------------------------------------------
 
     def close(self) -> None:
         """Close both directions at once (a FIN, and an RST if something was unread)."""

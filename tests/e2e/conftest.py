@@ -57,8 +57,6 @@ class Server:
         self._news = threading.Condition()
         self._has_ended = True
 
-    # --- its life ----------------------------------------------------------------------
-
     def start(self) -> None:
         """Start it and wait until it can be reached."""
         inherited = {
@@ -133,8 +131,6 @@ class Server:
         """Wait until the master has ended and return its exit code."""
         assert self._process is not None
         return self._process.wait(timeout)
-
-    # --- what can be seen of it --------------------------------------------------------
 
     @property
     def log(self) -> str:

@@ -19,7 +19,7 @@ import gevent.socket
 
 import tuswsgi
 from tuswsgi.app import create_app
-from tuswsgi.config import Config
+from tuswsgi.config.loading import Config
 
 OURS = os.path.dirname(tuswsgi.__file__)
 
@@ -77,7 +77,9 @@ def profile() -> flask.Response:
 def count_function(frame: FrameType, event: str, argument: object) -> None:
     if event == "call":
         counts["functions"] += 1
-        counts["our functions"] += frame.f_code.co_filename.startswith(OURS)
+        if frame.f_code.co_filename.startswith(OURS):
+            counts["our functions"] += 1
+            counts[f"in {frame.f_code.co_filename.removeprefix(OURS)}"] += 1
 
 
 @application.get("/profile/end")

@@ -6,7 +6,7 @@ import gunicorn.http.unreader
 import gunicorn.http.wsgi
 
 from tuswsgi.app import create_app
-from tuswsgi.config import Config
+from tuswsgi.config.loading import Config
 
 application = create_app(Config.from_environment(os.environ))
 

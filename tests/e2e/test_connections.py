@@ -171,9 +171,6 @@ def test_a_body_that_is_larger_than_announced_is_the_next_request(client: Client
     assert client.offset(path) == 4
 
 
-# --- Expect: 100-continue ----------------------------------------------------------------
-
-
 def expecting(connection: Connection, path: str, offset: int, length: int | None) -> None:
     body = {"Transfer-Encoding": "chunked"} if length is None else {"Content-Length": length}
     headers = {**patch_headers(offset), **body, "Expect": "100-continue"}
@@ -283,9 +280,6 @@ def test_refusals_under_the_stock_worker(stock: Server) -> None:
         assert answer.status == 409
         assert connection.is_closed()
     assert client.offset(path) == 0
-
-
-# --- pieces and rows of requests -----------------------------------------------------------
 
 
 def test_a_row_of_requests_at_once(client: Client) -> None:

@@ -20,7 +20,7 @@ EMBEDDED = ("--chdir", str(HERE), "embedded_app:app")
 
 COMMANDS = {
     "gevent": (*GUNICORN, "-w", "2", "-k", "gevent", *EMBEDDED),
-    "our worker": (*GUNICORN, "-w", "2", "-k", "tuswsgi.worker.TusWorker", *EMBEDDED),
+    "our worker": (*GUNICORN, "-w", "2", "-k", "tuswsgi.serving.worker.TusWorker", *EMBEDDED),
     "gthread": (*GUNICORN, "-w", "2", "-k", "gthread", "--threads", "8", *EMBEDDED),
     "sync": (*GUNICORN, "-w", "2", "-k", "sync", *EMBEDDED),
     "development server": (

@@ -57,9 +57,6 @@ def wait_until_arrived(connection: Connection) -> None:
     wait_until(lambda: unacknowledged() == 0, "an acknowledgement")
 
 
-# --- chunks and checksums ------------------------------------------------------------------
-
-
 EXTENSIONS = [b"", b";a", b" ; a=b", b';a="; \\" b";c', b";a=b\t;d"]
 
 
@@ -106,9 +103,6 @@ def digest(algorithm: str, data: bytes) -> bytes:
     if algorithm == "crc32":
         return zlib.crc32(data).to_bytes(4, "big")
     return hashlib.new(algorithm, data).digest()
-
-
-# --- bodies that trickle -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bulk", [0, 1000, 256 * 1024 - 3, 256 * 1024 + 1, MIB, 3 * MIB - 1])
@@ -190,9 +184,6 @@ def test_a_server_that_was_held_up_does_not_blame_its_clients(impatient: Server)
     assert client.get(path).body == data
 
 
-# --- bodies that end too soon --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 def test_what_the_kernel_has_is_not_lost(alone: Server, reset: bool) -> None:
     """The end of a connection is known before the bytes in front of it were read."""
@@ -228,9 +219,6 @@ def test_large_bodies_that_break_off(alone: Server, reset: bool) -> None:
         assert offset == cut
     alone.client.finish(path, data)
     assert digest("sha1", alone.file(path).read_bytes()) == digest("sha1", data)
-
-
-# --- pipes ---------------------------------------------------------------------------------
 
 
 #: What a process needs to be exempt from the limits on pipes.

@@ -107,9 +107,6 @@ def assert_others_are_served(client: Client, abuse: Callable[[Client], None]) ->
     pytest.fail(f"others waited for too long, usually and beside the abuse: {seen}")
 
 
-# --- heads and trailers --------------------------------------------------------------------
-
-
 FIELDS = b"".join(b"X-%d: %b\r\n" % (n, b"y" * 65_000) for n in range(98))
 
 
@@ -149,9 +146,6 @@ def small_lines_without_an_end(client: Client) -> None:
         connection.send(b"GET / HTTP/1.1\r\n" + b"a:\r\n" * MB)
         assert connection.read().status == 431
         assert connection.is_closed()
-
-
-# --- bodies --------------------------------------------------------------------------------
 
 
 #: A megabyte in chunks of a byte, less than that of what they carry.
@@ -256,9 +250,6 @@ def test_heads_without_an_end_take_little_memory(serve: Serve) -> None:
             assert connection.read().status == 431
     # Twelve times the limit is 1.5 MB; what was sent is 76 MB.
     assert server.highest_memory() - before < 15 * MB
-
-
-# --- what becomes of a connection ------------------------------------------------------------
 
 
 def test_a_thousand_parts_fit_into_a_head(client: Client) -> None:

@@ -18,7 +18,7 @@ DATA = content(100_000)
 @pytest.fixture
 def hooked(tmp_path: Path) -> Iterator[Server]:
     command = [
-        *(sys.executable, "-m", "gunicorn", "-k", "tuswsgi.worker.TusWorker", "-w", "2"),
+        *(sys.executable, "-m", "gunicorn", "-k", "tuswsgi.serving.worker.TusWorker", "-w", "2"),
         *("-b", "127.0.0.1:0", "--no-control-socket", "--chdir", str(HERE), "hooked_app:app"),
     ]
     environ = {"DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": str(HERE.parent.parent)}

@@ -56,9 +56,6 @@ def broken_upload(server: Server) -> str:
     return path
 
 
-# --- text ----------------------------------------------------------------------------------
-
-
 def test_requests_with_bytes_and_ends_of_uploads_are_told(serve: Serve) -> None:
     server = serve()
     path = server.client.create(2000)
@@ -105,9 +102,6 @@ def test_the_access_log(serve: Serve) -> None:
     server.wait_for(rf'^127\.0\.0\.1 - - \[.*\] "OPTIONS /files/ HTTP/1\.1" 204 .* \d+ {id}$')
 
 
-# --- why requests end ----------------------------------------------------------------------
-
-
 def test_why_bodies_break_off(serve: Serve) -> None:
     server = serve("--network-timeout", "1s", "--max-body-size", "5000")
     client = server.client
@@ -145,9 +139,6 @@ def test_takeover_and_stop(serve: Serve) -> None:
         server.signal(signal.SIGTERM)
         assert connection.read().status == 503
     server.wait_for(rf"\[INFO\] PATCH {id_of(path)}: 503 ERR_SERVER_SHUTDOWN, 50 bytes")
-
-
-# --- JSON ----------------------------------------------------------------------------------
 
 
 def test_every_line_is_an_object(serve: Serve) -> None:
@@ -194,9 +185,6 @@ def test_exceptions_are_fields(serve: Serve) -> None:
     (line,) = wait_for_objects(server, path, "PATCH")
     assert line["exception"].startswith("Traceback (most recent call last):\n")
     assert line["level"] in ("WARNING", "ERROR")
-
-
-# --- ids of requests -----------------------------------------------------------------------
 
 
 def test_the_id_of_a_request_is_taken_over_and_answered(serve: Serve) -> None:
@@ -268,9 +256,6 @@ def test_other_workers_of_gunicorn(tmp_path: Path, worker: str) -> None:
             server.client.patch(path, offset, bytes(10), X_Request_ID=id)
         lines = wait_for_objects(server, path, "PATCH", 4)
     assert [line["request_id"] for line in lines] == ["one", "one", "two", "two"]
-
-
-# --- what must not be in it ----------------------------------------------------------------
 
 
 def test_secrets_and_metadata_are_not_logged(serve: Serve) -> None:

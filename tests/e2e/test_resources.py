@@ -67,9 +67,6 @@ def test_memory_does_not_grow_with_a_body(serve: Serve) -> None:
     assert grown < ALLOWANCE
 
 
-# --- a full disk ---------------------------------------------------------------------------
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MB."""

@@ -16,7 +16,7 @@ import pytest
 
 from e2e.client import PATIENCE, content, wait_until
 from e2e.conftest import Server
-from tuswsgi.client import Remembered, Upload, UploadFailed
+from tuswsgi.commands.client import Remembered, Upload, UploadFailed
 
 Change = Callable[[Path], object]
 
@@ -236,7 +236,7 @@ def test_uploads_at_the_same_time_are_all_remembered(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tuswsgi.client import Remembered\n"
+        "from tuswsgi.commands.client import Remembered\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "for n in range(50):\n"

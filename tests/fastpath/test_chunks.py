@@ -12,8 +12,8 @@ from gunicorn.http.unreader import IterUnreader
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tuswsgi.web.chunks import LONGEST_TRAILERS, ChunkDecoder
-from tuswsgi.web.lines import TooLong
+from tuswsgi.transfer.chunks import LONGEST_TRAILERS, ChunkDecoder
+from tuswsgi.transfer.lines import TooLong
 
 #: The payload, the lines of the trailers and what follows; ``None`` for both without an end.
 Outcome = tuple[bytes, "bytes | None", "bytes | None"]

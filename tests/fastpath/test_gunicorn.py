@@ -13,16 +13,16 @@ import pytest
 from gunicorn.http import body as bodies
 from gunicorn.http import unreader, wsgi
 
-from tuswsgi.errors import BodyIncomplete, BodyMalformed
-from tuswsgi.web.body import PlainBody, body_of
-from tuswsgi.web.gunicorn_body import (
+from tuswsgi.core.errors import BodyIncomplete, BodyMalformed
+from tuswsgi.transfer.body import RequestBody
+from tuswsgi.transfer.gunicorn import (
     ChunkedBody,
     SocketBody,
     is_read,
     missing_internals,
     take_over,
 )
-from tuswsgi.web.request_body import RequestBody
+from tuswsgi.transfer.plain import PlainBody, body_of
 
 DATA = bytes(range(256)) * 200
 
@@ -174,9 +174,6 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_objects_that_are_made_differently(monkeypatch: pytest.MonkeyPatch, reader: type) -> None:
     monkeypatch.setattr(reader, "__init__", lambda self, one, two, three: None)
     assert missing_internals() == [f"gunicorn.http.body.{reader.__name__}"]
-
-
-# --- chunks ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from gunicorn.http.wsgi import Response, create
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuswsgi.http1 import PlainEnviron, PlainParser, PlainRequest, PlainResponse, works
+from tuswsgi.serving.http1 import PlainEnviron, PlainParser, PlainRequest, PlainResponse, works
 
 PEER, SERVER = ("192.0.2.7", 40000), ("192.0.2.1", 1081)
 LIMIT = 128 * 1024
@@ -211,9 +211,6 @@ def test_gunicorns_requests_in_between(cfg: Config) -> None:
     assert next(parser).path == "/files"
 
 
-# --- heads that do not come at once ----------------------------------------------------------
-
-
 FILLED = head("GET /x HTTP/1.1", "Host: x", *(f"X-{n}: {'y' * 5000}" for n in range(20)))
 
 
@@ -271,9 +268,6 @@ def test_bare_line_feeds_are_refused_at_once(cfg: Config, data: bytes) -> None:
 def test_a_line_feed_in_a_body_is_none_in_the_head(cfg: Config) -> None:
     parser = parser_of(cfg, PLAIN[1][:20], PLAIN[1][20:] + b"body of\n\n12")
     assert next(parser).path == "/files"
-
-
-# --- responses -------------------------------------------------------------------------------
 
 
 def sent(kind: type, cfg: Config, data: bytes, status: str, headers: Any, *blocks: bytes) -> Any:

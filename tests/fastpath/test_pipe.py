@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.web import pipe as pipes
-from tuswsgi.web.pipe import Pipe, Unsupported, pipe
+from tuswsgi.transfer import splice as pipes
+from tuswsgi.transfer.splice import Pipe, Unsupported, pipe
 
 if not pipes.IS_SUPPORTED:
     pytest.skip("there is no splice here", allow_module_level=True)

@@ -18,9 +18,9 @@ import pytest
 from gunicorn.http import body as bodies
 from gunicorn.http import unreader
 
-from tuswsgi.errors import BodyIncomplete
-from tuswsgi.web.body import body_of
-from tuswsgi.web.gunicorn_body import SocketBody
+from tuswsgi.core.errors import BodyIncomplete
+from tuswsgi.transfer.gunicorn import SocketBody
+from tuswsgi.transfer.plain import body_of
 
 #: What one record of TLS holds at most.
 RECORD = 16 * 1024

@@ -18,13 +18,14 @@ import services
 from line import Line
 
 from hooks.broker import CHANNEL_CLOSE, CHANNEL_OPEN, HEARTBEAT, Inspector, wait_until
-from tuswsgi import registry
-from tuswsgi.config import Config
-from tuswsgi.errors import ConfigurationError, HookFailed
+from tuswsgi.config import registry
+from tuswsgi.config.loading import Config
+from tuswsgi.core.errors import ConfigurationError, HookFailed
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo
 from tuswsgi.hooks.amqp import AmqpHook
-from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
+from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.info import FileInfo
 
 FORMAT = payload_format(FormatName.DEFAULT)
 
@@ -90,9 +91,6 @@ def keep_sending(amqp: AmqpHook, request: HookRequest) -> None:
         return True
 
     wait_until(works, "the hook was not sent")
-
-
-# --- what arrives where ------------------------------------------------------------------
 
 
 def test_each_hook_has_a_queue_of_its_own(make: Make, inspector: Inspector) -> None:
@@ -222,9 +220,6 @@ def test_a_wrong_url_ends_the_start_without_telling_the_password(make: Make, wro
     assert "secret" not in str(caught.value) + repr(amqp)
 
 
-# --- nobody listens ------------------------------------------------------------------------
-
-
 def test_what_nobody_subscribed_to_is_dropped(make: Make, inspector: Inspector) -> None:
     inspector.channel.exchange_declare(inspector.exchange(), "topic")
     make(declare=False).send(hook())
@@ -272,9 +267,6 @@ def test_a_queue_of_another_kind_is_a_failure_until_it_is_gone(
     inspector.channel.queue_delete(queue)
     amqp.send(hook())
     inspector.take(queue)
-
-
-# --- the broker goes away --------------------------------------------------------------------
 
 
 def test_a_broker_that_is_down_does_not_end_the_start(
@@ -347,9 +339,6 @@ def test_a_stop_does_not_wait_for_a_broker_that_hangs(make: Make, line: Line) ->
     line.block()
     amqp.close()
     assert "tuswsgi-amqp" not in [thread.name for thread in threading.enumerate()]
-
-
-# --- connections and channels ------------------------------------------------------------------
 
 
 def test_a_connection_lives_on_while_nobody_sends(
@@ -431,7 +420,7 @@ GREENLETS = """
     from tuswsgi.hooks.amqp import AmqpHook
     from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
     from tuswsgi.hooks.payloads import FormatName, payload_format
-    from tuswsgi.info import FileInfo
+    from tuswsgi.core.info import FileInfo
 
     url, queue = sys.argv[1:]
     amqp = AmqpHook(

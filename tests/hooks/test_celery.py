@@ -16,11 +16,12 @@ import pytest
 import services
 
 from hooks.broker import Inspector, wait_until
-from tuswsgi.errors import HookFailed
+from tuswsgi.core.errors import HookFailed
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo
 from tuswsgi.hooks.amqp import AmqpHook
-from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
+from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.info import FileInfo
 
 #: What users of rustus have: one task per hook, with the payload as its only argument.
 APPLICATION = """

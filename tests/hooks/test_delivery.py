@@ -15,18 +15,19 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.errors import HookFailed, Unavailable
-from tuswsgi.hooks import delivery, lanes
-from tuswsgi.hooks.base import Event, Hook, HookRequest, HookResponse, HookType, RequestInfo
+from tuswsgi.core.errors import HookFailed, Unavailable
+from tuswsgi.core.events import Event, HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, Metadata, State
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
 from tuswsgi.hooks.callable import CallableHook
-from tuswsgi.hooks.delivery import Delivery, DeliveryMode, DeliverySettings
-from tuswsgi.hooks.events import event_of
 from tuswsgi.hooks.retries import LastingFailure
-from tuswsgi.info import FileInfo, Metadata, State
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.file import FileInfoStore
 from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.infostores.sql import SqlInfoStore
+from tuswsgi.outbox import delivery, queues
+from tuswsgi.outbox.delivery import Delivery, DeliveryMode, DeliverySettings
+from tuswsgi.outbox.events import event_of
 
 #: Seconds after which a test gives up waiting: more than a busy machine ever needs.
 PATIENCE = 30.0
@@ -162,9 +163,6 @@ def pending(infos: InfoStore) -> int:
     return len(infos.outbox(dead=False))
 
 
-# --- what arrives, and in which order -------------------------------------------------------
-
-
 @pytest.mark.usefixtures("rare_polls")
 def test_what_is_woken_is_delivered_at_once_and_in_order(infos: InfoStore) -> None:
     receiver = Receiver()
@@ -205,9 +203,6 @@ def test_each_transport_gets_its_own(infos: InfoStore) -> None:
         messenger.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert one.types_of("a") == other.types_of("a") == [CREATED, FINISHED]
-
-
-# --- failures -------------------------------------------------------------------------------
 
 
 def test_a_failure_is_repeated_and_holds_up_what_comes_after_it(infos: InfoStore) -> None:
@@ -357,9 +352,6 @@ def test_a_function_is_called_once_whatever_it_returns(infos: InfoStore) -> None
     assert called == ["a"]
 
 
-# --- slow transports, several workers ---------------------------------------------------------
-
-
 def test_a_slow_transport_holds_up_no_other(infos: InfoStore) -> None:
     slow, quick, gate = Receiver("slow"), Receiver("quick"), threading.Event()
     slow.behave = wait_for(gate)
@@ -446,9 +438,6 @@ def test_stopping_waits_for_what_is_being_sent_and_begins_nothing(infos: InfoSto
     wait_until(lambda: pending(infos) == 0, "the end of all events")
     one.stop(PATIENCE)
     assert receiver.types_of("a") == [CREATED, FINISHED]
-
-
-# --- an info store in trouble -----------------------------------------------------------------
 
 
 class Shaky(MemoryInfoStore):
@@ -548,9 +537,6 @@ def test_an_error_that_cannot_be_told_does_not_hold_an_event(infos: InfoStore) -
         write(infos, "a", CREATED, FINISHED)
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [CREATED, FINISHED]
-
-
-# --- what is sent once ----------------------------------------------------------------------------
 
 
 def test_progress_is_sent_once_whatever_comes_of_it(infos: InfoStore) -> None:
@@ -684,7 +670,7 @@ def test_fire_and_forget_keeps_the_order_and_nothing_else(infos: InfoStore) -> N
 
 
 def test_what_is_too_much_is_dropped(infos: InfoStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "QUEUE_SIZE", 5)
+    monkeypatch.setattr(queues, "QUEUE_SIZE", 5)
     receiver, gate = Receiver(), threading.Event()
     receiver.behave = wait_for(gate)
     settings = replace(QUICK, delivery=DeliveryMode.FIRE_AND_FORGET, delivery_pool=2)
@@ -696,9 +682,6 @@ def test_what_is_too_much_is_dropped(infos: InfoStore, monkeypatch: pytest.Monke
         wait_until(lambda: len(receiver.sent) == 7, "what there was room for")
     assert len(receiver.begun) == 7
     assert receiver.most_at_once == 2
-
-
-# --- processes ------------------------------------------------------------------------------------
 
 
 def test_nothing_happens_without_a_start(infos: InfoStore) -> None:

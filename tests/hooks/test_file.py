@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 from e2e.client import wait_until
 
-from tuswsgi.errors import HookFailed, HookRefusal
-from tuswsgi.hooks.base import HookRequest, HookResponse, HookType, RequestInfo
-from tuswsgi.hooks.delivery import Delivery, DeliverySettings
-from tuswsgi.hooks.events import event_of
+from tuswsgi.core.errors import HookFailed, HookRefusal
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, Metadata
+from tuswsgi.hooks.base import HookRequest, HookResponse
 from tuswsgi.hooks.file import FileHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.info import FileInfo, Metadata
 from tuswsgi.infostores.memory import MemoryInfoStore
+from tuswsgi.outbox.delivery import Delivery, DeliverySettings
+from tuswsgi.outbox.events import event_of
 
 INFO = FileInfo(id="a1", size=10, offset=3, metadata=Metadata.of({"filename": b"a b.txt"}))
 REQUEST = RequestInfo("POST", "/files/", "192.0.2.1", 4711, {"x-test": "1"})
@@ -97,8 +98,8 @@ class TestTelling:
             (TUSD, HookType.PRE_CREATE, INFO, ["", "10", "3"]),
             (TUSD, HookType.POST_CREATE, INFO, ["a1", "10", "3"]),
             (FormatName.DEFAULT, HookType.PRE_CREATE, INFO, ["a1", "10", "3"]),
-            (TUSD, HookType.POST_CREATE, INFO.but(size=None), ["a1", "0", "3"]),
-            (TUSD, HookType.POST_CREATE, INFO.but(size=0, offset=0), ["a1", "0", "0"]),
+            (TUSD, HookType.POST_CREATE, INFO.replace(size=None), ["a1", "0", "3"]),
+            (TUSD, HookType.POST_CREATE, INFO.replace(size=0, offset=0), ["a1", "0", "0"]),
         ],
     )
     def test_the_environment(
@@ -110,7 +111,7 @@ class TestTelling:
 
     def test_text_arrives_as_it_is(self, write: Write, told: Path) -> None:
         sent = request(
-            info=INFO.but(
+            info=INFO.replace(
                 metadata=Metadata.of({"name": "gr\u00fc\u00df \u4f60'\"$(id)\n".encode()})
             )
         )
@@ -121,7 +122,7 @@ class TestTelling:
 
     def test_a_long_payload_is_on_the_input_only(self, write: Write, told: Path) -> None:
         program = write('echo "$#" "$1" >"$TOLD"; wc -c >>"$TOLD"')
-        sent = request(info=INFO.but(metadata=Metadata.of({"name": b"x" * 131_072})))
+        sent = request(info=INFO.replace(metadata=Metadata.of({"name": b"x" * 131_072})))
         hook(file=program).send(sent)
         arguments, size = told.read_text().splitlines()
         assert arguments == "1 pre-create"
@@ -129,11 +130,13 @@ class TestTelling:
 
     def test_the_longest_payload_that_is_an_argument(self, write: Write, told: Path) -> None:
         program = write('echo "${#2}" >"$TOLD"')
-        short = request(info=INFO.but(metadata=Metadata.of({"name": b""})))
+        short = request(info=INFO.replace(metadata=Metadata.of({"name": b""})))
         free = 131_071 - len(payload_format(FormatName.DEFAULT).encode(short).encode())
         for more, expected in ((0, "131071"), (1, "0")):
             name = b"x" * (free + more)
-            hook(file=program).send(request(info=INFO.but(metadata=Metadata.of({"name": name}))))
+            hook(file=program).send(
+                request(info=INFO.replace(metadata=Metadata.of({"name": name})))
+            )
             assert told.read_text().strip() == expected
 
     def test_the_working_directory(self, write: Write, told: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from e2e.conftest import SERVE, Server
 
-from tuswsgi.cli import main
+from tuswsgi.commands.cli import main
 
 #: The two ways in which rustus' documentation gives each example, and what it means.
 RUSTUS: dict[str, tuple[str, str, dict[str, str]]] = {

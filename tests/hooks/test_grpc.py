@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.errors import ConfigurationError, HookFailed
-from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
+from tuswsgi.core.errors import ConfigurationError, HookFailed
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, Metadata, Storage
+from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.grpc import GrpcHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
 from tuswsgi.hooks.retries import LastingFailure
-from tuswsgi.info import FileInfo, Metadata, Storage
 
 grpc = pytest.importorskip("grpc")
 protoc = pytest.importorskip("grpc_tools.protoc")
@@ -202,7 +203,7 @@ def test_a_hook_is_told_whatever_clients_say(pb2: ModuleType) -> None:
 def test_before_its_creation_an_upload_has_no_id_and_may_have_no_length(pb2: ModuleType) -> None:
     with answering(pb2) as service:
         hook = transport(service.port)
-        hook.send(hook_of(HookType.PRE_CREATE, UPLOAD.but(size=None)))
+        hook.send(hook_of(HookType.PRE_CREATE, UPLOAD.replace(size=None)))
         hook.close()
     upload = service.calls[0][0].event.upload
     assert (upload.id, upload.size, upload.sizeIsDeferred) == ("", 0, True)
@@ -383,7 +384,7 @@ def test_hooks_wait_beside_each_other_in_a_forked_worker_under_gevent(pb2: Modul
         from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
         from tuswsgi.hooks.grpc import GrpcHook
         from tuswsgi.hooks.payloads import FormatName, payload_format
-        from tuswsgi.info import FileInfo
+        from tuswsgi.core.info import FileInfo
 
         hook = GrpcHook(payload_format(FormatName.V2), sys.argv[1], timeout=60.0, retries=0)
         hook.prepare()

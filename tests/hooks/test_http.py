@@ -21,13 +21,14 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.config import Config
-from tuswsgi.errors import ConfigurationError, HookBroken, HookFailed, HookRefusal
-from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
+from tuswsgi.config.loading import Config
+from tuswsgi.core.errors import ConfigurationError, HookBroken, HookFailed, HookRefusal
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo
+from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.http import HttpHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
 from tuswsgi.hooks.retries import LastingFailure
-from tuswsgi.info import FileInfo
 
 HEADERS = {"authorization": "Bearer jwt", "cookie": "a=b", "host": "example.org", "x-long": "x"}
 
@@ -564,11 +565,11 @@ def test_hooks_wait_beside_each_other_under_gevent() -> None:
         from gevent import monkey
         monkey.patch_all()
         import sys, gevent
-        from tuswsgi.errors import HookFailed
+        from tuswsgi.core.errors import HookFailed
         from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
         from tuswsgi.hooks.http import HttpHook
         from tuswsgi.hooks.payloads import FormatName, payload_format
-        from tuswsgi.info import FileInfo
+        from tuswsgi.core.info import FileInfo
 
         hook = HttpHook(payload_format(FormatName.V2), urls=(sys.argv[1],), timeout=60, retries=0)
         sent = HookRequest(HookType.PRE_CREATE, FileInfo(id="one", size=5), RequestInfo())

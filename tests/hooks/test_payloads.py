@@ -16,15 +16,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from hooks import models
-from tuswsgi.hooks.base import (
-    ChangeFileInfo,
-    HookRequest,
-    HookResponse,
-    HookType,
-    RequestInfo,
-)
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, Metadata, State, Storage
+from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
 from tuswsgi.hooks.payloads import BadAnswer, FormatName, decode_answer, payload_format
-from tuswsgi.info import FileInfo, Metadata, State, Storage
 
 STORAGE = Storage("file_storage", "2026/abc")
 CREATED = 1658671969.75
@@ -49,31 +44,34 @@ def hook(
 
 HOOKS = {
     "pre-create": hook(
-        INFO.but(storage=Storage("file_storage")), type=HookType.PRE_CREATE, location=None
+        INFO.replace(storage=Storage("file_storage")), type=HookType.PRE_CREATE, location=None
     ),
-    "nowhere": hook(INFO.but(storage=Storage()), type=HookType.PRE_CREATE, location=None),
-    "receiving": hook(INFO.but(offset=100)),
-    "deferred": hook(INFO.but(size=None)),
-    "empty": hook(INFO.but(size=0)),
-    "partial": hook(INFO.but(is_partial=True, concat="partial")),
+    "nowhere": hook(INFO.replace(storage=Storage()), type=HookType.PRE_CREATE, location=None),
+    "receiving": hook(INFO.replace(offset=100)),
+    "deferred": hook(INFO.replace(size=None)),
+    "empty": hook(INFO.replace(size=0)),
+    "partial": hook(INFO.replace(is_partial=True, concat="partial")),
     "final": hook(
-        INFO.but(is_final=True, partial_uploads=("a", "b"), concat="final;/files/a /files/b"),
+        INFO.replace(is_final=True, partial_uploads=("a", "b"), concat="final;/files/a /files/b"),
         type=HookType.POST_FINISH,
     ),
     "finished": hook(
-        INFO.but(offset=220, state=State.FINISHED, finished_at=CREATED), type=HookType.POST_FINISH
+        INFO.replace(offset=220, state=State.FINISHED, finished_at=CREATED),
+        type=HookType.POST_FINISH,
     ),
     "terminated": hook(
-        INFO.but(state=State.TERMINATED, deleted_at=CREATED), type=HookType.POST_TERMINATE
+        INFO.replace(state=State.TERMINATED, deleted_at=CREATED), type=HookType.POST_TERMINATE
     ),
     "metadata": hook(
-        INFO.but(metadata=Metadata.of({"filename": "фильм\n.mkv", "raw": b"\xff\xfea", "flag": ""}))
+        INFO.replace(
+            metadata=Metadata.of({"filename": "фильм\n.mkv", "raw": b"\xff\xfea", "flag": ""})
+        )
     ),
     "ipv6": hook(request=RequestInfo("POST", "/files", "2001:db8::1", 443)),
     "portless": hook(request=RequestInfo("POST", "/files", "192.0.2.7")),
     "addressless": hook(request=RequestInfo("POST", "/files")),
     "unreadable path": hook(location="/data/\udcff"),
-    "huge": hook(INFO.but(size=2**63 - 1, offset=2**63 - 1)),
+    "huge": hook(INFO.replace(size=2**63 - 1, offset=2**63 - 1)),
 }
 
 MODELS: dict[FormatName, type[BaseModel]] = {
@@ -245,7 +243,7 @@ GOLDEN: dict[FormatName, Any] = {
 @pytest.mark.parametrize("name", FormatName)
 def test_the_whole_payload(name: FormatName) -> None:
     metadata = Metadata.of({"filename": "ф".encode() + b"\xff", "flag": b""})
-    payload = payload_format(name).encode(hook(INFO.but(metadata=metadata)))
+    payload = payload_format(name).encode(hook(INFO.replace(metadata=metadata)))
     expected = json.dumps(GOLDEN[name], separators=(",", ":"), ensure_ascii=False)
     assert payload == expected
 
@@ -317,9 +315,6 @@ def test_only_todays_tusd_is_followed_as_such() -> None:
     assert [name for name in FormatName if payload_format(name).follows_tusd] == [
         FormatName.TUSD_V2
     ]
-
-
-# --- answers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

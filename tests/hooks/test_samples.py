@@ -22,9 +22,10 @@ from e2e.client import TUS, wait_until
 from e2e.conftest import SERVE, Server, running
 
 from hooks.broker import Inspector
-from tuswsgi.hooks.base import HookRequest, HookType, RequestInfo
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, Metadata, Storage
+from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.payloads import FormatName, decode_answer, payload_format
-from tuswsgi.info import FileInfo, Metadata, Storage
 
 SAMPLES = Path(__file__).parent.parent.parent / "hooks"
 EICAR = b"X5O!P%@AP[4\\PZX54(P^)7CC)7}$EICAR-STANDARD" + b"-ANTIVIRUS-TEST-FILE!$H+H*"
@@ -60,9 +61,6 @@ def upload(size: int | None = 5, **metadata: str) -> FileInfo:
     return FileInfo("one", size, metadata=Metadata.of(metadata), storage=Storage("file_storage"))
 
 
-# --- programs, alone ------------------------------------------------------------------
-
-
 @BOTH_FORMATS
 def test_python_takes_what_it_knows_and_files_it(format: FormatName) -> None:
     ended = run("python/pre-create", upload(filename="../Me.JPG"), format=format)
@@ -93,7 +91,7 @@ def test_the_shell_wants_a_name(format: FormatName) -> None:
 
 @BOTH_LANGUAGES
 def test_parts_need_no_name(language: str) -> None:
-    ended = run(f"{language}/pre-create", upload().but(is_partial=True))
+    ended = run(f"{language}/pre-create", upload().replace(is_partial=True))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
@@ -192,9 +190,6 @@ def test_clamav_is_asked(
     )
     scanner.chmod(0o755)
     assert scan(file, scanner) == expected
-
-
-# --- with a server ----------------------------------------------------------------------
 
 
 @contextmanager
@@ -375,9 +370,6 @@ def test_the_tasks_of_celery(tmp_path: Path) -> None:
             worker.wait_for(rf"POST FINISH: .*'id': '{id}'")
     finally:
         inspector.close()
-
-
-# --- all of them ---------------------------------------------------------------------------
 
 
 def test_each_sample_is_in_the_readme_and_can_be_run() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from protocol.client import Client, closing
 from tuswsgi.app import Tus, create_app
-from tuswsgi.config import Config
+from tuswsgi.config.loading import Config
 
 BACKENDS = {
     "memory": {

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.client import MIME, Breaking, Client, assert_refused, path_of
 from protocol.conftest import on_memory
-from tuswsgi.protocol.checksum import ALGORITHMS
+from tuswsgi.transfer.checksum import ALGORITHMS
 
 
 def checksum(algorithm: str, data: bytes) -> str:
@@ -26,7 +26,7 @@ def assert_nothing_left(client: Client) -> None:
 
 
 def type_of_data_dir() -> type:
-    from tuswsgi.backends import Backends
+    from tuswsgi.config.backends import Backends
 
     return Backends
 

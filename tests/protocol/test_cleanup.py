@@ -16,15 +16,16 @@ from e2e.client import wait_until
 
 from protocol.client import Client, assert_refused, metadata, path_of
 from protocol.conftest import Clock, Serve, on_memory
-from tuswsgi.errors import UploadGone, UploadLocked, UploadNotFound
-from tuswsgi.hooks.base import ChangeFileInfo, HookResponse, HookType, RequestInfo
-from tuswsgi.info import FileInfo, State, made_at, new_id
+from tuswsgi.core.errors import UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, State, made_at, new_id
+from tuswsgi.hooks.base import ChangeFileInfo, HookResponse
 from tuswsgi.infostores.redis import RedisInfoStore
 from tuswsgi.lockers.base import SURE
+from tuswsgi.observing.telemetry import bytes_reclaimed, quarantine_changed
 from tuswsgi.protocol.cleanup import CleanUp, Reason, Removal, TooManyStrays
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.sweep import Sweeper
-from tuswsgi.telemetry import bytes_reclaimed, quarantine_changed
 from tuswsgi.testing.datastores import Blocks
 
 HOUR, DAY = 3600, 86400
@@ -58,7 +59,7 @@ def leave(client: Client, id: str | None = None) -> FileInfo:
     if id is None:
         let_ids_grow()
     info = FileInfo(id=id or new_id())
-    info = info.but(storage=data.create(info))
+    info = info.replace(storage=data.create(info))
     data.append(info, 0, Blocks(b"lost"), SURE)
     return info
 
@@ -633,7 +634,7 @@ class TestQuarantine:
         urls = [client.create(3, b"old") for _ in range(12)]
         for _ in range(1200):
             info = FileInfo(id=new_id(), state=State.FINISHED, created_at=clock())
-            infos.create(info.but(finished_at=clock()))
+            infos.create(info.replace(finished_at=clock()))
         self.lose(client, *urls)
         clock.ahead += 2 * DAY
         assert len(clean_up(client)) == len(self.files(quarantine)) == 12
@@ -657,7 +658,7 @@ class TestQuarantine:
     ) -> None:
         info = leave(client)
         later = client.create(5, b"later")
-        other = info.but(storage=info_of(client, later).storage, created_at=clock())
+        other = info.replace(storage=info_of(client, later).storage, created_at=clock())
         infos = client.tus.uploads.infos
         infos.create(other)
         infos.delete(other, [], state=State.TERMINATED, now=clock())

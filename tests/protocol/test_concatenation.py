@@ -7,8 +7,8 @@ import pytest
 from protocol.client import Client, assert_refused, path_of
 from protocol.conftest import Serve, on_memory
 from protocol.test_hooks import NO, assert_hooks_no, listen
+from tuswsgi.core.info import State
 from tuswsgi.hooks.base import HookRequest, HookResponse
-from tuswsgi.info import State
 
 DEFERRED = {"Upload_Defer_Length": "1", "Upload_Concat": "partial"}
 

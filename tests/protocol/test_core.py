@@ -13,8 +13,8 @@ from protocol.client import MIME, Breaking, Client, assert_refused, metadata
 from protocol.conftest import Serve, on_memory
 from protocol.test_headers import NO_NUMBERS
 from tuswsgi.app import Tus
+from tuswsgi.core.extensions import Extension
 from tuswsgi.datastores.memory import MemoryDataStore
-from tuswsgi.extensions import Extension
 from tuswsgi.hooks.base import HookRequest, HookResponse
 
 #: What an HTTP client can send at all.

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.client import MIME, Client
 from protocol.conftest import Serve, on_memory
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 
 ORIGIN = "https://app.example.org"
 

@@ -9,8 +9,8 @@ import pytest
 from protocol.client import MIME, Client, assert_refused, metadata, path_of
 from protocol.conftest import Serve, on_memory
 from protocol.test_core import SENDABLE
-from tuswsgi.extensions import Extension
-from tuswsgi.info import MAX_SIZE
+from tuswsgi.core.extensions import Extension
+from tuswsgi.core.info import MAX_SIZE
 
 
 class TestPost:

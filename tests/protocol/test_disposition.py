@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from tuswsgi.info import FileInfo, Metadata
+from tuswsgi.core.info import FileInfo, Metadata
 from tuswsgi.web.downloads import INLINE_TYPES, content_headers, disposition
 
 

@@ -10,7 +10,7 @@ import pytest
 import tuswsgi
 from protocol.client import Client, assert_refused, path_of
 from tuswsgi.app import Tus
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 
 Embed = Callable[..., Tus]
 

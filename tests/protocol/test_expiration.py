@@ -14,9 +14,9 @@ from werkzeug.test import TestResponse
 from protocol.client import MIME, Breaking, Client, assert_refused, path_of
 from protocol.conftest import Clock, Serve
 from tuswsgi.app import Tus
-from tuswsgi.errors import UploadNotFound
-from tuswsgi.hooks.base import Event
-from tuswsgi.info import FileInfo, State
+from tuswsgi.core.errors import UploadNotFound
+from tuswsgi.core.events import Event
+from tuswsgi.core.info import FileInfo, State
 from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.lockers.base import SURE
 from tuswsgi.protocol.sweep import Sweeper

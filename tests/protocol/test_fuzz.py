@@ -30,7 +30,7 @@ from werkzeug.test import TestResponse
 from protocol.client import MIME, Client, closing, path_of
 from protocol.conftest import BACKENDS
 from tuswsgi.app import create_app
-from tuswsgi.config import Config
+from tuswsgi.config.loading import Config
 
 FEW = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -46,8 +46,6 @@ def server() -> Client:
     atexit.register(stack.close)
     return Client(app, stack.enter_context(closing(app.extensions["tuswsgi"])))
 
-
-# --- headers ---
 
 #: Anything that gunicorn lets through in a value: latin-1 without control characters.
 anything = st.text(
@@ -259,9 +257,6 @@ def test_downloads_of_any_name_and_type(values: dict[str, str | bytes]) -> None:
     check(response, "GET")
     assert response.headers["Content-Disposition"].isascii()
     assert response.headers["X-Content-Type-Options"] == "nosniff"
-
-
-# --- sequences ---
 
 
 @dataclass

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     BadRequest,
     InvalidChecksum,
     InvalidConcat,
@@ -23,10 +23,11 @@ from tuswsgi.errors import (
     UnsupportedVersion,
     UploadNotFound,
 )
-from tuswsgi.info import FileInfo, Metadata, State, check_id, made_at, new_id
-from tuswsgi.options import KiB
-from tuswsgi.protocol.checksum import ALGORITHMS, Checksum
-from tuswsgi.protocol.headers import TusHeaders, content_length, describe, final_urls
+from tuswsgi.core.info import FileInfo, Metadata, State, check_id, made_at, new_id
+from tuswsgi.core.options import KiB
+from tuswsgi.transfer.checksum import ALGORITHMS, Checksum
+from tuswsgi.transfer.framing import content_length
+from tuswsgi.web.headers import TusHeaders, describe, final_urls
 
 NO_NUMBERS = [
     "",

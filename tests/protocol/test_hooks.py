@@ -10,11 +10,12 @@ import pytest
 
 from protocol.client import Breaking, Client, assert_refused, path_of
 from protocol.conftest import Serve
-from tuswsgi.errors import HookRefusal, Unavailable
-from tuswsgi.hooks.base import HookRequest, HookResponse, HookType
+from tuswsgi.core.errors import HookRefusal, Unavailable
+from tuswsgi.core.events import HookType
+from tuswsgi.core.info import State
+from tuswsgi.core.options import KiB
+from tuswsgi.hooks.base import HookRequest, HookResponse
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.info import State
-from tuswsgi.options import KiB
 from tuswsgi.protocol.sweep import Sweeper
 
 NO = HookResponse(

@@ -15,8 +15,9 @@ import tuswsgi
 from protocol.client import MIME, Breaking, Client, assert_refused, metadata, path_of
 from protocol.conftest import Serve
 from protocol.test_hooks import NO, assert_hooks_no, listen
-from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse, HookType
-from tuswsgi.info import FileInfo, Metadata, Storage
+from tuswsgi.core.events import HookType
+from tuswsgi.core.info import FileInfo, Metadata, Storage
+from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
 
 PATIENCE = 30.0
 
@@ -265,7 +266,7 @@ class TestCollisions:
         url = client.create(5, b"hello")
         uploads = client.tus.uploads
         info = uploads.infos.load(url.rpartition("/")[2])
-        uploads.infos.save(info.but(storage=Storage(path="elsewhere")))
+        uploads.infos.save(info.replace(storage=Storage(path="elsewhere")))
         assert_refused(client.post(5), 409)
         assert uploads.data.offset(info) == 5
 

@@ -10,8 +10,9 @@ import pytest
 from protocol.client import Client, assert_refused
 from protocol.conftest import Clock, Serve
 from tuswsgi.app import Tus
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType
-from tuswsgi.info import State
+from tuswsgi.core.events import HookType
+from tuswsgi.core.info import State
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
 from tuswsgi.protocol.sweep import Sweeper
 
 PATIENCE = 30.0

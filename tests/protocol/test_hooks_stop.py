@@ -12,7 +12,8 @@ from werkzeug.test import TestResponse
 
 from protocol.client import Breaking, Client, assert_refused
 from protocol.conftest import Serve
-from tuswsgi.hooks.base import HookRequest, HookResponse, HookType
+from tuswsgi.core.events import HookType
+from tuswsgi.hooks.base import HookRequest, HookResponse
 
 PATIENCE = 30.0
 SIZE = 1_000_000

@@ -14,8 +14,8 @@ from werkzeug.test import TestResponse
 from protocol.client import Breaking, Client, assert_refused, path_of
 from protocol.conftest import Serve
 from tuswsgi.app import Tus
-from tuswsgi.info import State
-from tuswsgi.options import MiB
+from tuswsgi.core.info import State
+from tuswsgi.core.options import MiB
 
 LIMIT = 1000
 

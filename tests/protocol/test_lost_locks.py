@@ -9,7 +9,7 @@ import pytest
 
 from protocol.client import Client
 from protocol.conftest import Serve
-from tuswsgi.errors import Unavailable
+from tuswsgi.core.errors import Unavailable
 from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
 
 

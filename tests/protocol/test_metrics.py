@@ -11,14 +11,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tuswsgi import Tus
-from tuswsgi.config import Config
-from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.config.loading import Config
+from tuswsgi.core.errors import ConfigurationError, Unavailable
 from tuswsgi.infostores.base import Census
 from tuswsgi.infostores.memory import MemoryInfoStore
+from tuswsgi.observing.telemetry import bytes_reclaimed, report
 from tuswsgi.protocol.cleanup import CleanUp
 from tuswsgi.protocol.settings import CleanUpSettings
-from tuswsgi.server import gunicorn_settings
-from tuswsgi.telemetry import bytes_reclaimed, report
+from tuswsgi.serving.settings import gunicorn_settings
 
 TUS = {"Tus-Resumable": "1.0.0"}
 MEMORY = {"storage": "memory-storage", "locker": "memory-locker"}

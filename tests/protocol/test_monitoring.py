@@ -14,9 +14,9 @@ import pytest
 
 from tuswsgi import Tus
 from tuswsgi.app import create_app
-from tuswsgi.config import Config
+from tuswsgi.config.loading import Config
+from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.datastores.memory import MemoryDataStore
-from tuswsgi.errors import ConfigurationError
 from tuswsgi.hooks.base import Hook, HookRequest
 
 TUS = {"Tus-Resumable": "1.0.0"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     BodyIncomplete,
     BodyTooLarge,
     ChecksumMismatch,
@@ -25,8 +25,8 @@ from tuswsgi.errors import (
     UploadSizeExceeded,
 )
 from tuswsgi.lockers.base import IsLost
-from tuswsgi.protocol.checksum import Checksum
-from tuswsgi.protocol.reader import ActiveReaders, Body, UploadReader
+from tuswsgi.transfer.checksum import Checksum
+from tuswsgi.transfer.reader import ActiveReaders, Body, UploadReader
 
 HELLO = b"hello world"
 SHA1 = Checksum("sha1", hashlib.sha1(HELLO).digest())

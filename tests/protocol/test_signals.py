@@ -8,7 +8,12 @@ import flask
 import pytest
 
 from tuswsgi import FileInfo, Tus
-from tuswsgi.signals import upload_created, upload_finished, upload_progress, upload_terminated
+from tuswsgi.observing.signals import (
+    upload_created,
+    upload_finished,
+    upload_progress,
+    upload_terminated,
+)
 
 TUS = {"Tus-Resumable": "1.0.0"}
 BYTES = TUS | {"Content-Type": "application/offset+octet-stream"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.errors import BadRequest, InvalidConcat
+from tuswsgi.core.errors import BadRequest, InvalidConcat
 from tuswsgi.web.settings import LocationForm, WebSettings
 from tuswsgi.web.urls import Origin, origin_of, upload_id, upload_url
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 
 
 @dataclass(frozen=True)

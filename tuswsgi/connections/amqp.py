@@ -28,14 +28,15 @@ from tuswsgi.connections.amqp_connection import (
     PublishFailed,
     Settings,
 )
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 
 #: Seconds for which somebody may wait whom no request waits for, and for which a connection
 #: is kept on which the broker takes nothing.
 PATIENCE = 10.0
 
 #: Seconds for which a broker is left alone that failed: the first time, and at most.
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 5.0
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 5.0
 
 
 def parameters_of(url: str) -> pika.URLParameters:
@@ -124,7 +125,8 @@ class Broker:
             self._try(message, deadline)
 
     def _try(self, message: Message | None, deadline: float) -> None:
-        started, job = time.monotonic(), Job(message)
+        started = time.monotonic()
+        job = Job(message)
         connection = self._submit(job)
         try:
             job.future.result(max(0.0, deadline - started))

@@ -120,7 +120,9 @@ class Line:
         self.idle_since = 0.0
 
     def take_job(self) -> Job | None:
-        job, self.job, self.idle_since = self.job, None, time.monotonic()
+        job = self.job
+        self.job = None
+        self.idle_since = time.monotonic()
         return job
 
 
@@ -170,8 +172,6 @@ class Connection:
             self._loop.add_callback_threadsafe(call)
         except OSError:
             pass  # the loop has just ended, and with it all that was waiting
-
-    # --- in the connection's own thread ---------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -267,7 +267,8 @@ class Connection:
         """Close what was idle for too long."""
         if self._socket is None or not self._socket.is_open:
             return
-        now, limits = time.monotonic(), self._settings
+        now = time.monotonic()
+        limits = self._settings
         is_idle = limits.idle_connection and now - self.progress_at >= limits.idle_connection
         if is_idle and self._pool.forget_idle(self):
             self._close()
@@ -278,8 +279,6 @@ class Connection:
                 del self._lines[channel]
                 channel.close()
         self._loop.call_later(period, partial(self._tidy, period))
-
-    # --- channels ----------------------------------------------------------------------------
 
     def _open_line(self) -> None:
         assert self._socket is not None
@@ -292,7 +291,8 @@ class Connection:
         def confirming(frame: object) -> None:
             self._progress()
             line = self._lines[channel]
-            line.ready, line.idle_since = True, time.monotonic()
+            line.ready = True
+            line.idle_since = time.monotonic()
             self._pump()
 
         channel.confirm_delivery(partial(self._on_confirmed, channel), confirming)
@@ -324,8 +324,6 @@ class Connection:
             kind = NowhereToGo if reason.reply_code == 404 else PublishFailed
             job.fail(kind(f"{reason.reply_code} {reason.reply_text}"))
         self._pump()
-
-    # --- declarations ------------------------------------------------------------------------
 
     def _declare(self) -> None:
         if self._declaring:

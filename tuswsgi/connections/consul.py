@@ -19,7 +19,7 @@ from urllib.parse import quote
 from tuswsgi.connections.http import HttpAnswer
 from tuswsgi.connections.http_server import Addresses, HttpServer
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.core.errors import ConfigurationError, Unavailable
 
 log = logging.getLogger(__name__)
 

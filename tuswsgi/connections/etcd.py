@@ -17,7 +17,7 @@ from typing import Any
 
 from tuswsgi.connections.http_server import Addresses, HttpServer
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.core.errors import ConfigurationError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,8 @@ def _first(answer: Mapping[str, Any]) -> KeyValue | None:
 
 
 def _key_value(found: Mapping[str, Any]) -> KeyValue:
-    value, lease = _decode(found.get("value", "")), str(found.get("lease", "0"))
+    value = _decode(found.get("value", ""))
+    lease = str(found.get("lease", "0"))
     return KeyValue(value, lease, int(found["mod_revision"]))
 
 

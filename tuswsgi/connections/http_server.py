@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuswsgi.connections.http import HttpAnswer, HttpClient
 from tuswsgi.connections.pool import Pool, PoolSettings
-from tuswsgi.errors import ConfigurationError, Unavailable
+from tuswsgi.core.errors import ConfigurationError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,17 @@ class Addresses:
         :raises ConfigurationError: if it is something else. The message does not tell what
             the DSN is, which may be a secret.
         """
-        urls, user, password = [], None, None
+        urls = []
+        user = None
+        password = None
         for address in dsn.split(","):
             try:
                 parts = urlsplit(address.strip())
-                host, port = parts.hostname, parts.port or default_port
+                host = parts.hostname
+                port = parts.port or default_port
             except ValueError:
-                host, port = None, 0
+                host = None
+                port = 0
             if not host or parts.scheme not in ("http", "https") or parts.path.strip("/"):
                 raise ConfigurationError(
                     "The DSN is not understood. Supported: http://host:port and "
@@ -57,7 +61,8 @@ class Addresses:
             host = f"[{host}]" if ":" in host else host
             urls.append(f"{parts.scheme}://{host}:{port}")
             if user is None and parts.username is not None:
-                user, password = unquote(parts.username), unquote(parts.password or "")
+                user = unquote(parts.username)
+                password = unquote(parts.password or "")
         return cls(tuple(urls), user, password)
 
 

@@ -16,7 +16,7 @@ from pymysql.constants import CLIENT, CR, ER
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pooled import PooledConnection, Trouble
 from tuswsgi.connections.sql import Database
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 
 T = TypeVar("T")
 

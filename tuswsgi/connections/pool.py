@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tuswsgi.errors import Unavailable
-from tuswsgi.options import Duration, option
+from tuswsgi.core.errors import Unavailable
+from tuswsgi.core.options import Duration, option
 
 log = logging.getLogger(__name__)
 

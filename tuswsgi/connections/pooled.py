@@ -20,8 +20,8 @@ from peewee import InterfaceError, OperationalError, PeeweeException
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pool import Pool, PoolSettings
 from tuswsgi.connections.sql import Database, SqlConnection
-from tuswsgi.errors import StorageFull, TusError, Unavailable
-from tuswsgi.process import PerProcess, jitter
+from tuswsgi.core.errors import StorageFull, TusError, Unavailable
+from tuswsgi.core.process import PerProcess, jitter
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +98,6 @@ class PooledConnection(SqlConnection):
             pool.close()
             _opened.discard(pool)
 
-    # --- what a server's own module knows ---------------------------------------------
-
     @abstractmethod
     def _database(self, timeout: float) -> Database:
         """Return a database with one connection, which is opened by the first statement.
@@ -114,8 +112,6 @@ class PooledConnection(SqlConnection):
     @abstractmethod
     def _alone(self, fn: Callable[[Database], T], database: Database) -> T:
         """Run `fn` while no other process runs another one in this way."""
-
-    # --- what all of them do alike ----------------------------------------------------
 
     def _make_pool(self) -> Pool[Database]:
         make = partial(self._database, self._settings.pool_timeout)

@@ -18,7 +18,7 @@ from psycopg import waiting
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pooled import PooledConnection, Trouble
 from tuswsgi.connections.sql import Database
-from tuswsgi.process import is_cooperative
+from tuswsgi.core.process import is_cooperative
 
 T = TypeVar("T")
 

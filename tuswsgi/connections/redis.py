@@ -7,22 +7,17 @@ import redis-py, which takes longer than all of ``--help``: what uses it is in
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.options import option
+from tuswsgi.core.options import option
 
 if TYPE_CHECKING:
     from tuswsgi.connections.redis_server import RedisServer
 
 _servers: WeakValueDictionary[str, RedisServer] = WeakValueDictionary()
-
-#: A command with its arguments; the command is a name or a script.
-Command = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -33,18 +28,6 @@ class RedisSettings:
         "tuswsgi:",
         "What all keys and channels in Redis begin with, so that several servers can share it.",
     )
-
-
-class Script:
-    """A Lua script, which Redis runs as a whole or not at all."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-    def on(self, keys: Sequence[str], *args: Any) -> Command:
-        """Return the command that runs it with these ``KEYS`` and ``ARGV``."""
-        return (self, len(keys), *keys, *args)
 
 
 def connect(dsn: str, pool: PoolSettings | None = None) -> RedisServer:

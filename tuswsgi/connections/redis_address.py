@@ -15,7 +15,7 @@ from redis.connection import Connection, SSLConnection, parse_url
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 
 _SENTINEL_PORT = 26379
 

@@ -17,10 +17,10 @@ import redis
 from redis.connection import Connection
 
 from tuswsgi.connections.pool import Pool, PoolSettings
-from tuswsgi.connections.redis import Command, Script
 from tuswsgi.connections.redis_address import address_of
-from tuswsgi.errors import ConfigurationError, StorageFull, Unavailable
-from tuswsgi.process import PerProcess
+from tuswsgi.connections.redis_scripts import Command, Script
+from tuswsgi.core.errors import ConfigurationError, StorageFull, Unavailable
+from tuswsgi.core.process import PerProcess
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,8 @@ class Line:
             return self._try(again)
 
     def close(self) -> None:
-        connection, self._connection = self._connection, None
+        connection = self._connection
+        self._connection = None
         if connection is not None:
             connection.disconnect()
 
@@ -217,7 +218,8 @@ class Subscription:
             raise
 
     def close(self) -> None:
-        connection, self._connection = self._connection, None
+        connection = self._connection
+        self._connection = None
         self._asked_at = None
         if connection is not None:
             connection.disconnect()
@@ -227,7 +229,8 @@ class Subscription:
             self._connection = self._server.connection()
             self._connection.send_command("SUBSCRIBE", self._channel)
             self._connection.read_response()
-        connection, heard = self._connection, []
+        connection = self._connection
+        heard = []
         while connection.can_read(timeout):
             kind, *_, text = connection.read_response()
             timeout = 0

@@ -21,9 +21,9 @@ from typing import Any, TypeVar, cast
 from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
-from tuswsgi.errors import ConfigurationError, StorageFull, TusError, Unavailable, unusable
-from tuswsgi.paths import adopt, make_directory, why_unwritable
-from tuswsgi.process import PerProcess, aside, jitter, let_others_run
+from tuswsgi.core.errors import ConfigurationError, StorageFull, TusError, Unavailable, unusable
+from tuswsgi.core.paths import adopt, make_directory, why_unwritable
+from tuswsgi.core.process import PerProcess, jitter, let_others_run, run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ class _Writer:
         self._done = False
         try:
             if self._slow:
-                aside(self._run, batch)
+                run_in_thread(self._run, batch)
             else:
                 self._run(batch)
         except BaseException as error:
@@ -367,7 +367,8 @@ def _deadline() -> float:
 
 def _patiently(action: Callable[[], T], deadline: float) -> T:
     """Run `action` again and again while another process is in its way."""
-    prompt, pause = _PROMPT, _FIRST_PAUSE
+    prompt = _PROMPT
+    pause = _FIRST_PAUSE
     while True:
         try:
             return action()

@@ -15,7 +15,7 @@ from typing import cast
 import peewee
 
 from tuswsgi.connections.sql import Database, SqlConnection
-from tuswsgi.errors import ConfigurationError
+from tuswsgi.core.errors import ConfigurationError
 
 #: The version of the tables below.
 SCHEMA = 4

@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-from tuswsgi.extensions import Extension
-from tuswsgi.info import FileInfo, Storage
+from tuswsgi.core.extensions import Extension
+from tuswsgi.core.info import FileInfo, Storage
 from tuswsgi.lockers.base import SURE, Hold
 
 
@@ -117,7 +117,7 @@ class OpenPlace:
 
     def append(self, source: Source) -> int:
         """Keep the bytes of `source`, as ``DataStore.append`` does at offset 0. At most once."""
-        return self._store.append(self._info.but(storage=self.storage), 0, source, SURE)
+        return self._store.append(self._info.replace(storage=self.storage), 0, source, SURE)
 
     def close(self) -> None:
         """Release what is held, not the place."""

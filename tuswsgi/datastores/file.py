@@ -24,17 +24,7 @@ from pathlib import Path
 from posix import close
 from typing import ClassVar
 
-from tuswsgi.datastores import places, quarantine
-from tuswsgi.datastores.base import (
-    DataStore,
-    OpenPlace,
-    Place,
-    Quarantined,
-    Readable,
-    Source,
-)
-from tuswsgi.datastores.segments import SegmentReader, copy_file
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     ConfigurationError,
     OffsetMismatch,
     StorageFull,
@@ -45,11 +35,10 @@ from tuswsgi.errors import (
     may_pass,
     unusable,
 )
-from tuswsgi.extensions import OF_STORES
-from tuswsgi.info import MAX_SIZE, FileInfo, Storage
-from tuswsgi.lockers.base import SURE, Hold
-from tuswsgi.options import MAIN, Mode, option
-from tuswsgi.paths import (
+from tuswsgi.core.extensions import OF_STORES
+from tuswsgi.core.info import MAX_SIZE, FileInfo, Storage
+from tuswsgi.core.options import MAIN, Mode, option
+from tuswsgi.core.paths import (
     NO_UNNAMED,
     UNNAMED,
     adopt,
@@ -57,7 +46,18 @@ from tuswsgi.paths import (
     make_directory,
     why_unwritable,
 )
-from tuswsgi.process import aside
+from tuswsgi.core.process import run_in_thread
+from tuswsgi.datastores import quarantine, scan
+from tuswsgi.datastores.base import (
+    DataStore,
+    OpenPlace,
+    Place,
+    Quarantined,
+    Readable,
+    Source,
+)
+from tuswsgi.datastores.segments import SegmentReader, copy_file
+from tuswsgi.lockers.base import SURE, Hold
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -98,7 +98,7 @@ class FileDataStore(DataStore):
     def prepare(self) -> None:
         try:
             make_directory(self.data_dir)
-            trouble = aside(why_unwritable, self.data_dir)
+            trouble = run_in_thread(why_unwritable, self.data_dir)
         except OSError as error:
             raise unusable(
                 f"The data directory {self.data_dir} cannot be made: {error.strerror}.", error
@@ -116,7 +116,7 @@ class FileDataStore(DataStore):
             ) from None
 
     def check(self) -> None:
-        error = aside(why_unwritable, self.data_dir)
+        error = run_in_thread(why_unwritable, self.data_dir)
         if error is not None:
             raise Unavailable from error
 
@@ -127,12 +127,12 @@ class FileDataStore(DataStore):
         storage = self.place(info)
         close(self._make(storage))
         # The path may have been another upload's, who died while it was removed.
-        _unlink(*places.beside(f"{self.data_dir}/{storage.path}"))
+        _unlink(*scan.beside(f"{self.data_dir}/{storage.path}"))
         return storage
 
     def create_open(self, info: FileInfo) -> OpenPlace:
         storage = self.place(info)
-        return _OpenFile(self, info.but(storage=storage), self._make(storage))
+        return _OpenFile(self, info.replace(storage=storage), self._make(storage))
 
     def offset(self, info: FileInfo) -> int:
         if info.storage.details:
@@ -141,14 +141,16 @@ class FileDataStore(DataStore):
             if self.force_fsync:
                 # A worker that was killed has written without syncing, and whoever
                 # asks will tell a client that these bytes are safe.
-                aside(os.fdatasync, fd)
-            size, marked = os.fstat(fd).st_size, self._marked(info)
+                run_in_thread(os.fdatasync, fd)
+            size = os.fstat(fd).st_size
+            marked = self._marked(info)
             return _start(info) + (size if marked is None else min(size, marked))
 
     def append(self, info: FileInfo, offset: int, source: Source, hold: Hold) -> int:
         start = _start(info)
         with self._opened(info, os.O_RDWR) as fd:
-            size, marked = os.fstat(fd).st_size, self._marked(info)
+            size = os.fstat(fd).st_size
+            marked = self._marked(info)
             verified = size if marked is None else min(size, marked)
             if start + verified != offset:
                 raise OffsetMismatch(start + verified)
@@ -166,14 +168,14 @@ class FileDataStore(DataStore):
             return self._keep_provisional(info, fd, size, source, hold)
         size += self._copy(source, fd, size)
         if self.force_fsync:
-            aside(os.fdatasync, fd)
+            run_in_thread(os.fdatasync, fd)
         return size
 
     def seal(self, info: FileInfo) -> Storage:
         sealed = [*_sealed(info), self.offset(info) - _start(info)]
         storage = replace(info.storage, details={_SEALED: sealed})
         # Neither exclusively nor emptied: another one who seals may be late, or early.
-        path = self._path(info.but(storage=storage), _segment(len(sealed)))
+        path = self._path(info.replace(storage=storage), _segment(len(sealed)))
         close(self._make_file(path, 0))
         self._sync_directory(path.parent)
         return storage
@@ -184,11 +186,11 @@ class FileDataStore(DataStore):
             return replace(info.storage, details={})
         if self.force_fsync:
             with self._opened(info, os.O_RDONLY) as fd:
-                aside(os.fsync, fd)
+                run_in_thread(os.fsync, fd)
         return info.storage
 
     def tidy(self, info: FileInfo) -> None:
-        aside(_unlink, *places.beside(self._text_path(info)))
+        run_in_thread(_unlink, *scan.beside(self._text_path(info)))
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
         with self._opened(info, os.O_RDONLY):
@@ -209,15 +211,15 @@ class FileDataStore(DataStore):
     def delete(self, info: FileInfo) -> None:
         path = self._path(info)
         # To free the blocks of a huge file takes the kernel its time.
-        aside(_unlink, path, *places.beside(str(path)))
+        run_in_thread(_unlink, path, *scan.beside(str(path)))
         if path.parent.exists():
             self._sync_directory(path.parent)
 
     def places(self, before: float) -> Iterator[Place]:
-        return places.places(str(self.data_dir), self.type, before)
+        return scan.places(str(self.data_dir), self.type, before)
 
     def clear(self, place: Place) -> bool:
-        return places.clear(str(self.data_dir), place)
+        return scan.clear(str(self.data_dir), place)
 
     def quarantine(self, place: Place) -> Quarantined | None:
         return quarantine.quarantine(str(self.data_dir), place)
@@ -237,8 +239,6 @@ class FileDataStore(DataStore):
     def free_space(self) -> int | None:
         state = os.statvfs(self.data_dir)
         return state.f_bavail * state.f_frsize
-
-    # --- paths ---------------------------------------------------------------------
 
     def _path(self, info: FileInfo, hidden: str = "") -> Path:
         return Path(self._text_path(info, hidden))
@@ -324,11 +324,9 @@ class FileDataStore(DataStore):
         if self.force_fsync:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                aside(os.fsync, fd)
+                run_in_thread(os.fsync, fd)
             finally:
                 close(fd)
-
-    # --- bytes -----------------------------------------------------------------------
 
     def _opened(self, info: FileInfo, flags: int) -> _Opened:
         """Open the file that takes an upload's bytes."""
@@ -361,7 +359,7 @@ class FileDataStore(DataStore):
                         if copy_file(fd, target, length) != length:
                             raise UploadGone("Bytes of the upload are missing.")
                 if self.force_fsync:
-                    aside(os.fsync, target)
+                    run_in_thread(os.fsync, target)
                 if not has_name:
                     _name_file(target, unfinished)
             finally:
@@ -414,14 +412,15 @@ class FileDataStore(DataStore):
         os.ftruncate(fd, size)
         if self.force_fsync:
             # The marker goes next, and must not go first when the power fails.
-            aside(os.fdatasync, fd)
+            run_in_thread(os.fdatasync, fd)
 
     def _keep_provisional(
         self, info: FileInfo, fd: int, size: int, source: Source, hold: Hold
     ) -> int:
         hold.check()
         self._mark(info, size)
-        copied, accepted = 0, False
+        copied = 0
+        accepted = False
         try:
             copied = self._copy(source, fd, size)
             accepted = source.accepted(lambda: _blocks(fd, size, copied))
@@ -430,12 +429,10 @@ class FileDataStore(DataStore):
             if not accepted and not hold.is_lost():
                 self._cut(fd, size)
         if self.force_fsync:
-            aside(os.fdatasync, fd)
+            run_in_thread(os.fdatasync, fd)
         hold.check()
         self._unmark(info)
         return size + copied if accepted else size
-
-    # --- the marker of unverified bytes ------------------------------------------------
 
     def _marked(self, info: FileInfo) -> int | None:
         path = self._text_path(info, _marker_of(info))
@@ -462,7 +459,7 @@ class FileDataStore(DataStore):
                 file.write(f"{offset}\n")
                 file.flush()
                 if self.force_fsync:
-                    aside(os.fsync, file.fileno())
+                    run_in_thread(os.fsync, file.fileno())
         except OSError as error:
             raise _translated(error) from error
         self._sync_directory(marker.parent)
@@ -504,7 +501,9 @@ class _OpenFile(OpenPlace):
 
     def __init__(self, store: FileDataStore, info: FileInfo, fd: int) -> None:
         self.storage = info.storage
-        self._files, self._info, self._fd = store, info, fd
+        self._files = store
+        self._info = info
+        self._fd = fd
 
     def append(self, source: Source) -> int:
         return self._files.keep(self._info, self._fd, 0, source, SURE)

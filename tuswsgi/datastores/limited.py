@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tuswsgi.core.errors import LimitReached
+from tuswsgi.core.info import FileInfo, Storage
+from tuswsgi.core.options import Size, option
 from tuswsgi.datastores.base import (
     DataStore,
     MakeRoom,
@@ -21,11 +24,8 @@ from tuswsgi.datastores.base import (
     Readable,
     Source,
 )
-from tuswsgi.errors import LimitReached
-from tuswsgi.info import FileInfo, Storage
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Hold, Locker
-from tuswsgi.options import Size, option
 
 #: The lock of the one who compares and promises.
 _LOCK = "tuswsgi-limit"
@@ -72,7 +72,8 @@ class LimitedDataStore(DataStore):
             missing = used + info.promised - self.max_total_size
             if missing > 0 and self.evict and info.promised <= self.max_total_size:
                 freed = make_room(missing, info)
-                used, missing = used - freed, missing - freed
+                used = used - freed
+                missing = missing - freed
             if missing > 0 and info.promised > before:
                 raise LimitReached(self.max_total_size, used, info.promised)
             hold.check()

@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from tuswsgi.core.errors import OffsetMismatch, UploadExists, UploadGone
+from tuswsgi.core.extensions import OF_STORES
+from tuswsgi.core.info import FileInfo, Storage
 from tuswsgi.datastores.base import DataStore, Place, Readable, Source
-from tuswsgi.errors import OffsetMismatch, UploadExists, UploadGone
-from tuswsgi.extensions import OF_STORES
-from tuswsgi.info import FileInfo, Storage
 from tuswsgi.lockers.base import Hold
 
 _BLOCK = 64 * 1024
@@ -35,7 +35,7 @@ class MemoryDataStore(DataStore):
 
     def create(self, info: FileInfo) -> Storage:
         storage = self.place(info)
-        key = _key(info.but(storage=storage))
+        key = _key(info.replace(storage=storage))
         if key in self._uploads:
             raise UploadExists
         self._put(key, b"")
@@ -62,7 +62,7 @@ class MemoryDataStore(DataStore):
 
     def seal(self, info: FileInfo) -> Storage:
         storage = replace(info.storage, details={"copy": secrets.token_hex(8)})
-        self._put(_key(info.but(storage=storage)), self._bytes(info))
+        self._put(_key(info.replace(storage=storage)), self._bytes(info))
         return storage
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from itertools import count
 
-from tuswsgi.datastores import places
+from tuswsgi.core.paths import make_directory
+from tuswsgi.core.process import let_others_run, run_in_thread
+from tuswsgi.datastores import scan
 from tuswsgi.datastores.base import Place, Quarantined
-from tuswsgi.paths import make_directory
-from tuswsgi.process import aside, let_others_run
 
 _ROOT = ".tuswsgi/quarantine"
 
@@ -32,9 +32,10 @@ _PAGE = 100
 
 def quarantine(directory: str, place: Place) -> Quarantined | None:
     """Move a file that ``places`` found; see ``DataStore.quarantine``."""
-    if not places.is_still(directory, place):
+    if not scan.is_still(directory, place):
         return None
-    source, moved_at = f"{directory}/{place.storage.path}", int(time.time())
+    source = f"{directory}/{place.storage.path}"
+    moved_at = int(time.time())
     target = _free_path(directory, place, moved_at)
     try:
         _move(source, target)
@@ -57,10 +58,10 @@ def quarantined(directory: str, type: str) -> Iterator[Quarantined]:
         if moved_at is None:
             continue
         below = f"{directory}/{_ROOT}/{folder}"
-        for number, path in enumerate(places.files(below, "")):
+        for number, path in enumerate(scan.files(below, "")):
             if number % _PAGE == 0:
                 let_others_run()
-            if (place := places.look(below, path, type)) is not None:
+            if (place := scan.look(below, path, type)) is not None:
                 yield Quarantined(place, os.path.abspath(f"{below}/{path}"), moved_at)
 
 
@@ -79,12 +80,12 @@ def put_back(directory: str, found: Quarantined) -> bool:
 
 def discard(found: Quarantined) -> bool:
     """Remove a file for good; see ``DataStore.discard``."""
-    rest = places.beside(found.location)
+    rest = scan.beside(found.location)
     try:
         # To free the blocks of a huge file takes the kernel its time.
-        aside(os.unlink, found.location)
+        run_in_thread(os.unlink, found.location)
         for path in rest:
-            aside(os.unlink, path)
+            run_in_thread(os.unlink, path)
     except FileNotFoundError:
         return False  # another process was faster, or an operator
     _remove_empty_folders(found)
@@ -107,7 +108,7 @@ def _move(source: str, target: str) -> None:
     it: what has lost its upload is for the clean-up.
     """
     make_directory(os.path.dirname(target))
-    pairs = [*zip(places.beside(source), places.beside(source, target), strict=True)]
+    pairs = [*zip(scan.beside(source), scan.beside(source, target), strict=True)]
     pairs.append((source, target))
     named: list[tuple[str, str]] = []
     try:

@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 from io import FileIO
 
-from tuswsgi.errors import UploadGone
-from tuswsgi.process import aside
+from tuswsgi.core.errors import UploadGone
+from tuswsgi.core.process import run_in_thread
 
 #: How much is copied at once: a copy can be interrupted between two slices.
 _SLICE = 16 * 1024 * 1024
@@ -65,7 +65,7 @@ def copy_file(source: int, target: int, length: int) -> int:
     """
     copied = 0
     while copied < length:
-        moved = aside(_copy_slice, source, target, copied, min(_SLICE, length - copied))
+        moved = run_in_thread(_copy_slice, source, target, copied, min(_SLICE, length - copied))
         if moved == 0:
             break
         copied += moved

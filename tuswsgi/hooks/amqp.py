@@ -16,11 +16,12 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 
 from marshmallow.validate import Range
 
-from tuswsgi.errors import HookFailed
-from tuswsgi.hooks.base import Hook, HookRequest, HookType
+from tuswsgi.core.errors import HookFailed
+from tuswsgi.core.events import HookType
+from tuswsgi.core.options import Duration, option
+from tuswsgi.core.process import PerProcess
+from tuswsgi.hooks.base import Hook, HookRequest
 from tuswsgi.hooks.payloads import PayloadFormat
-from tuswsgi.options import Duration, option
-from tuswsgi.process import PerProcess
 
 if TYPE_CHECKING:
     from pika.channel import Channel

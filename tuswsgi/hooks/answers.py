@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from tuswsgi.errors import HookBroken, UploadNotFound
+from tuswsgi.core.errors import HookBroken, UploadNotFound
+from tuswsgi.core.info import ID_RULE, check_id
+from tuswsgi.core.paths import contained
 from tuswsgi.hooks.base import ChangeFileInfo
-from tuswsgi.info import ID_RULE, check_id
-from tuswsgi.paths import contained
 
 #: A token (RFC 9110, 5.6.2).
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, ask_in_turn
+from tuswsgi.core.events import HookType
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 
 HookFunction = Callable[[HookRequest], "HookResponse | None"]
 

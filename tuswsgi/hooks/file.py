@@ -1,7 +1,7 @@
 """Brings hooks to programs: one for all events, one per event in a directory, or both.
 
 This file owns how a program is told of a hook and what its exit code and its output mean.
-How programs run, and how long they may, is the business of ``tuswsgi.spawn``.
+How programs run, and how long they may, is the business of ``tuswsgi.hooks.programs``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import ClassVar
 
 from marshmallow.validate import Range
 
-from tuswsgi import spawn
-from tuswsgi.display import printable
-from tuswsgi.errors import HookBroken, HookFailed, HookRefusal
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, ask_in_turn
+from tuswsgi.core.display import printable
+from tuswsgi.core.errors import HookBroken, HookFailed, HookRefusal
+from tuswsgi.core.events import HookType
+from tuswsgi.core.options import Duration, KiB, MiB, option
+from tuswsgi.core.process import PerProcess
+from tuswsgi.hooks import programs
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
-from tuswsgi.options import Duration, KiB, MiB, option
-from tuswsgi.process import PerProcess
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,12 @@ _LONGEST_ANSWER = 1 * MiB
 
 #: How much of a program's standard error is kept, and how much of that a client gets to
 #: see, in bytes from its end.
-_KEPT_ERRORS, _SHOWN_ERRORS = 64 * KiB, 4 * KiB
+_KEPT_ERRORS = 64 * KiB
+_SHOWN_ERRORS = 4 * KiB
 
 #: How much of what a program writes is logged, in lines and in characters of each.
-_LOGGED_LINES, _LOGGED_WIDTH = 50, 500
+_LOGGED_LINES = 50
+_LOGGED_WIDTH = 500
 
 
 @dataclass
@@ -118,7 +121,7 @@ class FileHook(Hook):
             if not os.access(path, os.X_OK):
                 raise PermissionError
             with turn as timeout:
-                ended = spawn.run(
+                ended = programs.run(
                     self._program(path, request),
                     timeout=timeout,
                     output=_LONGEST_ANSWER + 1,
@@ -147,12 +150,13 @@ class FileHook(Hook):
         finally:
             turns.release()
 
-    def _program(self, path: Path, request: HookRequest) -> spawn.Program:
+    def _program(self, path: Path, request: HookRequest) -> programs.Program:
         payload = self.format.encode(request).encode()
         arguments: list[str | bytes] = [] if path != self.file else [request.type.value]
         if len(payload) <= _LONGEST_ARGUMENT:
             arguments.append(payload)
-        info, as_tusd = request.info, self.format.follows_tusd
+        info = request.info
+        as_tusd = self.format.follows_tusd
         has_id = not (as_tusd and request.type is HookType.PRE_CREATE)
         env = os.environ | {
             "TUS_ID": info.id if has_id else "",
@@ -162,7 +166,7 @@ class FileHook(Hook):
         }
         # tusd runs the programs of a directory in it.
         cwd = path.parent if as_tusd and path != self.file else None
-        return spawn.Program([str(path), *arguments], env, payload, cwd)
+        return programs.Program([str(path), *arguments], env, payload, cwd)
 
     def _do_without(self, path: Path, type: HookType) -> None:
         # "If some hook file isn't found, rustus throws an error."
@@ -171,7 +175,7 @@ class FileHook(Hook):
         log.info("Nobody hears of %s: there is no program %s", type, path)
 
     def _understood(
-        self, path: Path, request: HookRequest, ended: spawn.Ended
+        self, path: Path, request: HookRequest, ended: programs.Ended
     ) -> HookResponse | None:
         """Return what a program that has ended means."""
         answer = _answer(path, request, ended)
@@ -187,7 +191,7 @@ class FileHook(Hook):
         raise HookRefusal(500 if self.format.follows_tusd else 400, errors or None)
 
 
-def _answer(path: Path, request: HookRequest, ended: spawn.Ended) -> HookResponse | None:
+def _answer(path: Path, request: HookRequest, ended: programs.Ended) -> HookResponse | None:
     """Return the answer on a program's standard output; what is none goes to the log.
 
     :raises HookBroken: if a request waits for an answer that cannot be understood.

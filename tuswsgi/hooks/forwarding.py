@@ -30,7 +30,8 @@ def forwarded(
     headers = request.request.headers
     wanted = {name: headers[name.lower()] for name in names if name.lower() in headers}
     kept: dict[str, str] = {}
-    left_out, total = [], 0
+    left_out = []
+    total = 0
     for name, value in sorted(wanted.items(), key=lambda header: len(header[1])):
         size = len(name) + len(value)
         if is_sendable(value) and (most is None or total + size <= most):

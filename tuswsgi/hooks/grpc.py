@@ -16,9 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tuswsgi.display import printable
-from tuswsgi.errors import ConfigurationError, HookBroken
-from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, HookType, joined
+from tuswsgi.core.display import printable
+from tuswsgi.core.errors import ConfigurationError, HookBroken
+from tuswsgi.core.events import HookType, joined
+from tuswsgi.core.options import Duration, KiB, Size, option
+from tuswsgi.core.process import PerProcess, is_cooperative
+from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import (
     BadAnswer,
@@ -28,8 +31,6 @@ from tuswsgi.hooks.payloads import (
     read_answer,
 )
 from tuswsgi.hooks.retries import LastingFailure, PassingFailure, persistently
-from tuswsgi.options import Duration, KiB, Size, option
-from tuswsgi.process import PerProcess, is_cooperative
 
 if TYPE_CHECKING:
     import grpc
@@ -142,7 +143,8 @@ class GrpcHook(Hook):
                 return self._call()(message, timeout=timeout, metadata=metadata)
             except grpc.RpcError as error:
                 # An RpcError of a call is the call, which knows its status.
-                code, details = error.code().name, error.details()
+                code = error.code().name
+                details = error.details()
             failure = PassingFailure if code in _PASSING else LastingFailure
             raise failure(f"{self.endpoint} answered {code}: {details}")
 
@@ -212,7 +214,8 @@ class GrpcHook(Hook):
 
 def _message(data: Mapping[str, Any]) -> Message:
     """Return tusd's payload as a message."""
-    upload, request = data["Event"]["Upload"], data["Event"]["HTTPRequest"]
+    upload = data["Event"]["Upload"]
+    request = data["Event"]["HTTPRequest"]
     info = {
         "id": upload["ID"],
         "size": upload["Size"] or 0,
@@ -238,7 +241,8 @@ def _message(data: Mapping[str, Any]) -> Message:
 
 def _answer(type: HookType, message: Any) -> dict[str, Any]:
     """Return an answer in tusd's JSON form, without what says nothing."""
-    response, change = message.httpResponse, message.changeFileInfo
+    response = message.httpResponse
+    change = message.changeFileInfo
     # The message has no word for the refusal of a termination.
     reject = "RejectTermination" if type is HookType.PRE_TERMINATE else "RejectUpload"
     return _filled(

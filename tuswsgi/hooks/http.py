@@ -21,14 +21,14 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError
 
-from tuswsgi.display import printable
-from tuswsgi.errors import HookBroken, HookFailed, HookRefusal
+from tuswsgi.core.display import printable
+from tuswsgi.core.errors import HookBroken, HookFailed, HookRefusal
+from tuswsgi.core.options import Duration, KiB, Size, option
+from tuswsgi.core.process import PerProcess
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, check_object, decode_answer
 from tuswsgi.hooks.retries import LastingFailure, PassingFailure, persistently
-from tuswsgi.options import Duration, KiB, Size, option
-from tuswsgi.process import PerProcess
 
 if TYPE_CHECKING:
     from tuswsgi.connections.http import HttpAnswer, HttpClient
@@ -223,7 +223,8 @@ class HttpHook(Hook):
     def _understand(
         self, url: str, request: HookRequest, answer: HttpAnswer
     ) -> HookResponse | None:
-        type, told = request.type, f"{_shown(url)} answered"
+        type = request.type
+        told = f"{_shown(url)} answered"
         if answer.status >= 500 and type.blocking and self.format.follows_tusd:
             raise HookBroken(f"{told} {answer.status}")
         if answer.status >= 400 and type.blocking:
@@ -268,7 +269,8 @@ def _is_sendable(value: str) -> bool:
 
 def _for_client(answer: HttpAnswer) -> tuple[str, dict[str, str]]:
     """Return the text of a refusal, and its type: it is sent in UTF-8 whatever it was in."""
-    given, text = answer.content_type, answer.body
+    given = answer.content_type
+    text = answer.body
     if given is None or not (given.isascii() and given.isprintable()):
         return text.decode(errors="replace"), {}
     parsed = Message()

@@ -14,9 +14,10 @@ from typing import Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, pre_load
 
-from tuswsgi.errors import InvalidMetadata
-from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse, HookType
-from tuswsgi.info import Metadata
+from tuswsgi.core.errors import InvalidMetadata
+from tuswsgi.core.events import HookType
+from tuswsgi.core.info import Metadata
+from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
 
 #: Built once: ``json.dumps`` with arguments builds an encoder for each call. Text goes
 #: out as it is, as from rustus and tusd: hooks are searched by scripts, too.
@@ -37,9 +38,6 @@ class FormatName(str, Enum):
 
 class BadAnswer(ValueError):
     """A hook answered a known key with something of the wrong type."""
-
-
-# --- what is sent -------------------------------------------------------------------
 
 
 class _Part(fields.Nested):
@@ -198,7 +196,8 @@ def _location(hook: HookRequest) -> str | None:
 
 def _host_and_port(hook: HookRequest) -> str:
     """Return the client's address as Go writes it: ``192.0.2.1:443``, ``[::1]:443``."""
-    address, port = hook.request.remote_addr, hook.request.remote_port
+    address = hook.request.remote_addr
+    port = hook.request.remote_port
     if address is None or port is None:
         return address or ""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
@@ -244,9 +243,6 @@ _FORMATS = {
 def payload_format(name: FormatName) -> PayloadFormat:
     """Return a format by its name."""
     return _FORMATS[name]
-
-
-# --- what is answered ---------------------------------------------------------------
 
 
 class _Flag(fields.Boolean):

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tuswsgi.display import printable
-from tuswsgi.errors import HookFailed
+from tuswsgi.core.display import printable
+from tuswsgi.core.errors import HookFailed
 from tuswsgi.hooks.base import HookRequest
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tuswsgi.hooks.base import HookType
+from tuswsgi.core.events import HookType
+from tuswsgi.core.options import MAIN, Duration, KiB, Size, option
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.options import MAIN, Duration, KiB, Size, option
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tuswsgi.errors import UploadNotFound
-from tuswsgi.hooks.base import Event
-from tuswsgi.info import FileInfo, State
-from tuswsgi.process import let_others_run
+from tuswsgi.core.errors import UploadNotFound
+from tuswsgi.core.events import Event
+from tuswsgi.core.info import FileInfo, State
+from tuswsgi.core.process import let_others_run
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class InfoStore(ABC):
         :param state: ``TERMINATED`` or ``EXPIRED``.
         :param now: the time of the deletion.
         """
-        return self.save(info.but(state=state, deleted_at=now), events)
+        return self.save(info.replace(state=state, deleted_at=now), events)
 
     @abstractmethod
     def forget(self, info: FileInfo) -> bool:
@@ -166,7 +166,8 @@ class InfoStore(ABC):
 
         Whatever is written before the call and stays counts; what is written meanwhile, may.
         """
-        total, after = 0, ""
+        total = 0
+        after = ""
         while page := self.list(after=after, limit=_PAGE):
             total += sum(info.promised for info in page)
             after = page[-1].id
@@ -204,8 +205,6 @@ class InfoStore(ABC):
         oldest = pending[0].created_at if pending else None
         return Census(unfinished, stalled, len(pending), len(dead), oldest)
 
-    # --- the outbox ------------------------------------------------------------------
-    #
     # Events are kept until somebody delivered them. Whoever is about to do so claims
     # them for a while: a claim that ran out, because its process died, is nobody's.
 

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     ConfigurationError,
     InfoConflict,
     StorageFull,
@@ -32,15 +32,15 @@ from tuswsgi.errors import (
     may_pass,
     unusable,
 )
-from tuswsgi.hooks.base import Event
-from tuswsgi.info import FileInfo, State, check_id
+from tuswsgi.core.events import Event
+from tuswsgi.core.info import FileInfo, State, check_id
+from tuswsgi.core.options import option
+from tuswsgi.core.paths import adopt, inside, why_unwritable
+from tuswsgi.core.process import jitter, let_others_run, run_in_thread
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.infostores.markers import PendingMarkers, WaitingMarkers
-from tuswsgi.infostores.outbox import Kept
-from tuswsgi.options import option
-from tuswsgi.paths import adopt, inside, why_unwritable
-from tuswsgi.process import aside, jitter, let_others_run
+from tuswsgi.infostores.index import PendingMarkers, WaitingMarkers
+from tuswsgi.infostores.kept import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +102,13 @@ class FileInfoStore(InfoStore):
             ) from error
 
     def check(self) -> None:
-        error = aside(why_unwritable, self._directory)
+        error = run_in_thread(why_unwritable, self._directory)
         if error is not None:
             raise Unavailable from error
 
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
-        path, kept = self._path(info.id), Kept(info)
+        path = self._path(info.id)
+        kept = Kept(info)
         kept.add(events)
         with _trouble(path):
             self._mark(kept)
@@ -129,7 +130,7 @@ class FileInfoStore(InfoStore):
             old = kept.info
             if old.sequence != info.sequence:
                 raise InfoConflict
-            kept.info = saved = info.but(sequence=info.sequence + 1)
+            kept.info = saved = info.replace(sequence=info.sequence + 1)
             kept.add(events)
             self._replace(path, kept)
             if old.state is State.WAITING and saved.state is not State.WAITING:

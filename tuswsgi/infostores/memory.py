@@ -8,11 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Sequence
 
-from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
-from tuswsgi.hooks.base import Event
-from tuswsgi.info import FileInfo, State
+from tuswsgi.core.errors import InfoConflict, UploadExists, UploadNotFound
+from tuswsgi.core.events import Event
+from tuswsgi.core.info import FileInfo, State
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.infostores.outbox import Kept
+from tuswsgi.infostores.kept import Kept
 
 
 class MemoryInfoStore(InfoStore):
@@ -37,7 +37,7 @@ class MemoryInfoStore(InfoStore):
             kept = self._of(info.id)
             if kept.info.sequence != info.sequence:
                 raise InfoConflict
-            kept.info = info.but(sequence=info.sequence + 1)
+            kept.info = info.replace(sequence=info.sequence + 1)
             kept.add(events)
             return kept.info
 

@@ -12,8 +12,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tuswsgi.hooks.base import Event, HookType
-from tuswsgi.info import FileInfo, FinalResponse, Metadata, State, Storage
+from tuswsgi.core.events import Event, HookType
+from tuswsgi.core.info import FileInfo, FinalResponse, Metadata, State, Storage
 
 #: Built once: ``json.dumps`` with arguments builds an encoder for each call.
 _encoder = json.JSONEncoder(separators=(",", ":"))
@@ -55,8 +55,10 @@ def dump(info: FileInfo) -> dict[str, Any]:
         "path": info.storage.path,
         "details": dict(info.storage.details),
     }
-    data["metadata"], data["state"] = info.metadata.raw, info.state.value
-    data["offset"], data["sequence"] = info.offset, info.sequence
+    data["metadata"] = info.metadata.raw
+    data["state"] = info.state.value
+    data["offset"] = info.offset
+    data["sequence"] = info.sequence
     if info.response is not None:
         data["response"] = _dump_response(info.response)
     return data
@@ -72,7 +74,8 @@ def load(data: Mapping[str, Any]) -> FileInfo:
     """
     try:
         get = data.get
-        storage, response = get("storage") or {}, get("response")
+        storage = get("storage") or {}
+        response = get("response")
         return FileInfo.restored(
             {
                 "id": data["id"],

@@ -20,15 +20,16 @@ from typing import TypeVar
 from marshmallow import ValidationError
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.redis import RedisSettings, Script, connect
-from tuswsgi.errors import InfoConflict, Unavailable, UploadExists, UploadNotFound
-from tuswsgi.hooks.base import Event
-from tuswsgi.info import FileInfo, State, check_id
+from tuswsgi.connections.redis import RedisSettings, connect
+from tuswsgi.connections.redis_scripts import Script
+from tuswsgi.core.errors import InfoConflict, Unavailable, UploadExists, UploadNotFound
+from tuswsgi.core.events import Event
+from tuswsgi.core.info import FileInfo, State, check_id
+from tuswsgi.core.options import Duration, option
+from tuswsgi.core.process import jitter
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.infostores.outbox import Kept
-from tuswsgi.options import Duration, option
-from tuswsgi.process import jitter
+from tuswsgi.infostores.kept import Kept
 
 log = logging.getLogger(__name__)
 
@@ -262,11 +263,9 @@ class RedisInfoStore(InfoStore):
     def _run_save(info: FileInfo, events: Sequence[Event], kept: Kept) -> FileInfo:
         if kept.info.sequence != info.sequence:
             raise InfoConflict
-        kept.info = info.but(sequence=info.sequence + 1)
+        kept.info = info.replace(sequence=info.sequence + 1)
         kept.add(events)
         return kept.info
-
-    # --- changing ---------------------------------------------------------------------
 
     def _change(self, id: str, change: Callable[[Kept], T], text: bytes | None = None) -> T:
         """Change what is kept of an upload, and return what `change` did.
@@ -311,7 +310,8 @@ class RedisInfoStore(InfoStore):
             lost, and others have written since.
         """
         after = {} if kept is None else _found_by(kept)
-        keys, values = [self._key_of(id)], []
+        keys = [self._key_of(id)]
+        values = []
         for name in {**before, **after}:
             if before.get(name) != after.get(name):
                 keys.append(self._prefix + name)
@@ -335,8 +335,6 @@ class RedisInfoStore(InfoStore):
         """Take an upload out of a set where its text, or that it has none, says so."""
         keys = [self._key_of(id), self._prefix + name]
         self._server.call(*_SWAP.on(keys, text[:_VERSION], _NO_VERSION, "", "", 0, "", id))
-
-    # --- finding ----------------------------------------------------------------------
 
     def _key_of(self, id: str) -> str:
         return f"{self._prefix}upload:{check_id(id)}"

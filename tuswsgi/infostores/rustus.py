@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 
-from tuswsgi.errors import ConfigurationError, InvalidMetadata, Unavailable, UploadNotFound
-from tuswsgi.info import MAX_SIZE, FileInfo, Metadata, State, Storage, check_id
-from tuswsgi.paths import contained
+from tuswsgi.core.errors import ConfigurationError, InvalidMetadata, Unavailable, UploadNotFound
+from tuswsgi.core.info import MAX_SIZE, FileInfo, Metadata, State, Storage, check_id
+from tuswsgi.core.paths import contained
 
 if TYPE_CHECKING:
     import redis

@@ -14,15 +14,16 @@ from typing import Any
 
 import peewee
 
+from tuswsgi.connections.databases import connect
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.sql import Database, connect
+from tuswsgi.connections.sql import Database
 from tuswsgi.connections.tables import prepare_tables
-from tuswsgi.errors import InfoConflict, UploadExists, UploadNotFound
-from tuswsgi.hooks.base import Event, HookType
-from tuswsgi.info import FileInfo, State
+from tuswsgi.core.errors import InfoConflict, UploadExists, UploadNotFound
+from tuswsgi.core.events import Event, HookType
+from tuswsgi.core.info import FileInfo, State
+from tuswsgi.core.process import let_others_run
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import Census, InfoStore
-from tuswsgi.process import let_others_run
 
 _CREATE = """
 INSERT INTO tuswsgi_uploads
@@ -125,17 +126,28 @@ class SqlInfoStore(InfoStore):
     def __post_init__(self) -> None:
         self._connection = connect(self.info_db_dsn, durable=self.force_fsync, pool=self.pool)
         text = self._connection.statement
-        self._create, self._exists, self._load = text(_CREATE), text(_EXISTS), text(_LOAD)
-        self._save, self._expired, self._forget = text(_SAVE), text(_EXPIRED), text(_FORGET)
+        self._create = text(_CREATE)
+        self._exists = text(_EXISTS)
+        self._load = text(_LOAD)
+        self._save = text(_SAVE)
+        self._expired = text(_EXPIRED)
+        self._forget = text(_FORGET)
         self._add_event, self._events, self._outbox = map(text, (_ADD_EVENT, _EVENTS, _OUTBOX))
-        self._dead_events, self._usage = text(_DEAD_EVENTS), text(_USAGE)
-        self._claim, self._renew, self._settle = text(_CLAIM), text(_RENEW), text(_SETTLE)
-        self._put_back, self._first = text(_PUT_BACK), text(_FIRST)
-        self._free, self._free_no_more = text(_FREE), text(_FREE_NO_MORE)
+        self._dead_events = text(_DEAD_EVENTS)
+        self._usage = text(_USAGE)
+        self._claim = text(_CLAIM)
+        self._renew = text(_RENEW)
+        self._settle = text(_SETTLE)
+        self._put_back = text(_PUT_BACK)
+        self._first = text(_FIRST)
+        self._free = text(_FREE)
+        self._free_no_more = text(_FREE_NO_MORE)
         self._lock = text(_EXISTS) + self._connection.for_update
-        self._wait, self._wait_no_more = text(_WAIT), text(_WAIT_NO_MORE)
+        self._wait = text(_WAIT)
+        self._wait_no_more = text(_WAIT_NO_MORE)
         self._waiting_for = text(_WAITING_FOR)
-        self._count_states, self._count_events = text(_COUNT_STATES), text(_COUNT_EVENTS)
+        self._count_states = text(_COUNT_STATES)
+        self._count_events = text(_COUNT_EVENTS)
         self._count_stalled = text(_COUNT_STALLED.format(last=_LAST_BYTE[self._connection.kind]))
         self._oldest = text(_OLDEST)
 
@@ -149,7 +161,7 @@ class SqlInfoStore(InfoStore):
         self._connection.write(partial(self._run_create, info, events))
 
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
-        saved = info.but(sequence=info.sequence + 1)
+        saved = info.replace(sequence=info.sequence + 1)
         self._connection.write(partial(self._run_save, saved, events))
         return saved
 
@@ -191,7 +203,8 @@ class SqlInfoStore(InfoStore):
 
     def census(self, stalled_before: float) -> Census:
         states = (State.RECEIVING.value, State.WAITING.value)
-        stalled, after = 0, ""
+        stalled = 0
+        after = ""
         while after is not None:
             values = (stalled_before, State.RECEIVING.value, after)
             after, found = self._one(self._count_stalled, values)

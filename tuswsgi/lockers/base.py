@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Generic, TypeVar
 
-from tuswsgi.errors import LockLost, TusError, UploadLocked
-from tuswsgi.process import jitter
-from tuswsgi.telemetry import lock_waited, report
+from tuswsgi.core.errors import LockLost, TusError, UploadLocked
+from tuswsgi.core.process import jitter
+from tuswsgi.observing.telemetry import lock_waited, report
 
 #: Called with the reason when a holder shall let go. It is called in another greenlet or
 #: thread, maybe several times and maybe a moment after the release, and must not block.
@@ -216,7 +216,9 @@ class _Holding(AbstractContextManager[Hold], Generic[H]):
     _held: H
 
     def __init__(self, locker: Locker[H], id: str, acquire: Callable[[], H | None]) -> None:
-        self._locker, self._id, self._acquire = locker, id, acquire
+        self._locker = locker
+        self._id = id
+        self._acquire = acquire
 
     def __enter__(self) -> Hold:
         held = self._acquire()

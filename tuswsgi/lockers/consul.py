@@ -25,9 +25,9 @@ from tuswsgi.connections.consul import (
 )
 from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.core.process import PerProcess
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.session import SessionGone, SessionLocker
-from tuswsgi.process import PerProcess
 
 
 class ConsulLocker(SessionLocker[ConsulConnection]):
@@ -74,12 +74,15 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
         return self._connection.get().renew_session(session)
 
     def _create(self, session: str, id: str, token: str) -> str | None:
-        connection, lock, mark = self._connection.get(), self._lock_key(id), self._mark_key(id)
+        connection = self._connection.get()
+        lock = self._lock_key(id)
+        mark = self._mark_key(id)
         held = [missing(lock), locked(lock, token, session)]
         try:
             if connection.change([*held, missing(mark), key_value(mark, token)]):
                 return token
-            holder, former = connection.get(lock), connection.get(mark)
+            holder = connection.get(lock)
+            former = connection.get(mark)
             if holder is None and former is not None and connection.change([*held, same(former)]):
                 return former.value
         except consul.SessionGone:
@@ -119,7 +122,8 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
             pass  # and so is the lock
 
     def _hear(self, worker: str, timeout: float) -> Collection[str]:
-        connection, ears = self._connection.get(), self._ears.get()
+        connection = self._connection.get()
+        ears = self._ears.get()
         calls, index = connection.wait(self._calls_of(worker), ears.index, timeout)
         # Or the same call would be no change the next time.
         for call in calls:

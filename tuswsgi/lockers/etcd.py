@@ -24,9 +24,9 @@ from tuswsgi.connections.etcd import (
 )
 from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.core.process import PerProcess
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.session import SessionGone, SessionLocker
-from tuswsgi.process import PerProcess
 
 
 class EtcdLocker(SessionLocker[EtcdConnection]):
@@ -65,8 +65,11 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
         return self._connection.get().keep_alive(session)
 
     def _create(self, session: str, id: str, token: str) -> str | None:
-        connection, lock, mark = self._connection.get(), self._lock_key(id), self._mark_key(id)
-        held, marked = [key_value(lock, token, session)], [key_value(mark, token)]
+        connection = self._connection.get()
+        lock = self._lock_key(id)
+        mark = self._mark_key(id)
+        held = [key_value(lock, token, session)]
+        marked = [key_value(mark, token)]
         try:
             found = connection.change([missing(lock), missing(mark)], held + marked, [lock, mark])
             if found is None:
@@ -81,11 +84,13 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
         return former if holder == token else None
 
     def _settle(self, id: str, token: str) -> bool:
-        condition, mark = same(self._lock_key(id), token), self._mark_key(id)
+        condition = same(self._lock_key(id), token)
+        mark = self._mark_key(id)
         return self._connection.get().change([condition], [key_value(mark, token)], []) is None
 
     def _remove(self, id: str, token: str) -> None:
-        lock, mark = self._lock_key(id), self._mark_key(id)
+        lock = self._lock_key(id)
+        mark = self._mark_key(id)
         connection = self._connection.get()
         both = [same(lock, token), same(mark, token)]
         if connection.change(both, [gone(lock), gone(mark)], []) is not None:
@@ -106,7 +111,8 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
             pass  # and so is the lock
 
     def _hear(self, worker: str, timeout: float) -> Collection[str]:
-        connection, ears = self._connection.get(), self._ears.get()
+        connection = self._connection.get()
+        ears = self._ears.get()
         key = self._call_key(worker)
         if ears.heard is None:
             call, ears.heard = connection.get(key)

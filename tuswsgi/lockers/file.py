@@ -33,7 +33,7 @@ from pathlib import Path
 from posix import close
 from typing import NamedTuple
 
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     LockLost,
     StorageFull,
     Unavailable,
@@ -42,9 +42,9 @@ from tuswsgi.errors import (
     may_pass,
     unusable,
 )
+from tuswsgi.core.paths import adopt, contained, make_directory, why_unwritable
+from tuswsgi.core.process import PerProcess, run_in_thread
 from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
-from tuswsgi.paths import adopt, contained, make_directory, why_unwritable
-from tuswsgi.process import PerProcess, aside
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class FileLocker(Locker[Held]):
             ) from error
 
     def check(self) -> None:
-        error = aside(why_unwritable, self.directory)
+        error = run_in_thread(why_unwritable, self.directory)
         if isinstance(error, FileNotFoundError) and _may_be_made_again(self.directory):
             make_directory(self.directory)
         elif error is not None:

@@ -30,9 +30,9 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from tuswsgi.errors import LockLost, TusError, Unavailable, UploadInterrupted
+from tuswsgi.core.errors import LockLost, TusError, Unavailable, UploadInterrupted
+from tuswsgi.core.process import PerProcess
 from tuswsgi.lockers.base import Hold, Locker, ReleaseRequest, ask_to_release
-from tuswsgi.process import PerProcess
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,6 @@ class LeaseLocker(Locker[Lease]):
         if self.beside is not None:
             self.beside.close()
 
-    # --- what a backend knows ---------------------------------------------------------
-
     @abstractmethod
     def _take(self, id: str, token: str) -> str | None:
         """Let `token` hold the lock of `id` for the length of a lease.
@@ -169,8 +167,6 @@ class LeaseLocker(Locker[Lease]):
 
     def _hear_no_more(self, worker: str) -> None:
         """Release what ``_hear`` needed for `worker`. It is called by who called that."""
-
-    # --- what all of them do alike ----------------------------------------------------
 
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Lease | None:
         if self.beside is None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tuswsgi.errors import UploadInterrupted
+from tuswsgi.core.errors import UploadInterrupted
+from tuswsgi.core.process import PerProcess
 from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
-from tuswsgi.process import PerProcess
 
 
 @dataclass(frozen=True, eq=False)

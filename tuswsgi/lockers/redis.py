@@ -12,7 +12,8 @@ from itertools import islice
 from typing import Any
 
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.redis import RedisSettings, Script, connect
+from tuswsgi.connections.redis import RedisSettings, connect
+from tuswsgi.connections.redis_scripts import Script
 from tuswsgi.connections.redis_server import Subscription
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker

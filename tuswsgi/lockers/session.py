@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from tuswsgi.errors import Unavailable
+from tuswsgi.core.errors import Unavailable
+from tuswsgi.core.process import PerProcess
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker, clock
-from tuswsgi.process import PerProcess
 
 #: By how much a session is longer than a lease, so that it need not be renewed for each
 #: lock that is taken.

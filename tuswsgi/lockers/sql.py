@@ -16,8 +16,9 @@ from typing import Any
 
 import peewee
 
+from tuswsgi.connections.databases import connect
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.sql import Database, connect
+from tuswsgi.connections.sql import Database
 from tuswsgi.connections.tables import prepare_tables
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker, worker_of

@@ -17,15 +17,15 @@ from enum import Enum
 from itertools import islice
 from typing import NamedTuple
 
+from tuswsgi.core.errors import TusError, UploadGone, UploadLocked, UploadNotFound
+from tuswsgi.core.events import RequestInfo
+from tuswsgi.core.info import FileInfo, State, check_id, made_at
+from tuswsgi.core.process import let_others_run
 from tuswsgi.datastores.base import Place, Quarantined
-from tuswsgi.errors import TusError, UploadGone, UploadLocked, UploadNotFound
-from tuswsgi.hooks.base import RequestInfo
-from tuswsgi.info import FileInfo, State, check_id, made_at
 from tuswsgi.lockers.base import SURE, Hold
-from tuswsgi.process import let_others_run
+from tuswsgi.observing.telemetry import bytes_reclaimed, quarantine_changed, report
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.telemetry import bytes_reclaimed, quarantine_changed, report
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ _EXPIRED = 1000
 _PLACES = 10_000
 
 #: So many strays are nothing strange, or this share of all uploads that are known.
-_FEW, _SHARE = 10, 0.01
+_FEW = 10
+_SHARE = 0.01
 
 #: Paths of places in the data store.
 _Paths = Collection[str | None]
@@ -159,8 +160,6 @@ class CleanUp:
         }
         return [Search(name, age, find) for name, (age, find) in ages.items() if age is not None]
 
-    # --- uploads -------------------------------------------------------------------------
-
     def _expired(self) -> Iterator[Removal]:
         seen: set[str] = set()
         while found := self._infos.expired(time.time(), limit=len(seen) + _EXPIRED):
@@ -173,12 +172,13 @@ class CleanUp:
                 yield from self._remove(id, self._reason)
 
     def _unfinished(self) -> Iterator[Removal]:
-        lost, any_is_there = [], False
+        lost = []
+        any_is_there = False
         for info in self._records(_UNFINISHED):
             if self._is_due(info):
                 yield from self._remove(info.id, self._reason)
                 continue
-            with careful(info.id):
+            with log_failures(info.id):
                 is_idle = self._is_idle(info)
                 if is_idle or not any_is_there:
                     is_there = self._kept(info) is not None
@@ -200,7 +200,7 @@ class CleanUp:
                 yield from self._remove(info.id, self._reason)
 
     def _is_due(self, info: FileInfo) -> bool:
-        with careful(info.id):
+        with log_failures(info.id):
             return self._reason(info) is not None
         return False
 
@@ -270,7 +270,7 @@ class CleanUp:
 
     def _remove(self, id: str, reason_of: Callable[[FileInfo], Reason | None]) -> Iterator[Removal]:
         removal = None
-        with careful(id), self._uploads.locker.try_lock(id) as hold:
+        with log_failures(id), self._uploads.locker.try_lock(id) as hold:
             info = self._infos.load(id)
             reason = reason_of(info)
             if reason is not None:
@@ -282,15 +282,13 @@ class CleanUp:
         if removal is not None:
             yield removal
 
-    # --- tombstones ------------------------------------------------------------------------
-
     def _tombstones(self) -> Iterator[Removal]:
         for info in self._records(_GONE):
             age = time.time() - (info.deleted_at or 0.0)
             if self._settings.tombstone_age is None or age <= self._settings.tombstone_age:
                 continue
             is_forgotten = False
-            with careful(info.id), self._uploads.locker.try_lock(info.id):
+            with log_failures(info.id), self._uploads.locker.try_lock(info.id):
                 if self._dry_run:
                     is_forgotten = not self._has_events(info)
                 else:
@@ -300,8 +298,6 @@ class CleanUp:
                 if not self._dry_run:
                     self._tell(removal)
                 yield removal
-
-    # --- bytes without a record ------------------------------------------------------------
 
     def _strays(self) -> Iterator[Removal]:
         """Remove what crashes left, and move to the quarantine what no record tells of.
@@ -314,7 +310,8 @@ class CleanUp:
         )
         strays: list[Place] = []
         left = {info.storage.path for info in self._records(_GONE) if _has_chosen_path(info)}
-        known, found = _Known(), self._suspects(before, left)
+        known = _Known()
+        found = self._suspects(before, left)
         while page := [*islice(found, _PLACES)]:
             if any(not place.is_temporary for place, _ in page):
                 known = self._known({place.storage.path for place, _ in page})
@@ -379,7 +376,9 @@ class CleanUp:
 
     def _known(self, paths: Collection[str | None]) -> _Known:
         """Look through all uploads for those under another name: a hook chose their paths."""
-        number, newest, taken = 0, 0.0, set()
+        number = 0
+        newest = 0.0
+        taken = set()
         for info in self._records((*_UNFINISHED, *_FINISHED)):
             number += 1
             newest = max(newest, _made_at(info) or 0.0)
@@ -389,7 +388,7 @@ class CleanUp:
 
     def _clear(self, place: Place, left: _Paths) -> Iterator[Removal]:
         removal = None
-        with careful(place.upload), self._locked(place) as hold:
+        with log_failures(place.upload), self._locked(place) as hold:
             reason = self._fate(place, left)
             if reason is not None and reason is not Reason.NO_RECORD:
                 hold.check()
@@ -408,7 +407,7 @@ class CleanUp:
 
     def _quarantine(self, place: Place) -> Iterator[Removal]:
         is_moved = False
-        with careful(place.upload), self._locked(place) as hold:
+        with log_failures(place.upload), self._locked(place) as hold:
             if self._fate(place) is Reason.NO_RECORD:
                 hold.check()
                 is_moved = self._dry_run or self._move(place)
@@ -437,7 +436,7 @@ class CleanUp:
     def _look_again(self, found: Quarantined) -> Iterator[Removal]:
         removal = _removal(Reason.QUARANTINE, found.place, time.time() - found.moved_at)
         is_removed = False
-        with careful(removal.id), self._locked(found.place) as hold:
+        with log_failures(removal.id), self._locked(found.place) as hold:
             hold.check()
             if not self._put_back(found) and self._is_over(removal, found.place):
                 is_removed = self._dry_run or self._data.discard(found)
@@ -453,7 +452,7 @@ class CleanUp:
     def _put_all_back(self) -> None:
         for found in self._data.quarantined():
             self._on_look()
-            with careful(found.place.upload), self._locked(found.place) as hold:
+            with log_failures(found.place.upload), self._locked(found.place) as hold:
                 hold.check()
                 self._put_back(found)
 
@@ -482,8 +481,6 @@ class CleanUp:
             return
         with self._uploads.locker.try_lock(id) as hold:
             yield hold
-
-    # --- all of them -----------------------------------------------------------------------
 
     def _records(self, states: Collection[State]) -> Iterator[FileInfo]:
         for state in states:
@@ -525,7 +522,7 @@ class _Known(NamedTuple):
 
 
 @contextmanager
-def careful(id: str) -> Iterator[None]:
+def log_failures(id: str) -> Iterator[None]:
     """Log what goes wrong with one upload, so that the others have their turn."""
     try:
         yield

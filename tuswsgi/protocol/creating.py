@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from tuswsgi.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
-from tuswsgi.hooks.base import Event, HookType, RequestInfo
-from tuswsgi.info import FileInfo, Metadata, State, Storage
+from tuswsgi.core.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
+from tuswsgi.core.events import Event, HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, Metadata, State, Storage
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.observing.signals import tell, upload_created
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reception import Reception
-from tuswsgi.signals import tell, upload_created
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,10 @@ class Creator:
         cleaned up, and never a record of bytes that are not there.
         """
         self.finisher.check_space(info)
-        data, hooks = self.finisher.data, self.finisher.hooks
+        data = self.finisher.data
+        hooks = self.finisher.hooks
         place = data.create_open(info)
-        empty = info = info.but(storage=place.storage)
+        empty = info = info.replace(storage=place.storage)
         events: Sequence[Event] = ()
         try:
             try:
@@ -97,7 +98,8 @@ class Creator:
         :raises UploadExists: if the id or the path is another upload's.
         """
         self.finisher.check_space(info)
-        locker, let_go = self.finisher.locker, reception.reader.interrupt
+        locker = self.finisher.locker
+        let_go = reception.reader.interrupt
         known = self._record_of(info.id)
         if known is not None:
             self._check_access(info, known, request)
@@ -105,7 +107,7 @@ class Creator:
             reception.reader.guard(hold)
             twin = self._record_of(info.id)
             if twin is None:
-                info = self._promising(info.but(storage=self._place(info)), reception)
+                info = self._promising(info.replace(storage=self._place(info)), reception)
                 held = self._hold(info, reception, request)
                 with locker.lock(_lock_of(info.storage)):
                     info, twin, is_new = self._take(info)
@@ -136,7 +138,7 @@ class Creator:
         self.finisher.check_space(info)
         with self.finisher.locker.lock(info.id, reception.reader.interrupt) as hold:
             reception.reader.guard(hold)
-            info = info.but(storage=self.finisher.data.create(info))
+            info = info.replace(storage=self.finisher.data.create(info))
             info = self._promising(info, reception)
             held = self._hold(info, reception, request)
             try:
@@ -158,7 +160,7 @@ class Creator:
     def _promising(self, info: FileInfo, reception: Reception) -> FileInfo:
         """Return an upload that promises what its request brings, if it promises no length."""
         if self.finisher.data.bounded and info.size is None:
-            return info.but(reserved=reception.length)
+            return info.replace(reserved=reception.length)
         return info
 
     def _is_told(self, info: FileInfo) -> bool:
@@ -169,8 +171,6 @@ class Creator:
         (rustus). tusd tells of the latter.
         """
         return not info.is_final and (self.finisher.hooks.follows_tusd or not info.is_finished)
-
-    # --- an upload that was chosen ------------------------------------------------------
 
     def _check_access(self, info: FileInfo, twin: FileInfo, request: RequestInfo) -> None:
         """Refuse to go on with an upload before anybody who holds it is disturbed: which one it
@@ -206,7 +206,7 @@ class Creator:
         """
         data = self.finisher.data
         try:
-            return info.but(storage=data.create(info)), None, True
+            return info.replace(storage=data.create(info)), None, True
         except UploadExists:
             try:
                 is_empty = data.offset(info) == 0
@@ -222,7 +222,8 @@ class Creator:
 
         :returns: a tombstone if there is nothing else.
         """
-        after, tombstone = "", None
+        after = ""
+        tombstone = None
         while page := self.finisher.infos.list(states, after=after):
             for info in page:
                 if info.storage.path == place.path:
@@ -270,7 +271,8 @@ class Creator:
 
     def _hold(self, info: FileInfo, reception: Reception, request: RequestInfo) -> _Held:
         """Return the post-create of an upload, held back if this request may complete it."""
-        hooks, infos = self.finisher.hooks, self.finisher.infos
+        hooks = self.finisher.hooks
+        infos = self.finisher.infos
         if info.is_final:
             return _Held(infos, (), 0.0)
         events = hooks.record(HookType.POST_CREATE, info, request)

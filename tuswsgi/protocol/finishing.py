@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tuswsgi.datastores.base import DataStore
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     HookRefusal,
     MaxSizeExceeded,
     StorageFull,
@@ -25,14 +24,15 @@ from tuswsgi.errors import (
     UploadGone,
     UploadNotFound,
 )
-from tuswsgi.hooks.base import Event, HookType, RequestInfo
-from tuswsgi.hooks.manager import HookManager
-from tuswsgi.info import FileInfo, FinalResponse, State
+from tuswsgi.core.events import Event, HookType, RequestInfo
+from tuswsgi.core.info import FileInfo, FinalResponse, State
+from tuswsgi.datastores.base import DataStore
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Hold, Locker
-from tuswsgi.protocol.room import Room
+from tuswsgi.observing.signals import tell, upload_finished, upload_progress, upload_terminated
+from tuswsgi.outbox.manager import HookManager
+from tuswsgi.protocol.quota import Room
 from tuswsgi.protocol.settings import UploadSettings
-from tuswsgi.signals import tell, upload_finished, upload_progress, upload_terminated
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Finisher:
         if not hold.is_contested:
             return info
         if info.state is State.RECEIVING:
-            info = self.infos.save(info.but(storage=self.data.seal(info)))
+            info = self.infos.save(info.replace(storage=self.data.seal(info)))
             log.warning(
                 "%s was taken over from a holder that may still write: it is sealed", info.id
             )
@@ -151,7 +151,7 @@ class Finisher:
         assert info.size is not None
         storage = self.data.finish(info, hold)
         if info.offset != info.size or storage is not info.storage:
-            info = info.but(offset=info.size, storage=storage)
+            info = info.replace(offset=info.size, storage=storage)
         try:
             answer = self.hooks.ask(HookType.PRE_FINISH, info, request)
         except HookRefusal as refusal:
@@ -159,12 +159,12 @@ class Finisher:
                 raise
             # A hook's 4xx is its last word: it is kept and repeated.
             response = FinalResponse(refusal.status, refusal.message, refusal.headers)
-            return info.but(state=State.REFUSED, finished_at=time.time(), response=response), ()
+            return info.replace(state=State.REFUSED, finished_at=time.time(), response=response), ()
         if answer is not None:
-            info = info.but(
+            info = info.replace(
                 response=FinalResponse(answer.status, answer.body or "", answer.headers)
             )
-        info = info.but(state=State.FINISHED, finished_at=time.time())
+        info = info.replace(state=State.FINISHED, finished_at=time.time())
         return info, self.hooks.record(HookType.POST_FINISH, info, request)
 
     def finish_if_complete(self, info: FileInfo, request: RequestInfo, hold: Hold) -> FileInfo:
@@ -177,7 +177,7 @@ class Finisher:
         offset = self.kept(info, hold)
         if offset == info.size:
             return self.finish(info, request, hold)
-        return info.but(offset=offset)
+        return info.replace(offset=offset)
 
     def build_final(self, id: str, request: RequestInfo) -> FileInfo:
         """Make a waiting final upload of its parts, if they are all finished.
@@ -201,10 +201,10 @@ class Finisher:
                 if size is not None and size > self.settings.max_size:
                     raise MaxSizeExceeded
                 if any(part.state is not State.FINISHED for part in parts):
-                    return info.but(size=size)
+                    return info.replace(size=size)
                 if self.data.bounded and info.size != size:
                     info = self.room.save(info, size=size)
-                info = info.but(size=size)
+                info = info.replace(size=size)
                 if self.data.offset(info) != size:
                     self.check_space(info)
                     self.data.concatenate(info, parts, hold)

@@ -11,15 +11,16 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from tuswsgi.errors import ConfigurationError, StorageFull, TusError
+from tuswsgi.core.errors import ConfigurationError, StorageFull, TusError
 from tuswsgi.hooks.base import Hook
-from tuswsgi.probe import Probe
+from tuswsgi.observing.cached_check import Probe
 from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
 #: How long a check may take, and for how long its result is good (seconds).
-_PATIENCE, _FRESH = 1.0, 1.0
+_PATIENCE = 1.0
+_FRESH = 1.0
 
 #: How long checks wait for a server that is about to begin (seconds).
 _START_PATIENCE = 0.25
@@ -93,13 +94,15 @@ class Readiness:
         return True
 
     def _find_problem(self, name: str, check: Callable[[], None]) -> str | None:
-        problem, cause = None, None
+        problem = None
+        cause = None
         try:
             check()
         except StorageFull as error:
             problem = error.message
         except Exception as error:
-            problem, cause = _CANNOT_BE_USED, error
+            problem = _CANNOT_BE_USED
+            cause = error
         self._tell(name, problem, cause)
         return problem
 

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from tuswsgi.datastores.base import OpenPlace
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     BodyTooLarge,
     InfoConflict,
     LimitReached,
@@ -25,14 +24,16 @@ from tuswsgi.errors import (
     UploadSizeExceeded,
     UploadStopped,
 )
-from tuswsgi.hooks.base import Event, HookResponse, RequestInfo
-from tuswsgi.info import FileInfo
+from tuswsgi.core.events import Event, RequestInfo
+from tuswsgi.core.info import FileInfo
+from tuswsgi.core.options import MiB
+from tuswsgi.datastores.base import OpenPlace
+from tuswsgi.hooks.base import HookResponse
 from tuswsgi.lockers.base import SURE, Hold
-from tuswsgi.options import MiB
-from tuswsgi.protocol.checksum import Checksum
+from tuswsgi.observing.telemetry import bytes_received, report, upload_taken_over
 from tuswsgi.protocol.finishing import Finisher
-from tuswsgi.protocol.reader import Body, UploadReader
-from tuswsgi.telemetry import bytes_received, report, upload_taken_over
+from tuswsgi.transfer.checksum import Checksum
+from tuswsgi.transfer.reader import Body, UploadReader
 
 #: Errors after which the client shall go on from where the upload stands.
 _PASSING = (Unavailable, StorageFull, UploadLocked)
@@ -143,13 +144,16 @@ class Reception:
     def check(self, info: FileInfo, offset: int) -> None:
         """Refuse a body that announces more bytes than may come, before any is read."""
         size = self._settings.max_size if info.size is None else info.size
-        room, largest = size - offset, self._settings.max_body_size
+        room = size - offset
+        largest = self._settings.max_body_size
         too_many: TusError = MaxSizeExceeded() if info.size is None else UploadSizeExceeded()
         if largest is not None and largest < room:
-            room, too_many = largest, BodyTooLarge()
+            room = largest
+            too_many = BodyTooLarge()
         if self.length > room:
             raise too_many
-        self._room, self._too_many = room, too_many
+        self._room = room
+        self._too_many = too_many
         self.reader.limit(room, too_many)
 
     def receive_first(
@@ -191,7 +195,9 @@ class Reception:
             the lock was another one's.
         """
         self.check(info, offset)
-        self._info, self._start, self._on_progress = info, offset, on_progress
+        self._info = info
+        self._start = offset
+        self._on_progress = on_progress
         self._hold = hold
         self._pace(self._told_at)
         infos = self._finisher.infos
@@ -203,7 +209,7 @@ class Reception:
         kept = self._append(self._info, offset)
         hold.check()
         was_reserved = self._info.reserved > 0
-        info = self._info.but(offset=kept, reserved=0)
+        info = self._info.replace(offset=kept, reserved=0)
         if kept > offset:
             info = self._touched(info)
         if self.is_stopped:
@@ -252,7 +258,8 @@ class Reception:
 
         :raises LimitReached: if there is no room for a body of a known length.
         """
-        length, full = self._chunk.body.length, None
+        length = self._chunk.body.length
+        full = None
         wanted = self.reader.received + _GRANT if length is None else length
         end = self._start + min(wanted, self._room)
         while end > info.promised:
@@ -261,7 +268,8 @@ class Reception:
             except LimitReached as error:
                 if length is not None:
                     raise
-                full, end = error, error.left
+                full = error
+                end = error.left
         granted = max(0, info.promised - self._start)
         if full is not None:
             self.reader.limit(granted, full)
@@ -276,11 +284,12 @@ class Reception:
 
     def _touched(self, info: FileInfo, **changes: Any) -> FileInfo:
         now = time.time()
-        return info.but(last_byte_at=now, expires_at=self._settings.expiry(now), **changes)
+        return info.replace(last_byte_at=now, expires_at=self._settings.expiry(now), **changes)
 
     def _progressed(self) -> None:
         """Tell how far it has come, and let it not expire meanwhile."""
-        now, received = self.reader.last_progress, self.reader.received
+        now = self.reader.last_progress
+        received = self.reader.received
         granted = self._granted
         if granted is not None and self._info is not None and granted - _MARGIN < received:
             self._info = self._promised(self._info)
@@ -292,7 +301,7 @@ class Reception:
             self._report_bytes()
         if self._info is None:
             return
-        info = self._info.but(offset=self._start + received)
+        info = self._info.replace(offset=self._start + received)
         if self._is_ageing(info):
             self._hold.check()
             try:
@@ -302,7 +311,8 @@ class Reception:
             except Unavailable:
                 pass  # the bytes still come; it is tried again in a moment
         if is_due:
-            self._told_at, self._told = now, info.offset
+            self._told_at = now
+            self._told = info.offset
             self._pace(now)
             self._on_progress(info)
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from marshmallow import ValidationError
 
-from tuswsgi.extensions import OF_STORES, REQUIRES, Extension
-from tuswsgi.info import MAX_SIZE
-from tuswsgi.options import Duration, MiB, Size, option
+from tuswsgi.core.extensions import OF_STORES, REQUIRES, Extension
+from tuswsgi.core.info import MAX_SIZE
+from tuswsgi.core.options import Duration, MiB, Size, option
 
 
 def _at_least_one(value: int) -> None:

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-from tuswsgi.errors import TusError, UploadLocked
-from tuswsgi.hooks.base import RequestInfo
-from tuswsgi.info import State
+from tuswsgi.core.errors import TusError, UploadLocked
+from tuswsgi.core.events import RequestInfo
+from tuswsgi.core.info import State
 from tuswsgi.lockers.base import SURE, Hold
-from tuswsgi.protocol.cleanup import CleanUp, Search, TooManyStrays, careful
+from tuswsgi.protocol.cleanup import CleanUp, Search, TooManyStrays, log_failures
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
 
@@ -142,14 +142,12 @@ class Sweeper:
         if self._stopping.is_set():
             raise _Stopped
 
-    # --- what crashes left undone ------------------------------------------------------------
-
     def _finish_all(self, hold: Hold) -> None:
         try:
             with self._uploads.locker.try_lock(_FINISHING):
                 for id in self._unfinished():
                     self._check(hold)
-                    with careful(id):
+                    with log_failures(id):
                         self._finish(id)
         except UploadLocked:
             log.debug("Another process finishes uploads")

@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from tuswsgi.datastores.base import DataStore, Readable
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     ExtensionDisabled,
     FinalUploadUnmodifiable,
     HookRefusal,
@@ -27,17 +26,19 @@ from tuswsgi.errors import (
     UploadLocked,
     UploadNotFound,
 )
-from tuswsgi.extensions import Extension
-from tuswsgi.hooks.base import HookRequest, HookResponse, HookType, RequestInfo
-from tuswsgi.hooks.manager import HookManager
-from tuswsgi.info import FileInfo, State, Storage, check_id, new_id
+from tuswsgi.core.events import HookType, RequestInfo
+from tuswsgi.core.extensions import Extension
+from tuswsgi.core.info import FileInfo, State, Storage, check_id, new_id
+from tuswsgi.datastores.base import DataStore, Readable
+from tuswsgi.hooks.base import HookRequest, HookResponse
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
+from tuswsgi.outbox.manager import HookManager
 from tuswsgi.protocol.creating import Creation, Creator
 from tuswsgi.protocol.finishing import Finisher, sum_of_sizes
-from tuswsgi.protocol.reader import ActiveReaders
 from tuswsgi.protocol.reception import Chunk, Reception
 from tuswsgi.protocol.settings import UploadSettings
+from tuswsgi.transfer.reader import ActiveReaders
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,6 @@ class Uploads:
         # pre-create is told of the store, which knows no place yet.
         self._blank = FileInfo(id="", storage=Storage(data.type))
 
-    # --- POST ------------------------------------------------------------------------
-
     def create(
         self, creation: Creation, chunk: Chunk, request: RequestInfo
     ) -> tuple[FileInfo, HookResponse | None]:
@@ -114,10 +113,11 @@ class Uploads:
         return self._not_refused(info), answer
 
     def _new_info(self, creation: Creation, request: RequestInfo) -> FileInfo:
-        size, now = creation.size, time.time()
+        size = creation.size
+        now = time.time()
         if size is not None:
             self._check_promise(size)
-        return self._blank.but(
+        return self._blank.replace(
             id=new_id(),
             size=size,
             metadata=creation.metadata,
@@ -149,7 +149,7 @@ class Uploads:
         whole = [parts[id] for id in info.partial_uploads]
         if sum(part.promised for part in whole) > self.settings.max_size:
             raise MaxSizeExceeded
-        return info.but(size=sum_of_sizes(whole))
+        return info.replace(size=sum_of_sizes(whole))
 
     def _load_part(self, id: str, request: RequestInfo) -> FileInfo:
         try:
@@ -168,8 +168,6 @@ class Uploads:
         except UploadLocked:
             # A part is in use by another build; the next HEAD goes on.
             return info
-
-    # --- HEAD ------------------------------------------------------------------------
 
     def inspect(self, id: str, request: RequestInfo) -> FileInfo:
         """Return an upload with its offset; a holder of its lock is asked to let go.
@@ -209,8 +207,6 @@ class Uploads:
         if not found.is_finished:
             self._follow_up(info, request)
         return info
-
-    # --- PATCH -----------------------------------------------------------------------
 
     def append(
         self, id: str, offset: int, size: int | None, chunk: Chunk, request: RequestInfo
@@ -295,8 +291,6 @@ class Uploads:
         if size == 0 and not self.settings.allow_empty:
             raise InvalidUploadLength("Uploads of length 0 are not allowed here.")
 
-    # --- DELETE ----------------------------------------------------------------------
-
     def terminate(self, id: str, request: RequestInfo) -> HookResponse | None:
         """Remove an upload for good and leave a tombstone.
 
@@ -356,8 +350,6 @@ class Uploads:
         else:
             log.info("%s of %s: the upload is stopped", hook.type, hook.info.id)
 
-    # --- GET -------------------------------------------------------------------------
-
     def look(self, id: str, request: RequestInfo) -> FileInfo:
         """Return an upload that may be downloaded. Takes no lock.
 
@@ -373,10 +365,10 @@ class Uploads:
 
     def _with_offset(self, info: FileInfo) -> FileInfo:
         try:
-            return info.but(offset=self.data.offset(info))
+            return info.replace(offset=self.data.offset(info))
         except UploadGone:
             now = self._moved(info)
-            return now if now.is_finished else now.but(offset=self.data.offset(now))
+            return now if now.is_finished else now.replace(offset=self.data.offset(now))
 
     def open(self, info: FileInfo, start: int) -> Readable:
         """Open the bytes of an upload that ``look`` returned."""
@@ -395,8 +387,6 @@ class Uploads:
         if now.is_gone or now.storage == info.storage:
             raise UploadGone
         return now
-
-    # --- shared steps ----------------------------------------------------------------------
 
     def _access(self, id: str, request: RequestInfo) -> FileInfo:
         info = self._load(id, request)

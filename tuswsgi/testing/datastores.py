@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from tuswsgi.core.errors import LockLost, OffsetMismatch, UploadExists, UploadGone
+from tuswsgi.core.extensions import OF_STORES, Extension
+from tuswsgi.core.info import FileInfo, Metadata, State, check_id, new_id
 from tuswsgi.datastores.base import DataStore, Readable
-from tuswsgi.errors import LockLost, OffsetMismatch, UploadExists, UploadGone
-from tuswsgi.extensions import OF_STORES, Extension
-from tuswsgi.info import FileInfo, Metadata, State, check_id, new_id
 from tuswsgi.lockers.base import SURE, Hold
 
 #: More than a store takes at once, and no round number.
@@ -68,7 +68,8 @@ class Blocks:
         while block := self.read(1024 * 1024):
             while block:
                 written = os.pwrite(fd, block, offset)
-                block, offset = block[written:], offset + written
+                block = block[written:]
+                offset = offset + written
         return offset - start
 
     def accepted(self, stored: Callable[[], Iterable[bytes]]) -> bool:
@@ -140,8 +141,6 @@ class DataStoreContract:
         """For stores that can make one upload of several."""
         if Extension.CONCATENATION not in store.extensions:
             pytest.skip("the store does not serve concatenation")
-
-    # --- places ---
 
     def test_it_names_itself_and_what_it_can(self, store: DataStore) -> None:
         assert store.type
@@ -217,7 +216,8 @@ class DataStoreContract:
     def test_an_open_place_keeps_what_is_accepted(self, store: DataStore, accepts: bool) -> None:
         info = FileInfo(id=new_id())
         place = store.create_open(info)
-        info, offsets = replace(info, storage=place.storage), []
+        info = replace(info, storage=place.storage)
+        offsets = []
         source = Blocks(
             b"first",
             provisional=True,
@@ -251,10 +251,9 @@ class DataStoreContract:
             store.append(info, 0, Blocks(info.id.encode()), SURE)
         assert [content(store, info).decode() for info in infos] == [info.id for info in infos]
 
-    # --- appending ---
-
     def test_what_is_appended_counts(self, store: DataStore) -> None:
-        info, kept = created(store, size=None), b""
+        info = created(store, size=None)
+        kept = b""
         for blocks in ([b"a"], [b"bc", b"", b"def"], [bytes(range(256))], [b"\r\n"], [LARGE]):
             assert store.append(info, len(kept), Blocks(*blocks), SURE) == len(
                 kept + b"".join(blocks)
@@ -314,8 +313,6 @@ class DataStoreContract:
         for number, info in enumerate(infos):
             assert content(store, info) == bytes([number]) * 20_000
 
-    # --- provisional sources ---
-
     @pytest.mark.usefixtures("verifying")
     @pytest.mark.parametrize("block", [b"", b"new", LARGE], ids=["none", "short", "large"])
     @pytest.mark.parametrize("accepts", [True, False])
@@ -362,8 +359,6 @@ class DataStoreContract:
         assert store.offset(info) == 7
         assert content(store, info) == b"oldgood"
 
-    # --- sealing ---
-
     @pytest.mark.parametrize("late", ["more and more", "cut off", "accepted"])
     def test_who_wrote_before_a_seal_changes_nothing(self, store: DataStore, late: str) -> None:
         if late != "more and more" and Extension.CHECKSUM not in store.extensions:
@@ -396,7 +391,8 @@ class DataStoreContract:
         self._finish_sealed(store, taken_over, kept.ljust(16, b"!"))
 
     def test_an_upload_can_be_sealed_again_and_again(self, store: DataStore) -> None:
-        info, kept = created(store, size=12), b""
+        info = created(store, size=12)
+        kept = b""
         for block in (b"one,", b"", b"two,", b"last"):
             info = replace(info, storage=store.seal(info))
             assert store.offset(info) == len(kept)
@@ -455,8 +451,6 @@ class DataStoreContract:
         assert store.append(info, 4, Blocks(b"more"), SURE) == 8
         assert content(store, info) == b"keptmore"
 
-    # --- finishing ---
-
     def test_finishing_again_does_no_harm(self, store: DataStore) -> None:
         info = created(store, size=4)
         store.append(info, 0, Blocks(b"done"), SURE)
@@ -470,8 +464,6 @@ class DataStoreContract:
         store.finish(info, SURE)
         assert store.offset(info) == 0
         assert content(store, info) == b""
-
-    # --- concatenation ---
 
     def part(self, store: DataStore, data: bytes) -> FileInfo:
         """Return a finished partial upload."""
@@ -562,8 +554,6 @@ class DataStoreContract:
             store.delete(part)
         assert content(store, final) == b"one,two"
 
-    # --- reading ---
-
     @pytest.mark.parametrize("start", [0, 1, 9, 10, 11, 2**40])
     def test_reading_begins_anywhere(self, store: DataStore, start: int) -> None:
         info = created(store, size=10)
@@ -600,10 +590,9 @@ class DataStoreContract:
         finally:
             opened.close()
 
-    # --- removal ---
-
     def test_what_is_deleted_is_gone(self, store: DataStore) -> None:
-        info, neighbour = created(store), created(store)
+        info = created(store)
+        neighbour = created(store)
         for upload in (info, neighbour):
             store.append(upload, 0, Blocks(b"bytes"), SURE)
         store.delete(info)
@@ -632,8 +621,6 @@ class DataStoreContract:
         assert store.offset(again) == 4
         assert content(store, again) == b"good"
 
-    # --- what lies in the store ---
-
     @pytest.fixture
     def listing(self, store: DataStore) -> None:
         """For stores that tell what lies in them."""
@@ -642,7 +629,8 @@ class DataStoreContract:
 
     def test_places_are_told_by_their_age(self, store: DataStore, listing: None) -> None:
         before = time.time() - 60
-        info, other = created(store), created(store)
+        info = created(store)
+        other = created(store)
         store.append(info, 0, Blocks(b"bytes"), SURE)
         assert list(store.places(before)) == []
         found = {place.upload: place for place in store.places(time.time() + 60)}
@@ -653,7 +641,8 @@ class DataStoreContract:
         assert not place.is_temporary
 
     def test_a_place_is_cleared_once(self, store: DataStore, listing: None) -> None:
-        info, neighbour = created(store), created(store)
+        info = created(store)
+        neighbour = created(store)
         store.append(neighbour, 0, Blocks(b"bytes"), SURE)
         (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
         assert store.clear(place)
@@ -683,7 +672,8 @@ class DataStoreContract:
     def test_what_is_in_the_quarantine_is_no_upload(
         self, store: DataStore, quarantining: None
     ) -> None:
-        info, neighbour = created(store), created(store)
+        info = created(store)
+        neighbour = created(store)
         store.append(info, 0, Blocks(b"bytes"), SURE)
         (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
         moved = store.quarantine(place)
@@ -737,8 +727,6 @@ class DataStoreContract:
         assert not store.discard(second)
         assert list(store.quarantined()) == []
 
-    # --- two processes ---
-
     def test_another_instance_sees_the_same(self, store: DataStore, other: DataStore) -> None:
         info = created(store)
         with pytest.raises(UploadExists):
@@ -756,7 +744,8 @@ class DataStoreContract:
     def test_another_instance_sees_no_provisional_bytes(
         self, store: DataStore, other: DataStore
     ) -> None:
-        info, offsets = created(store), []
+        info = created(store)
+        offsets = []
         source = Blocks(
             b"new", provisional=True, before_answer=lambda kept: offsets.append(other.offset(info))
         )

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 
-from tuswsgi.errors import InfoConflict, StorageFull, UploadExists, UploadNotFound
-from tuswsgi.hooks.base import HookType
-from tuswsgi.info import MAX_SIZE, FileInfo, Metadata, State, new_id
+from tuswsgi.core.errors import InfoConflict, StorageFull, UploadExists, UploadNotFound
+from tuswsgi.core.events import HookType
+from tuswsgi.core.info import MAX_SIZE, FileInfo, Metadata, State, new_id
 from tuswsgi.infostores.base import Census, InfoStore
 from tuswsgi.testing.outbox import OutboxContract
 from tuswsgi.testing.records import event, full, together, upload
@@ -37,8 +37,6 @@ class InfoStoreContract(OutboxContract):
     def fill(self, store: InfoStore) -> Callable[[], None]:
         """What leaves the store without room for one more record of a megabyte."""
         pytest.skip("nobody can say when the store is full")
-
-    # --- records ---
 
     def test_load_returns_what_was_created(self, store: InfoStore) -> None:
         for info in (upload(), full()):
@@ -156,8 +154,6 @@ class InfoStoreContract(OutboxContract):
         store.save(info)
         assert store.load(info.id).metadata.raw == raw
 
-    # --- tombstones ---
-
     @pytest.mark.parametrize("state", [State.TERMINATED, State.EXPIRED])
     def test_delete_leaves_a_tombstone(self, store: InfoStore, state: State) -> None:
         info = upload(size=3)
@@ -226,8 +222,6 @@ class InfoStoreContract(OutboxContract):
         store.create(info, [told := event(info, transport="http")])
         assert list(store.claim("a", 10.0, 20.0)) == [told]
 
-    # --- events ---
-
     def test_events_come_back_as_they_were(self, store: InfoStore) -> None:
         info = upload()
         payload = {"text": "кошка \N{CAT FACE}", "n": MAX_SIZE, "none": None, "deep": [{"a": []}]}
@@ -247,7 +241,8 @@ class InfoStoreContract(OutboxContract):
         assert list(store.events(info.id)) == told
 
     def test_an_upload_without_events_has_none(self, store: InfoStore) -> None:
-        info, neighbour = upload(), upload()
+        info = upload()
+        neighbour = upload()
         store.create(info)
         store.create(neighbour, [event(neighbour)])
         assert list(store.events(info.id)) == []
@@ -259,8 +254,6 @@ class InfoStoreContract(OutboxContract):
         store.put_back(first := replace(first, dead=True))
         assert list(store.events(info.id)) == [second]
         assert list(store.events(info.id, dead=True)) == [first]
-
-    # --- searching ---
 
     def test_list_is_ordered_and_paged(self, store: InfoStore) -> None:
         ids = ["a", "a-b", "a.b", "a~", "B", "_x", "-x", "0", "z" * 128, *(new_id() for _ in "123")]
@@ -305,7 +298,9 @@ class InfoStoreContract(OutboxContract):
         assert list(store.list([State.FINISHED])) == [saved]
 
     def test_expired_finds_what_is_due(self, store: InfoStore) -> None:
-        due, later, never = upload(expires_at=10.0), upload(expires_at=10.5), upload()
+        due = upload(expires_at=10.0)
+        later = upload(expires_at=10.5)
+        never = upload()
         finished = upload(expires_at=9.0, finished_at=8.0, state=State.FINISHED)
         gone = upload(expires_at=9.0, deleted_at=9.5, state=State.EXPIRED)
         waiting = upload(expires_at=9.0, state=State.WAITING, is_final=True)
@@ -348,7 +343,9 @@ class InfoStoreContract(OutboxContract):
         assert store.census(0.0) == Census(pending=2, dead=1, oldest=4.0)
 
     def test_finals_are_found_by_their_parts(self, store: InfoStore) -> None:
-        a, b, c = "a" * 32, "b" * 32, "c" * 32
+        a = "a" * 32
+        b = "b" * 32
+        c = "c" * 32
         first = self._final(store, (a, b, a, a))
         second = self._final(store, (b, c))
         assert list(store.finals_waiting_for(a)) == [first.id]
@@ -379,8 +376,6 @@ class InfoStoreContract(OutboxContract):
         store.create(info)
         return info
 
-    # --- room ---
-
     def test_what_is_promised_is_added_up(self, store: InfoStore) -> None:
         assert store.usage() == 0
         infos = [upload(size=2**40 + n) for n in range(3)]
@@ -394,7 +389,8 @@ class InfoStoreContract(OutboxContract):
         assert store.usage() == 3 * 2**40 + 3 + 800 + 5
 
     def test_what_is_gone_promises_nothing(self, store: InfoStore) -> None:
-        info, stays = upload(size=10), upload(size=3)
+        info = upload(size=10)
+        stays = upload(size=3)
         store.create(info)
         store.create(stays)
         store.create(upload(size=7, state=State.EXPIRED, deleted_at=2.0))
@@ -410,8 +406,6 @@ class InfoStoreContract(OutboxContract):
         for _ in range(2):
             store.create(upload(size=MAX_SIZE))
         assert store.usage() == pytest.approx(2 * MAX_SIZE)
-
-    # --- at the same time ---
 
     def test_many_uploads_are_saved_at_once(self, store: InfoStore) -> None:
         infos = [upload() for _ in range(50)]
@@ -445,8 +439,6 @@ class InfoStoreContract(OutboxContract):
         saved = store.load(info.id)
         assert (saved.offset, saved.sequence) == (20, info.sequence + 20)
         assert [told.sequence for told in store.events(info.id)] == list(range(20))
-
-    # --- the life of a store ---
 
     def test_prepare_may_be_repeated(self, store: InfoStore) -> None:
         info = upload()

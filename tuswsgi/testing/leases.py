@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.errors import LockLost, TusError, Unavailable, UploadInterrupted, UploadLocked
+from tuswsgi.core.errors import LockLost, TusError, Unavailable, UploadInterrupted, UploadLocked
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.lockers.lease import Lease, LeaseLocker, worker_of
@@ -61,8 +61,6 @@ class LeaseContract:
             )
             yield first, second
 
-    # --- between hosts ---
-
     def test_another_host_asks_the_holder(self, near: LeaseLocker, far: LeaseLocker) -> None:
         for holder, waiter in ((near, far), (far, near), (near, far)):
             requests = Requests()
@@ -83,7 +81,8 @@ class LeaseContract:
         assert requests.reasons == []
 
     def test_a_late_request_reaches_nobody(self, near: LeaseLocker, far: LeaseLocker) -> None:
-        first, second = Requests(), Requests()
+        first = Requests()
+        second = Requests()
         with near.lock("a", first):
             token = near._holder("a")
         assert token is not None
@@ -100,8 +99,6 @@ class LeaseContract:
             self._ask(far, "a.b", requests["a.b"])
             self._flush(near, far)
         assert [id for id in requests if requests[id].reasons] == ["a.b"]
-
-    # --- the length of a lease ---
 
     def test_a_lock_outlives_its_lease_while_it_is_held(
         self, near: LeaseLocker, far: LeaseLocker
@@ -136,7 +133,8 @@ class LeaseContract:
     def test_a_holder_is_told_while_the_server_hangs(
         self, near: LeaseLocker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        requests, hangs = Requests(), threading.Event()
+        requests = Requests()
+        hangs = threading.Event()
 
         def hang(held: object) -> None:
             hangs.wait(3 * SOON)
@@ -149,7 +147,8 @@ class LeaseContract:
             hangs.set()
 
     def test_a_lock_that_was_taken_away_is_lost(self, near: LeaseLocker, far: LeaseLocker) -> None:
-        requests, other = Requests(), Requests()
+        requests = Requests()
+        other = Requests()
         with near.lock("a", requests) as hold, near.lock("b", other) as other_hold:
             token = near._holder("a")
             assert token is not None
@@ -169,8 +168,6 @@ class LeaseContract:
         self._expect_locked(far, "a")
         with far.lock("a", ignore):
             assert time.monotonic() - taken_at > 0.9 * self.lease
-
-    # --- a lock that was not given back ---
 
     def test_a_lock_that_was_given_back_is_not_contested(
         self, near: LeaseLocker, far: LeaseLocker
@@ -218,8 +215,6 @@ class LeaseContract:
                 with pytest.raises(LockLost):
                     hold.settle()
                 assert successor.is_contested
-
-    # --- on one host ---
 
     def test_the_lock_of_a_dead_neighbour_is_not_contested(
         self, neighbours: tuple[LeaseLocker, LeaseLocker]
@@ -301,8 +296,6 @@ class LeaseContract:
                 waiter.result(2 * SOON)
         assert too_early == []
 
-    # --- the server is away ---
-
     def test_a_server_that_is_away_is_told_and_nothing_is_held(
         self,
         neighbours: tuple[LeaseLocker, LeaseLocker],
@@ -364,7 +357,8 @@ class LeaseContract:
         """Wait for a lock until its holder was asked, which has to be a matter of time: nobody
         may hear yet.
         """
-        timeout, locker.timeout = locker.timeout, 0.01
+        timeout = locker.timeout
+        locker.timeout = 0.01
         deadline = time.monotonic() + SOON
         while not requests.reasons and time.monotonic() < deadline:
             with pytest.raises(UploadLocked), locker.lock(id, ignore):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.errors import TusError, UploadLocked
+from tuswsgi.core.errors import TusError, UploadLocked
 from tuswsgi.lockers.base import Locker
 
 #: Seconds within which everything happens that shall happen, also on a busy machine.
@@ -74,7 +74,9 @@ class LockerContract:
             pass
 
     def test_many_threads_take_turns(self, locker: Locker[Any]) -> None:
-        inside, turns, overlaps = 0, 0, 0
+        inside = 0
+        turns = 0
+        overlaps = 0
 
         def take_turns() -> None:
             nonlocal inside, turns, overlaps
@@ -112,7 +114,8 @@ class LockerContract:
         assert requests.reasons == []
 
     def test_a_later_holder_is_not_asked(self, locker: Locker[Any]) -> None:
-        first, second = Requests(), Requests()
+        first = Requests()
+        second = Requests()
         locker.timeout = 0.01
         with locker.lock("a", first):
             for _ in range(3):
@@ -231,7 +234,8 @@ class LockerContract:
     @contextmanager
     def _held(locker: Locker[Any], id: str, requests: Requests) -> Iterator[threading.Event]:
         """Hold a lock in another thread until the event is set."""
-        holding, release = threading.Event(), threading.Event()
+        holding = threading.Event()
+        release = threading.Event()
 
         def hold() -> None:
             with locker.lock(id, requests):
@@ -250,7 +254,8 @@ class LockerContract:
     @staticmethod
     def _flush(locker: Locker[Any]) -> None:
         """Wait until requests that were made before have arrived, if they ever will."""
-        requests, timeout = Requests(), locker.timeout
+        requests = Requests()
+        timeout = locker.timeout
         deadline = time.monotonic() + SOON
         with locker.lock("flush", requests):
             locker.timeout = 0.01

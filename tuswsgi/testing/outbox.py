@@ -13,14 +13,16 @@ from functools import partial
 
 import pytest
 
-from tuswsgi.errors import InfoConflict, UploadExists
-from tuswsgi.hooks.base import Event, HookType
-from tuswsgi.info import FileInfo, State
+from tuswsgi.core.errors import InfoConflict, UploadExists
+from tuswsgi.core.events import Event, HookType
+from tuswsgi.core.info import FileInfo, State
+from tuswsgi.core.process import let_others_run
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.process import let_others_run
 from tuswsgi.testing.records import event, together, upload
 
-NOW, UNTIL, LATER = 100.0, 130.0, 1000.0
+NOW = 100.0
+UNTIL = 130.0
+LATER = 1000.0
 
 
 def created(
@@ -49,8 +51,6 @@ def keys(events: Sequence[Event]) -> list[tuple[str, str]]:
 
 class OutboxContract:
     """Tests of an ``InfoStore``'s events."""
-
-    # --- what can be claimed ---
 
     def test_an_empty_outbox_has_nothing_to_claim(self, store: InfoStore) -> None:
         store.create(upload())
@@ -152,8 +152,6 @@ class OutboxContract:
             found += more
         assert keys(found) == keys(events)
 
-    # --- the end of claims ---
-
     def test_a_claim_runs_out(self, store: InfoStore) -> None:
         _, events = created(store)
         assert list(store.claim("a", NOW, UNTIL)) == events
@@ -185,8 +183,6 @@ class OutboxContract:
         store.renew("a", 0.0)
         assert keys(claim(store)) == keys(events)
 
-    # --- settle ---
-
     def test_a_settled_event_is_gone(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
         for _ in range(3):
@@ -196,8 +192,6 @@ class OutboxContract:
         store.settle(event(info, transport="http"))
         store.settle(event(upload(), transport="http"))
         assert list(store.events(info.id)) == list(store.outbox(dead=False)) == []
-
-    # --- put_back ---
 
     def test_what_became_of_an_event_is_kept(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
@@ -258,8 +252,6 @@ class OutboxContract:
         assert list(claim(store)) == []
         assert keys(claim(store, UNTIL, LATER)) == keys([second, only])
 
-    # --- together with the record ---
-
     def test_events_do_not_touch_the_record(self, store: InfoStore) -> None:
         info, events = created(store, count=3)
         for told in events:
@@ -294,8 +286,6 @@ class OutboxContract:
         store.settle(first)
         assert list(claim(store)) == [second]
 
-    # --- looking at all uploads ---
-
     def test_the_outbox_is_listed_from_its_oldest(self, store: InfoStore) -> None:
         infos = [upload() for _ in range(5)]
         told = [event(info, transport="http", created_at=float(n)) for n, info in enumerate(infos)]
@@ -309,8 +299,6 @@ class OutboxContract:
         assert list(store.outbox(dead=True)) == dead
         assert list(store.outbox(dead=True, limit=2)) == dead[:2]
         assert list(store.outbox(dead=False)) == [told[0], told[4]]
-
-    # --- several stores ---
 
     def test_two_that_claim_at_once_get_different_events(
         self, store: InfoStore, other: InfoStore

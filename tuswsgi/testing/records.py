@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from tuswsgi.hooks.base import Event, HookType
-from tuswsgi.info import FileInfo, FinalResponse, Metadata, State, Storage, new_id
+from tuswsgi.core.events import Event, HookType
+from tuswsgi.core.info import FileInfo, FinalResponse, Metadata, State, Storage, new_id
 
 T = TypeVar("T")
 

@@ -15,15 +15,15 @@ from flask.sansio.blueprints import BlueprintSetupState
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter, Rule
 
-from tuswsgi.errors import MethodNotAllowed, TusError, Unavailable, may_pass
-from tuswsgi.hooks.base import RequestInfo, joined
-from tuswsgi.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
-from tuswsgi.protocol.headers import TUS_RESUMABLE, VERSION, TusHeaders
+from tuswsgi.core.errors import MethodNotAllowed, TusError, Unavailable, may_pass
+from tuswsgi.core.events import RequestInfo, joined
+from tuswsgi.observing.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
+from tuswsgi.observing.telemetry import report, request_answered
 from tuswsgi.protocol.uploads import Uploads
-from tuswsgi.telemetry import report, request_answered
-from tuswsgi.web.body import body_of
+from tuswsgi.transfer.body import RequestBody
+from tuswsgi.transfer.plain import body_of
 from tuswsgi.web.cors import Cors
-from tuswsgi.web.request_body import RequestBody
+from tuswsgi.web.headers import TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.web.request_log import log_answer, log_failure
 from tuswsgi.web.responses import Answer, Headers, TusResponse, error_response
 from tuswsgi.web.settings import Compat, WebSettings
@@ -120,7 +120,8 @@ class TusBlueprint(flask.Blueprint):
             current_request.reset(token)
 
     def _logged_answer(self, environ: dict[str, Any], id: str) -> Answer:
-        began, common = time.monotonic(), self._common_headers(environ)
+        began = time.monotonic()
+        common = self._common_headers(environ)
         is_told = REQUEST_ID in environ
         if len(id) <= _SHOWN and id.isascii() and id.isprintable():
             environ[UPLOAD_ID] = id
@@ -134,7 +135,8 @@ class TusBlueprint(flask.Blueprint):
             answer = self._answer(environ, method, id, headers, body, common)
             log_answer(environ, method, answer.status, body, began)
         except TusError as error:
-            code, answer = error.code, error_response(error, common, body)
+            code = error.code
+            answer = error_response(error, common, body)
             log_answer(environ, method, answer.status, body, began, error)
         except HTTPException as error:
             # The application's own: its ``owner`` function aborts with 401.
@@ -145,7 +147,8 @@ class TusBlueprint(flask.Blueprint):
             # Too many open files, or a disk that is read-only for now.
             passes = isinstance(error, OSError) and may_pass(error)
             failure = Unavailable() if passes else TusError()
-            code, answer = failure.code, error_response(failure, common, body)
+            code = failure.code
+            answer = error_response(failure, common, body)
             if passes:
                 failure.__cause__ = error
                 log_answer(environ, method, answer.status, body, began, failure)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuswsgi.protocol.headers import REQUEST_HEADERS, RESPONSE_HEADERS
+from tuswsgi.web.headers import REQUEST_HEADERS, RESPONSE_HEADERS
 from tuswsgi.web.settings import WebSettings, origin_pattern
 
 _METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"

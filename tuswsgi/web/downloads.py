@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from werkzeug.http import parse_date, parse_etags, parse_range_header
 
-from tuswsgi.errors import PreconditionFailed, RangeNotSatisfiable
-from tuswsgi.info import FileInfo, Metadata
+from tuswsgi.core.errors import PreconditionFailed, RangeNotSatisfiable
+from tuswsgi.core.info import FileInfo, Metadata
 
 #: Types that a browser may show in place; the list is tusd's. Everything else, HTML and
 #: SVG above all, could carry scripts.
@@ -112,7 +112,8 @@ def is_cached(environ: Mapping[str, Any], headers: Headers) -> bool:
     :raises PreconditionFailed: if it wants another content than this.
     """
     named = dict(headers)
-    tag, changed = named.get("ETag"), _date(named.get("Last-Modified"))
+    tag = named.get("ETag")
+    changed = _date(named.get("Last-Modified"))
     if not _is_wanted(environ, tag, changed):
         raise PreconditionFailed
     if tag is None or changed is None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tuswsgi.display import printable
+from tuswsgi.core.display import printable
 from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import is_trusted
 
@@ -48,7 +48,8 @@ class MixedContentWatch:
             )
 
     def _reason(self, environ: Mapping[str, Any]) -> str:
-        settings, peer = self._settings, environ.get("REMOTE_ADDR") or "unix"
+        settings = self._settings
+        peer = environ.get("REMOTE_ADDR") or "unix"
         if settings.public_url is not None:
             return "public_url says so"
         if not settings.behind_proxy:

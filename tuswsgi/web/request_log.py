@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tuswsgi.display import printable
-from tuswsgi.errors import (
+from tuswsgi.core.display import printable
+from tuswsgi.core.errors import (
     BodyIncomplete,
     MethodNotAllowed,
     ReadTimeout,
@@ -24,8 +24,8 @@ from tuswsgi.errors import (
     UploadNotFound,
     may_pass,
 )
-from tuswsgi.logs import CLIENT, UPLOAD_ID
-from tuswsgi.web.request_body import RequestBody
+from tuswsgi.observing.logs import CLIENT, UPLOAD_ID
+from tuswsgi.transfer.body import RequestBody
 from tuswsgi.web.urls import request_uri
 
 log = logging.getLogger(__name__)

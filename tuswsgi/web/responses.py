@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from flask import Response
 
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     HookRefusal,
     MethodNotAllowed,
     OffsetMismatch,
@@ -21,11 +21,11 @@ from tuswsgi.errors import (
     TusError,
     UnsupportedVersion,
 )
+from tuswsgi.core.info import FinalResponse
 from tuswsgi.hooks.base import HookResponse
-from tuswsgi.info import FinalResponse
-from tuswsgi.protocol.headers import TUS_VERSION, UPLOAD_OFFSET, VERSION
-from tuswsgi.web.request_body import RequestBody
-from tuswsgi.web.sending import Content
+from tuswsgi.transfer.body import RequestBody
+from tuswsgi.transfer.sendfile import Content
+from tuswsgi.web.headers import TUS_VERSION, UPLOAD_OFFSET, VERSION
 
 Headers = list[tuple[str, str]]
 

@@ -10,7 +10,7 @@ from enum import Enum
 
 from marshmallow import ValidationError
 
-from tuswsgi.options import MAIN, Duration, option
+from tuswsgi.core.options import MAIN, Duration, option
 
 
 class LocationForm(str, Enum):

@@ -15,7 +15,7 @@ import flask
 from flask import signals
 from werkzeug.routing import Rule
 
-from tuswsgi.logs import current_request
+from tuswsgi.observing.logs import current_request
 from tuswsgi.web.blueprint import TusBlueprint
 
 _WSGIApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -61,7 +61,8 @@ class ShortCut:
         # Compared later: whoever adds to one of these wants Flask to ask it.
         self._asked = self._count_asked()
         self._known_routes = {rule.rule for rule in app.url_map.iter_rules()}
-        self._routes, self._has_rival = len(app.view_functions), False
+        self._routes = len(app.view_functions)
+        self._has_rival = False
 
     def answer(
         self, environ: dict[str, Any], start_response: Callable[..., Any]

@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from tuswsgi.errors import BadRequest, InvalidConcat, UploadNotFound
-from tuswsgi.info import check_id
+from tuswsgi.core.errors import BadRequest, InvalidConcat, UploadNotFound
+from tuswsgi.core.info import check_id
 from tuswsgi.web.settings import UNIX, LocationForm, WebSettings
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?", re.ASCII)

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from tuswsgi.errors import (
+from tuswsgi.core.errors import (
     ExtensionDisabled,
     InvalidUploadLength,
     UnsupportedVersion,
     UploadGone,
     UploadNotFound,
 )
-from tuswsgi.extensions import Extension
-from tuswsgi.hooks.base import RequestInfo
-from tuswsgi.logs import UPLOAD_ID
-from tuswsgi.protocol import headers as tus
-from tuswsgi.protocol.checksum import ALGORITHMS
+from tuswsgi.core.events import RequestInfo
+from tuswsgi.core.extensions import Extension
+from tuswsgi.observing.logs import UPLOAD_ID
 from tuswsgi.protocol.creating import Creation
-from tuswsgi.protocol.headers import TusHeaders
 from tuswsgi.protocol.reception import Chunk
 from tuswsgi.protocol.uploads import Uploads
+from tuswsgi.transfer.body import RequestBody
+from tuswsgi.transfer.checksum import ALGORITHMS
+from tuswsgi.transfer.sendfile import Content
 from tuswsgi.web import downloads
+from tuswsgi.web import headers as tus
+from tuswsgi.web.headers import TusHeaders
 from tuswsgi.web.mixed_content import MixedContentWatch
-from tuswsgi.web.request_body import RequestBody
 from tuswsgi.web.responses import Answer, Headers, success_response
-from tuswsgi.web.sending import Content
 from tuswsgi.web.settings import WebSettings
 from tuswsgi.web.urls import Origin, upload_id, upload_url
 
@@ -84,7 +84,8 @@ class Views:
         return Answer(204, [*call.common, *self._capabilities], b"", call.body)
 
     def post(self, call: Call) -> Answer:
-        creation, chunk = self._creation(call), self._chunk(call)
+        creation = self._creation(call)
+        chunk = self._chunk(call)
         if not chunk.is_empty:
             self._require(Extension.CREATION_WITH_UPLOAD, "POST requests with a body")
             # "The Client MUST include the Content-Type: application/offset+octet-stream
@@ -132,7 +133,8 @@ class Views:
 
     def patch(self, call: Call) -> Answer:
         call.headers.check_content_type()
-        offset, size = call.headers.offset, call.headers.length
+        offset = call.headers.offset
+        size = call.headers.length
         info = self._uploads.append(call.id, offset, size, self._chunk(call), call.request)
         # "The Server MUST acknowledge successful PATCH requests with the 204 No Content
         # status. It MUST include the Upload-Offset header containing the new offset."
@@ -162,11 +164,10 @@ class Views:
         content = Content(self._uploads.open(info, start), stop - start, patience)
         return Answer(206 if wanted else 200, headers, content, call.body)
 
-    # --- parsing ---------------------------------------------------------------------
-
     def _creation(self, call: Call) -> Creation:
         headers = call.headers
-        concat, deferred = headers.concat, headers.defers_length
+        concat = headers.concat
+        deferred = headers.defers_length
         if concat is not None:
             self._require(Extension.CONCATENATION, tus.UPLOAD_CONCAT)
         if deferred:

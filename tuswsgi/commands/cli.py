@@ -1,0 +1,357 @@
+"""The command line: ``tuswsgi serve``, ``config``, ``hooks``, ``info``, ``db`` and ``upload``.
+
+It owns flags, output and exit codes (2 for a wrong configuration, 1 for everything else
+that fails) and no behaviour; so do the modules of other commands. Whatever is slow to import
+is imported by the command that needs it, so that ``--help`` is quick, and after gevent has
+patched where that counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tuswsgi.commands.flags import (
+    ConfiguredCommand,
+    FileArgument,
+    config_option,
+    failing,
+    json_option,
+)
+from tuswsgi.commands.uploads import gc, uploads
+
+if TYPE_CHECKING:
+    from tuswsgi.config.loading import Config
+    from tuswsgi.connections.sql import SqlConnection
+    from tuswsgi.infostores.base import InfoStore
+
+
+class ServeCommand(ConfiguredCommand):
+    """The one command that runs under gevent."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        # Before anything else is imported: what holds an unpatched socket, lock or sleep
+        # would block all connections of a worker.
+        from gevent import monkey
+
+        monkey.patch_all()
+        return super().make_context(*args, **kwargs)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"tuswsgi {version('tuswsgi')}")
+        except PackageNotFoundError:
+            click.echo("tuswsgi, not installed")
+        ctx.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def main() -> None:
+    """A tus server: resumable uploads over HTTP."""
+
+
+@main.command(cls=ServeCommand)
+@config_option
+def serve(load: Callable[[], Config]) -> None:
+    """Run the server.
+
+    Each option can be given as a flag, as an environment variable and in the INI file, in
+    this order of precedence.
+    """
+    with failing(exit_code=2):
+        from tuswsgi.serving.master import Master
+
+        master = Master(load)
+    with failing(exit_code=1):
+        master.check()
+    master.run()
+
+
+@main.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command(cls=ConfiguredCommand)
+@config_option
+def check(load: Callable[[], Config]) -> None:
+    """Say whether the configuration is correct."""
+    with failing(exit_code=2):
+        from tuswsgi.serving.settings import gunicorn_settings
+
+        gunicorn_settings(load())
+    click.echo("The configuration is correct.")
+
+
+@config.command(cls=ConfiguredCommand)
+@config_option
+def show(load: Callable[[], Config]) -> None:
+    """Show the value of each option, and where it comes from."""
+    with failing(exit_code=2):
+        configuration = load()
+    from tuswsgi.config.reference import configured
+
+    click.echo(configured(configuration), nl=False)
+
+
+@config.command()
+@click.option("--check", is_flag=True, help="Only say whether the files are up to date.")
+@click.option("--stdout", is_flag=True, help="Print the files instead of writing them.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("conf"),
+    help="Where the files are.  [default: conf]",
+)
+def docs(check: bool, stdout: bool, directory: Path) -> None:
+    """Write the reference of all options: README.md and tuswsgi.ini."""
+    from tuswsgi.config import reference
+
+    files = {directory / name: text for name, text in reference.files().items()}
+    if stdout:
+        click.echo("\n".join(files.values()), nl=False)
+    elif check:
+        stale = "".join(reference.difference(file, text) for file, text in files.items())
+        click.echo(stale, nl=False)
+        sys.exit(1 if stale else 0)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            file.write_text(text, "utf-8")
+
+
+@main.group()
+def hooks() -> None:
+    """Look after post-hooks that were not delivered, also while the server runs."""
+
+
+@hooks.command(cls=ConfiguredCommand)
+@config_option
+@json_option
+def pending(load: Callable[[], Config], as_json: bool) -> None:
+    """List the post-hooks that are still to be delivered, oldest first."""
+    from tuswsgi.commands import events
+
+    with _events(load) as infos:
+        click.echo((events.as_json if as_json else events.as_table)(events.pending(infos)))
+
+
+@hooks.command(cls=ConfiguredCommand)
+@config_option
+@json_option
+def dead(load: Callable[[], Config], as_json: bool) -> None:
+    """List the post-hooks that were given up, oldest first."""
+    from tuswsgi.commands import events
+
+    with _events(load) as infos:
+        click.echo((events.as_json if as_json else events.as_table)(events.dead(infos)))
+
+
+@hooks.command(cls=ConfiguredCommand)
+@config_option
+@click.argument("id", required=False)
+def replay(load: Callable[[], Config], id: str | None) -> None:
+    """Try post-hooks again that were given up.
+
+    ID is that of a post-hook or of an upload; without it all of them are tried.
+    """
+    from tuswsgi.commands import events
+
+    with _events(load) as infos:
+        count = events.replay(infos, id)
+    if id is not None and not count:
+        raise click.ClickException(f"No post-hook with the ID {id} was given up.")
+    click.echo(f"{count} will be tried again.")
+
+
+@contextmanager
+def _events(load: Callable[[], Config]) -> Iterator[InfoStore]:
+    with failing(exit_code=2):
+        configuration = load()
+    from tuswsgi.commands import events
+    from tuswsgi.core.errors import Unavailable
+
+    try:
+        with failing(exit_code=1), events.opened(configuration) as infos:
+            yield infos
+    except Unavailable as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.group()
+def db() -> None:
+    """Look after the tables of the SQL databases that are configured.
+
+    The server makes and upgrades them by itself when it starts.
+    """
+
+
+@db.command("version", cls=ConfiguredCommand)
+@config_option
+def db_version(load: Callable[[], Config]) -> None:
+    """Say of which version the tables are, and which one this program needs."""
+    from tuswsgi.connections.tables import SCHEMA, version
+
+    with _databases(load) as databases:
+        for database in databases:
+            database.prepare()
+            found = version(database)
+            tables = f"tables of version {found}" if found else "no tables"
+            click.echo(f"{database}: {tables}; this program needs version {SCHEMA}.")
+
+
+@db.command(cls=ConfiguredCommand)
+@config_option
+def upgrade(load: Callable[[], Config]) -> None:
+    """Create the tables, or bring older ones up to date. Newer ones are left alone."""
+    from tuswsgi.connections.tables import SCHEMA, prepare_tables
+
+    with _databases(load) as databases:
+        for database in databases:
+            prepare_tables(database)
+            click.echo(f"{database}: tables of version {SCHEMA}.")
+
+
+@contextmanager
+def _databases(load: Callable[[], Config]) -> Iterator[Sequence[SqlConnection]]:
+    with failing(exit_code=2):
+        configuration = load()
+    from tuswsgi.config import registry
+    from tuswsgi.core.errors import Unavailable
+
+    try:
+        with failing(exit_code=1):
+            databases = registry.databases(configuration)
+            if not databases:
+                raise click.ClickException("No SQL database is configured.")
+            yield databases
+    except Unavailable as error:
+        raise click.ClickException("The database cannot be used now; the log says why.") from error
+
+
+@main.group()
+def info() -> None:
+    """Look after the records of uploads."""
+
+
+@info.command(cls=ConfiguredCommand)
+@config_option
+@click.option("--from", "source", metavar="DSN", help="Where the records are.")
+@click.option("--to", "target", metavar="DSN", help="Where they shall be.")
+@click.option("--overwrite", is_flag=True, help="Replace what differs there, with its post-hooks.")
+@click.option(
+    "--without-files",
+    is_flag=True,
+    help="Take finished uploads of rustus also if their files are gone.",
+)
+def copy(
+    load: Callable[[], Config],
+    source: str | None,
+    target: str | None,
+    overwrite: bool,
+    without_files: bool,
+) -> None:
+    """Copy the records of all uploads, with post-hooks that are not delivered, to another store.
+
+    A DSN is file:///directory, one of --info-db-dsn, or the place of a rustus' records:
+    rustus+file:///info-dir or rustus+redis://host:6379, with rustus' data directory as
+    --data-dir. Without one it is the configured store. Stop the servers first. Nothing is
+    changed in the source, and what was cut off is continued by doing it again.
+    """
+    if source == target:
+        raise click.UsageError("Say --from or --to, or both: there and here are the same.")
+    with failing(exit_code=2):
+        configuration = load()
+    from tuswsgi.commands import copy
+    from tuswsgi.core.display import printable
+    from tuswsgi.core.errors import TusError
+
+    click.echo("The servers of both stores must be stopped until this ends.", err=True)
+    try:
+        with (
+            failing(exit_code=1),
+            copy.opened(
+                configuration, source, target, overwrite=overwrite, without_files=without_files
+            ) as one,
+        ):
+            try:
+                one.run(lambda ids, name: click.progressbar(ids, label=name, file=sys.stderr))
+            finally:
+                click.echo("\n".join(map(printable, one.report.lines())))
+    except TusError as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(0 if one.report.is_complete else 1)
+
+
+main.add_command(gc)
+main.add_command(uploads)
+
+
+@main.command()
+@click.argument("file", type=FileArgument(exists=True))
+@click.argument("url")
+@click.option("--chunk-size", default="8MiB", help="Bytes in one request.  [default: 8MiB]")
+@click.option("--retries", default=8, help="Failed attempts in a row.  [default: 8]")
+@click.option(
+    "--state",
+    type=FileArgument(),
+    default=Path("~/.cache/tuswsgi/uploads.json"),
+    help="Where unfinished uploads are remembered.  [default: ~/.cache/tuswsgi/uploads.json]",
+)
+def upload(file: Path, url: str, chunk_size: str, retries: int, state: Path) -> None:
+    """Upload FILE to the tus server at URL, or go on where an upload of it ended."""
+    try:
+        from tuswsgi.commands.client import Remembered, Upload, UploadFailed
+    except ImportError as error:
+        raise click.ClickException("This needs tuspy: pip install 'tuswsgi[client]'") from error
+    from tuswsgi.core.display import printable
+
+    with click.progressbar(length=1, label=file.name, file=sys.stderr) as bar:
+
+        def progress(offset: int, length: int) -> None:
+            bar.length = length
+            bar.update(offset - bar.pos)
+
+        one = Upload(
+            file=file,
+            url=url,
+            remembered=Remembered(state.expanduser()),
+            chunk_size=_size(chunk_size),
+            retries=retries,
+            progress=progress,
+            say=lambda sentence: click.echo(f"\n{sentence}", err=True),
+        )
+        try:
+            location = one.run()
+        except (UploadFailed, OSError) as error:
+            raise click.ClickException(str(error)) from error
+    click.echo(printable(location))
+
+
+def _size(text: str) -> int:
+    from marshmallow import ValidationError
+
+    from tuswsgi.core.options import Size
+
+    try:
+        size = Size().deserialize(text)
+    except ValidationError as error:
+        raise click.BadParameter(" ".join(error.messages), param_hint="--chunk-size") from error
+    return max(size, 1)

@@ -1,0 +1,341 @@
+"""Copies the records of all uploads from one info store to another, for ``tuswsgi info copy``.
+
+It owns when two records are the same, what happens where they are not, and the proof that
+everything arrived. It can be cut off anywhere: each upload is written in one piece, the source
+is never changed, and the next run skips what is there. Bytes are none of its business.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends, InfoStoreName
+from tuswsgi.config.loading import Config
+from tuswsgi.config.server import ServerSettings
+from tuswsgi.core.errors import ConfigurationError, InfoConflict, UploadExists, UploadNotFound
+from tuswsgi.core.events import Event, HookType
+from tuswsgi.core.info import FileInfo
+from tuswsgi.infostores.base import InfoStore, prepared
+from tuswsgi.infostores.record import CorruptRecord
+from tuswsgi.infostores.rustus import NotConvertible, RustusFiles, RustusRecords, RustusRedis
+
+#: What the DSN of a rustus' records begins with.
+_RUSTUS = "rustus+"
+
+#: More than any outbox holds.
+_ALL = 10**9
+
+_TYPES = list(HookType)
+
+#: Shows how far a pass over the ids has come: is given them and its name, yields them.
+Watch = Callable[[Sequence[str], str], AbstractContextManager[Iterable[str]]]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is copied of an upload: its record and its events in their order, dead ones too.
+
+    The claims on them stay behind: they are those of workers of the source.
+    """
+
+    info: FileInfo
+    events: Sequence[Event] = ()
+
+    def is_kept_as(self, kept: Upload) -> bool:
+        """Whether `kept` says the same.
+
+        Its record may have been written more often. What was said at the last failure of an
+        event may differ: not every database takes every character of it.
+        """
+        return (
+            kept.info.sequence >= self.info.sequence
+            and kept.info.replace(sequence=self.info.sequence) == self.info
+            and [replace(event, error=None) for event in kept.events]
+            == [replace(event, error=None) for event in self.events]
+        )
+
+
+class Source(Protocol):
+    """Where uploads are read from."""
+
+    def ids(self) -> Sequence[str]:
+        """Return the ids of all uploads, tombstones included."""
+
+    def read(self, id: str) -> Upload:
+        """Return an upload.
+
+        :raises UploadNotFound: if there is none.
+        :raises CorruptRecord: if what is there is no record.
+        :raises NotConvertible: if what is there cannot become one.
+        """
+
+
+class StoredUploads:
+    """The uploads of an info store. Its dead events are those of when this was made."""
+
+    def __init__(self, infos: InfoStore) -> None:
+        self._infos = infos
+        self._dead: defaultdict[str, list[Event]] = defaultdict(list)
+        for event in infos.outbox(dead=True, limit=_ALL):
+            self._dead[event.upload].append(event)
+
+    def ids(self) -> Sequence[str]:
+        ids: list[str] = []
+        while page := self._infos.list(after=ids[-1] if ids else "", limit=10_000):
+            ids += [info.id for info in page]
+        return ids
+
+    def read(self, id: str) -> Upload:
+        info = self._infos.load(id)
+        pending = self._infos.events(id)
+        dead = sorted(self._dead.get(id, ()), key=_place)
+        return Upload(info, [*heapq.merge(pending, dead, key=_place)])
+
+
+class ConvertedUploads:
+    """The uploads of a rustus, which owes nobody a hook."""
+
+    def __init__(self, records: RustusRecords) -> None:
+        self._records = records
+
+    def ids(self) -> Sequence[str]:
+        return self._records.ids()
+
+    def read(self, id: str) -> Upload:
+        return Upload(self._records.read(id))
+
+
+@dataclass
+class Report:
+    """What became of the uploads.
+
+    :param problems: why an upload is not in the target as it is in the source, by its id.
+    :param skipped: what a store said of records that it left out.
+    """
+
+    copied: int = 0
+    overwritten: int = 0
+    present: int = 0
+    same: int = 0
+    events: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, None] = field(default_factory=dict)
+    is_over: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the target has everything that the source has."""
+        return self.is_over and not self.problems and not self.skipped
+
+    def lines(self) -> Iterator[str]:
+        """Yield sentences for people, the summary last."""
+        yield from self.skipped
+        yield from (f"{id}: {reason}" for id, reason in self.problems.items())
+        done = f"{self.copied} copied, {self.overwritten} overwritten, {self.present} there already"
+        if not self.is_over:
+            yield f"Not finished: {done}. Run it again to go on."
+            return
+        left = len(self.problems) + len(self.skipped)
+        yield f"{done}, {left} not copied." if left else f"{done}."
+        yield (
+            f"Read back and compared: {self.same} uploads with {self.events} undelivered "
+            "post-hooks are the same in both."
+        )
+
+
+class Copy:
+    """One run from a source to a target.
+
+    :param source: returns the uploads; called anew for each pass.
+    :param overwrite: replace what the target has of an upload where it differs.
+    """
+
+    def __init__(
+        self, source: Callable[[], Source], target: InfoStore, *, overwrite: bool = False
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._overwrite = overwrite
+        self.report = Report()
+
+    def run(self, watch: Watch = lambda ids, name: nullcontext(ids)) -> Report:
+        """Copy everything, then read everything back.
+
+        :raises TusError: if a store cannot be used now; what was copied stays.
+        """
+        with _heard(self.report):
+            source = self._source()
+            kept = StoredUploads(self._target)
+            ids = source.ids()
+            with watch(ids, "Copying") as items:
+                for id in items:
+                    self._attempt(id, self._copy, source, kept)
+            source = self._source()
+            kept = StoredUploads(self._target)
+            # Uploads that came or went meanwhile are as telling as those that changed.
+            ids = sorted({*ids, *source.ids()})
+            with watch(ids, "Comparing") as items:
+                for id in items:
+                    if id not in self.report.problems:
+                        self._attempt(id, self._compare, source, kept)
+        self.report.is_over = True
+        return self.report
+
+    def _attempt(
+        self,
+        id: str,
+        step: Callable[[str, Source, Source], str | None],
+        source: Source,
+        kept: Source,
+    ) -> None:
+        try:
+            problem = step(id, source, kept)
+        except NotConvertible as error:
+            problem = str(error)
+        except CorruptRecord as error:
+            problem = f"Its record cannot be read: {error}"
+        except (UploadExists, InfoConflict):
+            problem = "Somebody else wrote it to the target at the same time."
+        if problem is not None:
+            self.report.problems[id] = problem
+
+    def _copy(self, id: str, source: Source, kept: Source) -> str | None:
+        """Copy an upload; return what is in the way."""
+        try:
+            upload = source.read(id)
+        except UploadNotFound:
+            return None  # comparing will tell
+        try:
+            old = kept.read(id)
+        except UploadNotFound:
+            self._target.create(upload.info, upload.events)
+            self.report.copied += 1
+            return None
+        if upload.is_kept_as(old):
+            self.report.present += 1
+        elif self._overwrite:
+            self._replace(old, upload)
+            self.report.overwritten += 1
+        else:
+            return "The target has another record of it, which --overwrite replaces."
+        return None
+
+    def _replace(self, old: Upload, upload: Upload) -> None:
+        for event in old.events:
+            self._target.settle(event)
+        held = old.info
+        # The next events must not come before those that are copied now.
+        while held.sequence < upload.info.sequence - 1:
+            held = self._target.save(held)
+        self._target.save(upload.info.replace(sequence=held.sequence), upload.events)
+
+    def _compare(self, id: str, source: Source, kept: Source) -> str | None:
+        """Compare an upload with what the target keeps of it; return what is wrong."""
+        try:
+            upload = source.read(id)
+            if upload.is_kept_as(kept.read(id)):
+                self.report.same += 1
+                self.report.events += len(upload.events)
+                return None
+        except UploadNotFound:
+            pass  # it came or went
+        return "It changed while it was copied. Stop the servers and run it again."
+
+
+def _place(event: Event) -> tuple[int, int]:
+    """Return where an event belongs among those of its upload.
+
+    The hooks of one write, which share its sequence, are told in the order of their types.
+    """
+    return event.sequence, _TYPES.index(event.type)
+
+
+class _Ears(logging.Handler):
+    """Collects what stores only say in the log: which records they leave out."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report.skipped[record.getMessage()] = None
+
+
+@contextmanager
+def _heard(report: Report) -> Iterator[None]:
+    logger = logging.getLogger("tuswsgi.infostores")
+    ears = _Ears(report)
+    logger.addHandler(ears)
+    try:
+        yield
+    finally:
+        logger.removeHandler(ears)
+
+
+@contextmanager
+def opened(
+    config: Config,
+    source: str | None,
+    target: str | None,
+    *,
+    overwrite: bool = False,
+    without_files: bool = False,
+) -> Iterator[Copy]:
+    """Open two stores to copy from one to the other.
+
+    :param source: its DSN, ``None`` for the configured store. ``rustus+file:///directory`` and
+        ``rustus+`` before the DSN of a Redis are the records of a rustus.
+    :param target: as `source`, and no rustus.
+    :param without_files: see ``RustusRecords``.
+    :raises ConfigurationError: if one of them cannot be used.
+    :raises Unavailable: if one of them cannot be reached.
+    """
+    with ExitStack() as stack:
+        read: Callable[[], Source]
+        if source is not None and source.startswith(_RUSTUS):
+            records = _rustus(source.removeprefix(_RUSTUS), config, without_files)
+            stack.callback(records.close)
+            read = partial(ConvertedUploads, records)
+        else:
+            _check_there(source)
+            read = partial(StoredUploads, stack.enter_context(_store(source, config)))
+        kept = stack.enter_context(_store(target, config))
+        yield Copy(read, kept, overwrite=overwrite)
+
+
+def _rustus(dsn: str, config: Config, without_files: bool) -> RustusRecords:
+    is_file = dsn.startswith("file:")
+    return RustusRecords(
+        RustusFiles(registry.directory_of(dsn)) if is_file else RustusRedis(dsn),
+        config.build(Backends).data_dir,
+        config.build(ServerSettings).url,
+        without_files=without_files,
+    )
+
+
+def _store(dsn: str | None, config: Config) -> AbstractContextManager[InfoStore]:
+    if dsn is not None:
+        return prepared(registry.info_store_at(dsn, config))
+    if config.build(Backends).info_storage is InfoStoreName.MEMORY:
+        raise ConfigurationError("The configured records are in the memory of a server.")
+    return prepared(registry.info_store(config))
+
+
+def _check_there(dsn: str | None) -> None:
+    """Refuse a source that preparing would make: its name is probably misspelt."""
+    scheme, _, path = (dsn or "").partition(":///")
+    if scheme == "file":
+        path = f"/{path}"
+    elif scheme != "sqlite":
+        return
+    if not Path(path.removesuffix("?mode=rwc")).exists():
+        raise ConfigurationError(f"There is nothing to copy at {path}.")

@@ -1,0 +1,119 @@
+"""Post-hooks that are not delivered, for an operator to look at and to try again.
+
+It reads and writes the info store's outbox beside the servers that use it, and delivers
+nothing itself. How the events get there and away is the business of the delivery.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends, InfoStoreName
+from tuswsgi.config.loading import Config
+from tuswsgi.core.display import printable
+from tuswsgi.core.errors import ConfigurationError
+from tuswsgi.core.events import Event
+from tuswsgi.infostores.base import InfoStore, prepared
+
+#: More than anybody looks through. A listing holds all of them in memory.
+_MANY = 100_000
+
+_HEAD = ("ID", "EVENT", "UPLOAD", "TRANSPORT", "AGE", "ATTEMPTS", "NEXT TRY", "ERROR")
+
+
+def opened(config: Config) -> AbstractContextManager[InfoStore]:
+    """Open the configured info store.
+
+    :raises ConfigurationError: if it cannot be used, or only by the server itself.
+    """
+    if config.build(Backends).info_storage is InfoStoreName.MEMORY:
+        raise ConfigurationError("The events are in the server's memory: nobody else sees them.")
+    return prepared(registry.info_store(config))
+
+
+def pending(infos: InfoStore) -> Sequence[Event]:
+    """Return the events that are to be delivered, oldest first."""
+    return infos.outbox(dead=False, limit=_MANY)
+
+
+def dead(infos: InfoStore) -> Sequence[Event]:
+    """Return the events that were given up, oldest first."""
+    return infos.outbox(dead=True, limit=_MANY)
+
+
+def replay(infos: InfoStore, id: str | None = None) -> int:
+    """Have dead events tried again, at once and as if they had never failed.
+
+    :param id: only those of this event or upload.
+    :returns: how many.
+    """
+    events = [event for event in dead(infos) if id in (None, event.id, event.upload)]
+    for event in events:
+        infos.put_back(replace(event, dead=False, attempts=0, due_at=0.0))
+    return len(events)
+
+
+def as_json(events: Iterable[Event]) -> str:
+    """Return events as JSON, without what they tell: times are Unix times."""
+    return json.dumps(
+        [
+            {
+                "id": event.id,
+                "event": event.type.value,
+                "upload": event.upload,
+                "sequence": event.sequence,
+                "transport": event.transport,
+                "created_at": event.created_at,
+                "attempts": event.attempts,
+                "due_at": None if event.dead else event.due_at,
+                "error": event.error,
+            }
+            for event in events
+        ],
+        indent=2,
+    )
+
+
+def as_table(events: Iterable[Event], now: float | None = None) -> str:
+    """Return events as a table for people."""
+    now = time.time() if now is None else now
+    return table([_HEAD, *(_row(event, now) for event in events)])
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of texts as a table, the first one its head. They may be anybody's."""
+    rows = [[printable(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def _row(event: Event, now: float) -> tuple[str, ...]:
+    left = event.due_at - now
+    due = "never" if event.dead else "now" if left <= 0 else f"in {span(left)}"
+    return (
+        event.id,
+        event.type.value,
+        event.upload,
+        event.transport,
+        span(now - event.created_at),
+        str(event.attempts),
+        due,
+        event.error or "",
+    )
+
+
+def span(seconds: float) -> str:
+    """Return a time as people say it: ``42s``, ``7m``, ``3h``, ``12d``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"

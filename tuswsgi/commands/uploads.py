@@ -1,0 +1,252 @@
+"""The commands that look after uploads: ``tuswsgi gc`` and ``tuswsgi uploads``.
+
+As all commands they own flags and output; what they do is ``inventory``'s and the clean-up's.
+They work beside running servers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tuswsgi.commands.flags import ConfiguredCommand, config_option, failing, json_option
+
+if TYPE_CHECKING:
+    from tuswsgi.commands.listing import Wanted
+    from tuswsgi.config.loading import Config
+    from tuswsgi.protocol.cleanup import Removal
+    from tuswsgi.protocol.uploads import Uploads
+
+Load = Callable[[], "Config"]
+
+
+@click.command(cls=ConfiguredCommand)
+@config_option
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed or moved.")
+@click.option(
+    "--quarantine-many",
+    is_flag=True,
+    help="Move uploads without a record to the quarantine even if they are many.",
+)
+def gc(load: Load, dry_run: bool, quarantine_many: bool) -> None:
+    """Remove now what nobody needs any more, as the servers do now and then.
+
+    The options of the section gc say what that is. An upload in use stays.
+    """
+    with _uploads(load) as (config, uploads):
+        from tuswsgi.protocol.cleanup import CleanUp, TooManyStrays
+        from tuswsgi.protocol.settings import CleanUpSettings
+
+        found: list[Removal] = []
+        failure: TooManyStrays | None = None
+        with _progress("Looking") as step:
+            clean_up = CleanUp(
+                uploads,
+                config.build(CleanUpSettings),
+                dry_run=dry_run,
+                quarantine_many=quarantine_many,
+                on_look=step,
+            )
+            for search in clean_up.searches():
+                try:
+                    for removal in search.removals():
+                        found.append(removal)
+                except TooManyStrays as error:
+                    failure = error
+    if dry_run and found:
+        click.echo(_listed(found))
+    for line in _summaries(found, dry_run=dry_run):
+        click.echo(line)
+    if failure is not None:
+        raise click.ClickException(str(failure))
+
+
+@click.group()
+def uploads() -> None:
+    """Look at uploads and remove them, also while the server runs."""
+
+
+def _parse(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """Return a size or a duration, as the configuration takes it."""
+    from marshmallow import ValidationError
+
+    from tuswsgi.core.options import Duration, Size
+
+    if value is None:
+        return None
+    try:
+        return (Size() if param.metavar == "SIZE" else Duration()).deserialize(value)
+    except ValidationError as error:
+        raise click.BadParameter(" ".join(map(str, error.messages))) from error
+
+
+_duration = partial(click.option, metavar="DURATION", callback=_parse)
+_size = partial(click.option, metavar="SIZE", callback=_parse)
+
+
+_STATES = ("receiving", "waiting", "finished", "refused", "terminated", "expired")
+
+
+@uploads.command("list", cls=ConfiguredCommand)
+@config_option
+@json_option
+@click.option(
+    "--state",
+    "states",
+    type=click.Choice(_STATES),
+    multiple=True,
+    help="In this state; repeatable.",
+)
+@click.option("--partial", "is_partial", is_flag=True, help="Only partial uploads.")
+@click.option("--final", "is_final", is_flag=True, help="Only final uploads.")
+@_duration("--older-than", help="Created so long ago, or longer, e.g. 7d.")
+@click.option("--owner", help="Of this owner.")
+@_size("--larger-than", help="Of at least this size, e.g. 1GiB.")
+@_size("--smaller-than", help="Of at most this size.")
+@click.option(
+    "--metadata", "pairs", metavar="KEY=VALUE", multiple=True, help="With this pair; repeatable."
+)
+def list_(load: Load, as_json: bool, **filters: Any) -> None:
+    """List uploads, tombstones included. With --json each is an object on a line."""
+    from tuswsgi.commands import listing
+
+    wanted = _wanted(**filters)
+    # Lines that come one by one show that it goes on.
+    is_shown = as_json and sys.stdout.isatty()
+    with _uploads(load) as (_, found), _progress("Looking", hidden=is_shown) as step:
+        infos = listing.find(found, wanted, step)
+        if as_json:
+            for info in infos:
+                click.echo(listing.as_json(info))
+            return
+        table = listing.as_table(list(infos))
+    click.echo(table)
+
+
+@uploads.command(cls=ConfiguredCommand)
+@config_option
+@json_option
+@click.argument("id")
+def show(load: Load, as_json: bool, id: str) -> None:
+    """Show all that is known of the upload ID."""
+    from tuswsgi.commands.listing import Details
+    from tuswsgi.core.errors import UploadNotFound
+
+    with _uploads(load) as (_, found):
+        try:
+            details = Details.of(found, id)
+        except UploadNotFound as error:
+            raise click.ClickException(f"There is no upload {id}.") from error
+    click.echo(details.as_json() if as_json else details.as_text())
+
+
+@uploads.command(cls=ConfiguredCommand)
+@config_option
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+def rm(load: Load, yes: bool, ids: Sequence[str]) -> None:
+    """Remove the uploads ID... as a DELETE does, whoever owns them.
+
+    One that is being received is ended.
+    """
+    from tuswsgi.commands import listing
+
+    if not yes:
+        count = "this upload" if len(ids) == 1 else f"these {len(ids)} uploads"
+        click.confirm(f"Remove {count} for good?", abort=True, err=True)
+    failed = 0
+    with _uploads(load) as (_, found):
+        for id in ids:
+            failure = listing.remove(found, id)
+            failed += failure is not None
+            click.echo(f"{id}: {failure or 'removed'}", err=failure is not None)
+    sys.exit(1 if failed else 0)
+
+
+def _wanted(
+    states: Sequence[str],
+    is_partial: bool,
+    is_final: bool,
+    older_than: float | None,
+    owner: str | None,
+    larger_than: int | None,
+    smaller_than: int | None,
+    pairs: Sequence[str],
+) -> Wanted:
+    from tuswsgi.commands.listing import Kind, Wanted
+    from tuswsgi.core.info import State
+
+    kinds = {Kind.PARTIAL: is_partial, Kind.FINAL: is_final}
+    for pair in pairs:
+        if "=" not in pair:
+            raise click.BadParameter(f"{pair}: not KEY=VALUE.", param_hint="--metadata")
+    return Wanted(
+        states=frozenset(map(State, states)) or None,
+        kinds=frozenset(kind for kind, is_wanted in kinds.items() if is_wanted) or None,
+        before=None if older_than is None else time.time() - older_than,
+        owner=owner,
+        metadata={key: text for key, _, text in (pair.partition("=") for pair in pairs)},
+        smallest=larger_than,
+        largest=smaller_than,
+    )
+
+
+@contextmanager
+def _uploads(load: Load) -> Iterator[tuple[Config, Uploads]]:
+    with failing(exit_code=2):
+        configuration = load()
+    from tuswsgi.commands import listing
+    from tuswsgi.core.errors import TusError
+
+    try:
+        with failing(exit_code=1), listing.opened(configuration) as found:
+            yield configuration, found
+    except TusError as error:
+        why = f" {error.__cause__}" if isinstance(error.__cause__, OSError) else ""
+        raise click.ClickException(f"{error}{why}") from error
+
+
+@contextmanager
+def _progress(label: str, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
+    """Show on a terminal how many things were looked at; yields what counts one more."""
+    if hidden or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    # How many there are nobody knows before all were looked at.
+    things: Iterator[int] = count()
+    with click.progressbar(
+        things, label=label, file=sys.stderr, show_pos=True, update_min_steps=100
+    ) as bar:
+        yield partial(bar.update, 1)
+
+
+def _listed(removed: Sequence[Removal]) -> str:
+    from tuswsgi.commands.events import span, table
+
+    rows = [(one.id, str(one.reason), span(one.age), str(one.bytes)) for one in removed]
+    return table([("ID", "REASON", "AGE", "BYTES"), *rows])
+
+
+def _summaries(found: Sequence[Removal], *, dry_run: bool) -> Iterator[str]:
+    removed = [one for one in found if one.is_for_good]
+    moved = [one for one in found if not one.is_for_good]
+    if removed or not moved:
+        yield _summary(removed, "would be removed" if dry_run else "removed")
+    if moved:
+        yield _summary(moved, f"{'would be moved' if dry_run else 'moved'} to the quarantine")
+
+
+def _summary(removed: Sequence[Removal], what: str) -> str:
+    if not removed:
+        return f"Nothing {what.replace('would be', 'would have been')}."
+    counts = Counter(str(one.reason) for one in removed)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return f"{len(removed)} {what} ({reasons}), {sum(one.bytes for one in removed)} bytes."

@@ -1,0 +1,224 @@
+"""The configuration: one value for each option, with where it came from.
+
+``Config.load`` merges the command line, the environment and an INI file, and lets the
+fields of the options turn text into values. It reports every mistake at once. It owns no
+option: what there is to be set stands beside the code that obeys it (``options``), and
+which of that counts is the registry's.
+"""
+
+from __future__ import annotations
+
+import configparser
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from marshmallow import Schema, ValidationError
+
+from tuswsgi.config.groups import option_groups
+from tuswsgi.core.display import MASK, without_secrets
+from tuswsgi.core.errors import ConfigurationError
+from tuswsgi.core.options import Option, options_of
+
+G = TypeVar("G")
+
+#: Where the value of an option comes from that nobody set.
+DEFAULT = "default"
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value as somebody wrote it, and where."""
+
+    value: Any
+    source: str
+
+
+class Config:
+    """The values of all options."""
+
+    def __init__(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+        self._values = values
+        self._sources = sources
+
+    @classmethod
+    def load(
+        cls,
+        file: Path | None = None,
+        environ: Mapping[str, str] = _EMPTY,
+        flags: Mapping[str, Any] = _EMPTY,
+    ) -> Config:
+        """Return the configuration that these three give together.
+
+        A flag wins over the environment, that over the file, and that over the default. An
+        empty text unsets an option that may be unset.
+
+        :param file: an INI file.
+        :param environ: the environment; only the variables of options are looked at, and
+            those with ``_FILE`` behind their name, which name a file with the value.
+        :param flags: values by ``Option.key``, as text or as what the option holds.
+        :raises ConfigurationError: with one line for each mistake.
+        """
+        options = {option.key: option for option in all_options()}
+        problems: list[str] = []
+        given = {
+            **_from_file(file, options.values(), problems),
+            **_from_environ(environ, options.values(), problems),
+            **_from_flags(flags, options, problems),
+        }
+        values = _convert(given, options, problems)
+        config = cls(values, {key: one.source for key, one in given.items()})
+        problems += _contradictions(config)
+        if problems:
+            raise ConfigurationError("\n".join(problems))
+        return config
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Config:
+        """Return the configuration of the environment and the file in ``TUSWSGI_CONFIG``.
+
+        :raises ConfigurationError: with one line for each mistake.
+        """
+        file = environ.get("TUSWSGI_CONFIG")
+        return cls.load(Path(file) if file else None, environ)
+
+    def values(self, group: type) -> dict[str, Any]:
+        """Return the values of a group's options by their names, to call it with."""
+        return {option.name: self._values[option.key] for option in options_of(group)}
+
+    def build(self, group: type[G]) -> G:
+        """Return an instance of `group` with its configured values."""
+        return group(**self.values(group))
+
+    def value(self, option: Option) -> Any:
+        """Return the value of one option."""
+        return self._values[option.key]
+
+    def replace(self, key: str, value: Any, source: str) -> Config:
+        """Return a configuration that differs in the value of one option, by its ``key``."""
+        return Config({**self._values, key: value}, {**self._sources, key: source})
+
+    def source(self, option: Option) -> str:
+        """Say where a value came from: a flag, a variable, a file or ``DEFAULT``."""
+        return self._sources.get(option.key, DEFAULT)
+
+
+def all_options() -> Iterator[Option]:
+    """Yield every option of the server, group by group."""
+    for group in option_groups():
+        yield from options_of(group)
+
+
+def _from_file(
+    file: Path | None, options: Iterable[Option], problems: list[str]
+) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    if file is None:
+        return given
+    known: dict[str, dict[str, Option]] = {}
+    for option in options:
+        known.setdefault(option.section, {})[option.name] = option
+    for section, keys in _read_ini(file, problems).items():
+        if section not in known:
+            problems.append(f"{file}: there is no section [{section}]{_hint(section, known)}.")
+            continue
+        for key, value in keys.items():
+            if key in known[section]:
+                given[known[section][key].key] = _Given(value, str(file))
+            else:
+                hint = _hint(key, known[section])
+                problems.append(f"{file}: there is no key {key} in [{section}]{hint}.")
+    return given
+
+
+def _read_ini(file: Path, problems: list[str]) -> dict[str, dict[str, str]]:
+    # No interpolation, since DSNs contain %, and no section that fills all the others.
+    parser = configparser.ConfigParser(interpolation=None, default_section="")
+    try:
+        parser.read_string(file.read_text("utf-8-sig"), str(file))
+    except OSError as error:
+        problems.append(f"{file}: the file cannot be read: {error.strerror}.")
+    except UnicodeDecodeError:
+        problems.append(f"{file}: the file is not UTF-8 text.")
+    except configparser.Error as error:
+        problems.append(f"{file}: {' '.join(error.message.split())}.")
+    else:
+        return {section: dict(parser[section]) for section in parser.sections()}
+    return {}
+
+
+def _from_environ(
+    environ: Mapping[str, str], options: Iterable[Option], problems: list[str]
+) -> dict[str, _Given]:
+    names = {name for option in options for name in option.variables}
+    given: dict[str, _Given] = {}
+    for option in options:
+        for name in option.variables:
+            by_file = f"{name}_FILE"
+            if name in environ:
+                given[option.key] = _Given(environ[name], name)
+            # RUSTUS_HOOKS_FILE is an option of its own, not a file with RUSTUS_HOOKS.
+            elif environ.get(by_file) and by_file not in names:
+                try:
+                    text = Path(environ[by_file]).read_text("utf-8").strip()
+                except (OSError, ValueError):
+                    problems.append(f"{by_file}: the file {environ[by_file]} cannot be read.")
+                    break
+                given[option.key] = _Given(text, by_file)
+            else:
+                continue
+            break
+    return given
+
+
+def _from_flags(
+    flags: Mapping[str, Any], options: Mapping[str, Option], problems: list[str]
+) -> dict[str, _Given]:
+    given = {}
+    for key, value in flags.items():
+        if key in options:
+            given[key] = _Given(value, options[key].flags[0])
+        else:
+            problems.append(f"There is no option {key}{_hint(key, options)}.")
+    return given
+
+
+def _convert(
+    given: Mapping[str, _Given], options: Mapping[str, Option], problems: list[str]
+) -> dict[str, Any]:
+    fields = {key: option.field for key, option in options.items()}
+    schema = Schema.from_dict(fields, name="Configuration")()
+    texts = {
+        key: None if one.value == "" and options[key].field.allow_none else one.value
+        for key, one in given.items()
+    }
+    values = {key: option.default for key, option in options.items()}
+    try:
+        values.update(schema.load(texts))
+    except ValidationError as error:
+        for key, messages in error.messages_dict.items():
+            problems.append(_complaint(options[key], given[key], messages))
+    return values
+
+
+def _complaint(option: Option, given: _Given, messages: Iterable[str]) -> str:
+    value = MASK if option.secret else f"{given.value!s}"
+    place = f"[{option.section}] {option.name} = {value} (from {given.source})"
+    return without_secrets(f"{place}: {' '.join(messages)}")
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what is wrong with options that are right by themselves: the groups know it."""
+    for group in option_groups():
+        if hasattr(group, "contradictions"):
+            yield from config.build(group).contradictions()
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}" if close else ""

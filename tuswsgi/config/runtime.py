@@ -1,0 +1,163 @@
+"""Which runtime directory the servers of a data directory use, for commands beside them.
+
+A command that looks for locks elsewhere than the servers finds every upload free. So each server
+says in the data directory where its locks are, and for how long: it keeps what it wrote locked
+while it lives. This concerns locks in files only; the others are found by their server.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tuswsgi.config.backends import Backends, LockerName
+from tuswsgi.config.loading import Config
+from tuswsgi.core.errors import ConfigurationError
+from tuswsgi.core.options import MAIN
+from tuswsgi.core.paths import adopt, make_directory
+from tuswsgi.core.process import run_in_thread
+from tuswsgi.lockers.file import FileLocker
+
+log = logging.getLogger(__name__)
+
+#: Seconds after which one that nobody uses is forgotten: there is a new one after each boot.
+_OLD = 30 * 86_400.0
+
+
+class Known(NamedTuple):
+    """A runtime directory that servers use or have used.
+
+    :param file: where that is written.
+    :param scope: that of its locks, by which it is known under whatever path it is seen.
+    :param since: when the last one of them began.
+    """
+
+    file: Path
+    path: Path
+    scope: str
+    since: float
+    is_in_use: bool
+
+
+class Presence:
+    """A process says that it takes its locks in a runtime directory, for as long as this lives."""
+
+    def __init__(self, config: Config) -> None:
+        backends = config.build(Backends)
+        scope = _scope(config)
+        directory = _directory(backends)
+        path = backends.lock_dir.parent.absolute()
+        make_directory(directory)
+        for known in _known(directory):
+            if not known.is_in_use and known.since < time.time() - _OLD:
+                known.file.unlink(missing_ok=True)
+            elif known.is_in_use and known.scope != scope:
+                log.error(
+                    "Another server on %s has its locks in %s, and this one in %s: they write the "
+                    "same uploads at once. Give both the same runtime_dir",
+                    *(backends.data_dir, known.path, path),
+                )
+        name = hashlib.blake2b(f"{path}\n{scope}".encode(), digest_size=8).hexdigest()
+        self._fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        adopt(self._fd, directory)
+        # Somebody may look just now whether it is locked.
+        run_in_thread(fcntl.flock, self._fd, fcntl.LOCK_SH)
+        os.pwrite(self._fd, f"{path}\n{scope}\n".encode(), 0)
+        os.utime(self._fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+def is_told(config: Config) -> bool:
+    """Whether servers with this configuration are to say where their locks are."""
+    backends = config.build(Backends)
+    return backends.chosen_locker is LockerName.FILE and not backends.in_memory
+
+
+def as_servers_have_it(config: Config) -> Config:
+    """Return the configuration of a command, with the runtime directory of the servers.
+
+    :raises ConfigurationError: if it names another one, or theirs cannot be used from here.
+    """
+    if not is_told(config):
+        return config
+    backends = config.build(Backends)
+    try:
+        known = sorted(_known(_directory(backends)), key=lambda one: one.since)
+    except OSError as error:
+        raise ConfigurationError(
+            f"Where the locks of the servers are cannot be read: {error}"
+        ) from error
+    if backends.runtime_dir is None and known:
+        # None of them runs now, but one that begins in a moment is like the last one.
+        last = next((one for one in known if one.is_in_use), known[-1])
+        config = _with(config, last.path, backends)
+    scope = _scope(config)
+    for one in known:
+        if one.is_in_use and one.scope != scope:
+            here = config.build(Backends).lock_dir.parent.absolute()
+            raise ConfigurationError(_refusal(backends.data_dir, one.path, here))
+    return config
+
+
+def _with(config: Config, path: Path, backends: Backends) -> Config:
+    if not path.is_dir():
+        try:
+            make_directory(path)
+            adopt(path, backends.own_dir)
+        except OSError:
+            return config
+    return config.replace("runtime_dir", path, str(_directory(backends)))
+
+
+def _refusal(data_dir: Path, path: Path, here: Path) -> str:
+    where = (
+        f"which is another directory from here: run this where the server runs, or set [{MAIN}] "
+        "runtime_dir to the same one."
+        if path == here
+        else f"not {here}: say --runtime-dir {path}."
+    )
+    return f"A server on {data_dir} has its locks in the runtime directory {path}, {where}"
+
+
+def _scope(config: Config) -> str:
+    directory = config.build(Backends).lock_dir
+    return FileLocker(directory).scope or str(directory.absolute())
+
+
+def _directory(backends: Backends) -> Path:
+    return backends.own_dir / "runtime"
+
+
+def _known(directory: Path) -> Iterator[Known]:
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return
+    for name in names:
+        try:
+            with open(directory / name, encoding="utf-8") as file:
+                path, _, scope = file.read().strip().partition("\n")
+                since = os.fstat(file.fileno()).st_mtime
+                is_in_use = _is_locked(file.fileno())
+        except FileNotFoundError:
+            continue  # somebody has forgotten it a moment ago
+        if scope:  # else its server was killed before it wrote, or is about to
+            yield Known(directory / name, Path(path), scope, since, is_in_use)
+
+
+def _is_locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False

@@ -1,0 +1,102 @@
+"""The one place that decides whether a path stays inside its directory, whether that
+directory takes files, and whose they are that root makes there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from functools import lru_cache
+from pathlib import Path
+
+from tuswsgi.core.errors import UploadNotFound
+
+#: The flag of ``os.open`` for a file without a name in a directory; 0 where there are none.
+UNNAMED: int = getattr(os, "O_TMPFILE", 0)
+
+#: How systems and file systems say that they know no files without a name.
+NO_UNNAMED = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def inside(directory: Path, name: str) -> Path:
+    """Return `directory`/`name` if that lies in `directory`.
+
+    `name` is a relative path of segments joined by ``/``. No segment may be empty, too
+    long for a file system, or begin with a dot: names with dots are the server's own
+    (and ``..``). Symbolic links inside of `directory` are the operator's business.
+
+    :raises UploadNotFound: if it is not such a path.
+    """
+    return directory / contained(name)
+
+
+@lru_cache(maxsize=1024)  # one request asks several times
+def contained(name: str) -> str:
+    """Return `name` if ``inside`` takes it: for who puts paths together as text.
+
+    :raises UploadNotFound: as ``inside``.
+    """
+    for segment in name.split("/"):
+        if (
+            not segment
+            or segment.startswith(".")
+            or len(segment.encode("utf-8", "surrogatepass")) > 255
+            or not segment.isprintable()
+            or "\\" in segment
+        ):
+            raise UploadNotFound
+    return name
+
+
+def adopt(file: int | str | Path, directory: str | Path) -> None:
+    """Let a new file or directory belong to those whose the directory is that it is in.
+
+    An operator runs commands as root beside a server that is somebody else: owner, group and
+    rights of what root makes follow the directory's. What others make is theirs as it is.
+    """
+    if os.geteuid() != 0:
+        return
+    above = os.stat(directory)
+    if above.st_uid == above.st_gid == 0:
+        return
+    os.chown(file, above.st_uid, above.st_gid)
+    is_directory = stat.S_ISDIR(os.stat(file).st_mode)
+    os.chmod(file, stat.S_IMODE(above.st_mode) & (0o7777 if is_directory else 0o666))
+
+
+def make_directory(directory: str | Path) -> None:
+    """Make a directory, and those above it, if it is missing; see ``adopt``.
+
+    :raises OSError: if that is impossible.
+    """
+    directory = Path(directory)
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        if directory.is_dir():  # somebody else was faster
+            return
+        raise
+    adopt(directory, directory.parent)
+
+
+def why_unwritable(directory: Path) -> OSError | None:
+    """Return why no files can be made in `directory`, ``None`` if they can.
+
+    It leaves none behind. On a network it may take long.
+    """
+    try:
+        # A file that never has a name: nobody sees it, also not after a crash.
+        fd = os.open(directory, os.O_RDWR | UNNAMED, 0o600)
+    except OSError as error:
+        if error.errno not in NO_UNNAMED:
+            return error
+    else:
+        os.close(fd)
+        return None
+    if os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        return None
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))

@@ -1,0 +1,407 @@
+"""Plain HTTP/1 requests and responses, with a fraction of the work of gunicorn's own way.
+
+A request is plain if nothing about it needs a second look: an ordinary request line, a few
+well-formed fields of which none says how the body is framed but Content-Length. Whatever is
+not plain, malformed or just rare, is left to gunicorn's parser, which begins again at the
+first byte and finds the whole head there. Only what has no end is refused here: gunicorn would
+look through all of it again for each piece that comes.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from email.utils import formatdate
+from typing import Any
+
+from gunicorn.http.body import Body, LengthReader
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
+from gunicorn.http.parser import RequestParser
+from gunicorn.http.wsgi import Response, base_environ
+from gunicorn.util import unquote_to_wsgi_str
+
+from tuswsgi.transfer.body import DRAIN_LIMIT
+from tuswsgi.transfer.gunicorn import is_read
+from tuswsgi.transfer.lines import BareLF, Lines, TooLong
+from tuswsgi.transfer.turns import Turns
+
+#: A head that is longer is not plain.
+LONGEST_HEAD = 8000
+_MOST_FIELDS = 60
+
+# No absolute form, no "//", which needs care, no fragment, no lower-case method. CONNECT and
+# TRACE are nothing for an upload server.
+_REQUEST_LINE = re.compile(
+    r"(GET|HEAD|POST|PATCH|PUT|DELETE|OPTIONS) (/(?!/)[!-\"$-~]*) HTTP/1\.([01])"
+)
+# Without control characters, of which a bare CR or LF might be taken for the end of a line.
+_LINES = re.compile(rb"(?:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)+")
+# Without "_": in an environ it cannot be told from "-" (RFC 9110, 5.6.2).
+_NAME = re.compile(r"[!#$%&'*+\-.^`|~0-9A-Za-z]+")
+
+#: Fields about which there is more to say than their value.
+_NOT_PLAIN = {"TRANSFER_ENCODING", "TRAILER", "TE", "EXPECT", "UPGRADE", "HTTP2_SETTINGS"}
+
+#: The environ's keys for the names of fields, as clients spell these.
+_keys: dict[str, str] = {}
+_MOST_KEYS = 1000
+
+
+class PlainRequest:
+    """What gunicorn's workers, responses and logs want to know of a request."""
+
+    trailers: tuple[()] = ()
+    proxy_protocol_info: dict[str, Any] | None = None
+    _expected_100_continue = False
+
+    def __init__(
+        self, method: str, uri: str, minor: int, fields: dict[str, str], parser: PlainParser
+    ) -> None:
+        self.method = method
+        self.uri = uri
+        self.path, _, self.query = uri.partition("?")
+        self.fragment = ""
+        self.version = (1, minor)
+        self.fields = fields
+        self.scheme = parser.scheme
+        self.must_close = False
+        self.body = Body(LengthReader(parser.unreader, int(fields.get("CONTENT_LENGTH", 0))))
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The fields as gunicorn has them."""
+        return [
+            (key.removeprefix("HTTP_").replace("_", "-"), value)
+            for key, value in self.fields.items()
+        ]
+
+    def force_close(self) -> None:
+        self.must_close = True
+
+    def should_close(self) -> bool:
+        if self.must_close:
+            return True
+        connection = self.fields.get("HTTP_CONNECTION", "").lower()
+        return connection == "close" or (self.version == (1, 0) and connection != "keep-alive")
+
+
+class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
+    """gunicorn's parser of one connection, which looks first whether a request is plain.
+
+    Whoever uses it reads each body to its end, or ends the connection.
+
+    :param longest_head: the most bytes of a head.
+    """
+
+    mesg: Any
+
+    def __init__(self, cfg: Any, sock: Any, addr: Any, longest_head: int) -> None:
+        super().__init__(cfg, sock, addr)
+        self.scheme = "https" if cfg.is_ssl else "http"
+        self.turns = Turns()
+        self._longest_head = longest_head
+
+    def __next__(self) -> Any:
+        if self.mesg is not None and (self.mesg.should_close() or not is_read(self.mesg.body)):
+            raise StopIteration
+        # The next request may be here already: without this one client could send so many at
+        # once that nobody else is served.
+        self.turns.give()
+        self.turns.began()
+        head, rest = self._read_head()
+        request = plain_request(head, self) if head else None
+        # gunicorn's parser, asked for the next request, looks after the last one again.
+        self.mesg = request
+        if request is None:
+            self.unreader.unread(head + rest)
+            return super().__next__()
+        self.req_count += 1
+        if rest:
+            self.unreader.unread(rest)
+        return request
+
+    def _read_head(self) -> tuple[bytes, bytes]:
+        """Return the next head with its empty line, and what was read beyond it.
+
+        The head is empty if the connection ends before it does, or if it is malformed.
+
+        :raises LimitRequestHeaders: if it is too long.
+        :raises LimitRequestLine: if its first line is.
+        """
+        data = self.unreader.take_buffered() or self._receive()
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            data, end = self._read_on(data)
+        elif end > self._longest_head:
+            raise self._too_long(data[:end])
+        return (b"", data) if end < 0 else (data[: end + 4], data[end + 4 :])
+
+    def _read_on(self, more: bytes) -> tuple[bytes, int]:
+        """Return a head that did not come at once, and where its empty line is, or -1."""
+        lines = Lines(self._longest_head)
+        end = -1
+        try:
+            while more and end < 0:
+                end = lines.add(more)
+                self.turns.received(len(more))
+                if end < 0:
+                    self._check_request_line(lines.data)
+                    self.turns.give()
+                    more = self._receive()
+        except BareLF:
+            pass  # gunicorn refuses it at once
+        except TooLong as error:
+            raise self._too_long(bytes(lines.data)) from error
+        return bytes(lines.data), end
+
+    def _receive(self) -> bytes:
+        data: bytes = self.unreader.sock.recv(self.unreader.mxchunk)
+        return data
+
+    def _check_request_line(self, data: bytearray) -> None:
+        # An empty line before it is allowed.
+        limit = self.cfg.limit_request_line + 4
+        if len(data) > limit > 4 and data.find(b"\r\n", 2, limit) < 0:
+            raise LimitRequestLine(len(data), self.cfg.limit_request_line)
+
+    def _too_long(self, head: bytes) -> Exception:
+        error: Exception = LimitRequestHeaders(f"limit request head size ({self._longest_head})")
+        if b"\r\n" not in head[2:]:
+            error = LimitRequestLine(len(head), self._longest_head)
+        return error
+
+
+def plain_request(head: bytes, parser: PlainParser) -> PlainRequest | None:
+    """Return the request with this head, ``None`` if it is not plain."""
+    if len(head) > LONGEST_HEAD or _LINES.fullmatch(head) is None:
+        return None
+    request_line, *lines = head[:-4].decode("latin-1").split("\r\n")
+    first = _REQUEST_LINE.fullmatch(request_line)
+    if first is None or len(lines) >= _MOST_FIELDS:
+        return None
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        key = _keys.get(name) or _key(name)
+        if key is None or not colon or key in fields:
+            return None
+        fields[key] = value.strip(" \t")
+    if not _is_plain_framing(fields):
+        return None
+    return PlainRequest(first[1], first[2], int(first[3]), fields, parser)
+
+
+def _is_plain_framing(fields: dict[str, str]) -> bool:
+    length = fields.get("CONTENT_LENGTH", "0")
+    connection = fields.get("HTTP_CONNECTION")
+    return (
+        length.isascii()
+        and length.isdecimal()
+        and len(length) < 19
+        and (connection is None or connection.lower() in ("keep-alive", "close"))
+    )
+
+
+def _key(name: str) -> str | None:
+    """Return the environ's key for a field, ``None`` if the field is not plain."""
+    if _NAME.fullmatch(name) is None:
+        return None
+    key = name.upper().replace("-", "_")
+    if key in _NOT_PLAIN:
+        return None
+    if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        key = f"HTTP_{key}"
+    if len(_keys) < _MOST_KEYS:
+        _keys[name] = key
+    return key
+
+
+class PlainEnviron:
+    """Makes the environs (PEP 3333) of one connection's plain requests."""
+
+    def __init__(self, cfg: Any, sock: Any, addr: Any, server: Any) -> None:
+        self._common = {
+            **base_environ(cfg),
+            "wsgi.multithread": True,
+            "wsgi.url_scheme": "https" if cfg.is_ssl else "http",
+            "gunicorn.socket": sock,
+            "SCRIPT_NAME": "",
+        }
+        if isinstance(addr, tuple):
+            self._common |= {"REMOTE_ADDR": addr[0], "REMOTE_PORT": str(addr[1])}
+        else:
+            self._common["REMOTE_ADDR"] = addr.decode() if isinstance(addr, bytes) else addr
+        self._is_unix = not isinstance(server, tuple)
+        if not self._is_unix:
+            self._common |= {"SERVER_NAME": server[0], "SERVER_PORT": str(server[1])}
+
+    def of(self, request: PlainRequest) -> dict[str, Any]:
+        """Return the environ of a request."""
+        path = request.path
+        environ = {
+            **self._common,
+            **request.fields,
+            "wsgi.input": request.body,
+            "REQUEST_METHOD": request.method,
+            "QUERY_STRING": request.query,
+            "RAW_URI": request.uri,
+            "PATH_INFO": unquote_to_wsgi_str(path) if "%" in path else path,
+            "SERVER_PROTOCOL": "HTTP/1.1" if request.version == (1, 1) else "HTTP/1.0",
+        }
+        if self._is_unix:
+            # As gunicorn has it: only the client can say what this server is called.
+            name, _, port = request.fields.get("HTTP_HOST", "").partition(":")
+            environ["SERVER_NAME"] = name
+            environ["SERVER_PORT"] = port or self._default_port(name)
+        return environ
+
+    def _default_port(self, name: str) -> str:
+        if not name:
+            return ""
+        return "443" if self._common["wsgi.url_scheme"] == "https" else "80"
+
+
+# Nothing that could end a line, nor what no encoding of a head knows.
+_NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")
+_NO_NAME = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]|^$")
+
+#: The names of a response's fields, as applications spell them, in lower case.
+_names: dict[str, str] = {}
+
+#: Fields that speak of the connection, which is the server's own (RFC 9110, 7.6.1).
+_OF_CONNECTION = {
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "te",
+    "trailers",
+    "transfer-encoding",
+    "upgrade",
+}
+
+
+class PlainResponse(Response):  # type: ignore[misc]
+    """gunicorn's response, which sends head and body at once where it can.
+
+    Headers that need a second look get gunicorn's.
+    """
+
+    headers_sent: bool
+
+    def __init__(self, req: PlainRequest, sock: Any, cfg: Any) -> None:
+        super().__init__(req, sock, cfg)
+        self._head: bytes | None = None
+
+    def process_headers(self, headers: list[tuple[str, str]]) -> None:
+        names = [_names.get(name) or _plain_name(name) for name, _ in headers]
+        lengths = names.count("content-length")
+        if (
+            None in names
+            or lengths > 1
+            or (lengths and self.status_code == 204)
+            # Not formatted: what is no text must be found out.
+            or _NO_VALUE.search("".join([value for _, value in headers])) is not None
+        ):
+            super().process_headers(headers)
+            return
+        self.headers = headers
+        if lengths:
+            self.response_length = int(headers[names.index("content-length")][1])
+        head = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        self._head = head.encode("latin-1")
+
+    def is_chunked(self) -> bool:
+        # gunicorn's asks its settings, which is slow, whether this is HTTP.
+        return self.response_length is None and self.req.version > (1, 0) and not self._omits_body
+
+    def send_headers(self) -> None:
+        self._send(b"")
+
+    def write(self, arg: bytes) -> None:
+        if self._head is None or self.headers_sent or self.chunked or not isinstance(arg, bytes):
+            super().write(arg)
+        elif self._omits_body or self.response_length != len(arg):
+            self._send(b"")
+            super().write(arg)
+        else:
+            self.sent = len(arg)
+            self._send(arg)
+
+    def _send(self, body: bytes) -> None:
+        if self.headers_sent:
+            return
+        if self._head is None:
+            super().send_headers()
+            return
+        self.headers_sent = True
+        if self.req.body.reader.length > DRAIN_LIMIT:
+            self.force_close()  # nobody is going to read all of that
+        minor = self.req.version[1]
+        connection = "close" if self.should_close() else "keep-alive"
+        chunked = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
+        start = (
+            f"HTTP/1.{minor} {self.status}\r\nServer: {self.version}\r\nDate: {_date()}\r\n"
+            f"Connection: {connection}\r\n{chunked}"
+        )
+        data = start.encode("latin-1") + self._head + b"\r\n" + body
+        sent = self.sock.send(data)
+        if sent < len(data):
+            self.sock.sendall(data[sent:])
+
+
+def _plain_name(name: str) -> str | None:
+    """Return a field's name in lower case, ``None`` if the field is not plain."""
+    lower = name.lower()
+    if lower in _OF_CONNECTION or _NO_NAME.search(name) is not None:
+        return None
+    if len(_names) < _MOST_KEYS:
+        _names[name] = lower
+    return lower
+
+
+_now = (0, "")
+
+
+def _date() -> str:
+    """Return the value of the Date field; it is made anew each second."""
+    global _now
+    seconds = int(time.time())
+    if _now[0] != seconds:
+        _now = (seconds, formatdate(seconds, usegmt=True))
+    return _now[1]
+
+
+def works(cfg: Any) -> bool:
+    """Whether this gunicorn is as this file expects it: one request is parsed and answered."""
+    sock = _Rehearsal(b"HEAD /x?y HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+    request = next(PlainParser(cfg, sock, ("127.0.0.1", 1), LONGEST_HEAD))
+    environ = PlainEnviron(cfg, sock, ("127.0.0.1", 1), ("127.0.0.1", 2)).of(request)
+    response = PlainResponse(request, sock, cfg)
+    response.start_response("200 OK", [("X-Rehearsal", "yes")])
+    response.write(b"")
+    response.close()
+    return (
+        type(request) is PlainRequest
+        and (environ["PATH_INFO"], environ["QUERY_STRING"]) == ("/x", "y")
+        and not response.should_close()
+        and sock.sent.startswith(b"HTTP/1.1 200 OK\r\n")
+        and sock.sent.endswith(b"\r\nX-Rehearsal: yes\r\n\r\n")
+    )
+
+
+class _Rehearsal:
+    """A socket with one request."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self.sent = b""
+
+    def recv(self, n: int) -> bytes:
+        request = self._request
+        self._request = b""
+        return request
+
+    def send(self, data: bytes) -> int:
+        self.sent += data
+        return len(data)

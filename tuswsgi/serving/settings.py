@@ -1,0 +1,318 @@
+"""What gunicorn is told because of the server's settings.
+
+``gunicorn_settings`` is the one source of that for ``tuswsgi serve`` and for
+``conf/gunicorn.conf.py``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tuswsgi.config.backends import Backends
+from tuswsgi.config.loading import Config
+from tuswsgi.config.server import LONGEST_LINE, LogLevel, ServerSettings
+from tuswsgi.core.errors import ConfigurationError
+from tuswsgi.core.options import MAIN
+from tuswsgi.observing import metrics_directory, sentry
+from tuswsgi.observing.logs import LogFormat, formatter
+from tuswsgi.observing.sentry import SentrySettings
+from tuswsgi.web.settings import WATCHED, MonitoringSettings
+
+log = logging.getLogger(__name__)
+
+_LEVELS = {
+    LogLevel.OFF: logging.CRITICAL,
+    LogLevel.CRITICAL: logging.CRITICAL,
+    LogLevel.ERROR: logging.ERROR,
+    LogLevel.WARNING: logging.WARNING,
+    LogLevel.INFO: logging.INFO,
+    LogLevel.DEBUG: logging.DEBUG,
+    LogLevel.TRACE: logging.DEBUG,
+}
+
+_LOGS = {
+    LogFormat.TEXT: "tuswsgi.serving.gunicorn_log.TextLog",
+    LogFormat.JSON: "tuswsgi.serving.gunicorn_log.JsonLog",
+}
+
+#: Apache's combined format, then milliseconds and the request's id.
+_ACCESS_FORMAT = (
+    '%(h)s %(l)s %(u)s %(t)s "%(r)s" %(s)s %(b)s "%(f)s" "%(a)s" %(M)s %({x-request-id}o)s'
+)
+
+#: Takes what all loggers of this process say, but for gunicorn's, who has handlers of its own.
+_handler = logging.StreamHandler()
+
+
+def gunicorn_settings(config: Config) -> dict[str, Any]:
+    """Return what gunicorn is to be told, by the names of its settings.
+
+    :raises ConfigurationError: if options contradict each other, or an extra is missing.
+    """
+    settings = config.build(ServerSettings)
+    reports = config.build(SentrySettings)
+    sentry.check(reports)
+    backends = config.build(Backends)
+    counted = backends.metrics_dir if config.build(MonitoringSettings).metrics else None
+    if counted is not None:
+        metrics_directory.check_installed()
+    return {
+        "bind": _bind(settings),
+        "reuse_port": settings.reuse_port,
+        "certfile": _text(settings.certfile),
+        "keyfile": _text(settings.keyfile),
+        "workers": _worker_count(settings, backends),
+        "worker_class": "tuswsgi.serving.worker.TusWorker",
+        "worker_connections": settings.worker_connections,
+        # gunicorn looks at each field alone, the worker at the head as a whole.
+        "limit_request_field_size": settings.max_head_size // 2,
+        "graceful_timeout": math.ceil(settings.graceful_timeout),
+        "loglevel": logging.getLevelName(_level(settings)).lower(),
+        "logger_class": _LOGS[settings.log_format],
+        "accesslog": "-" if settings.access_log else None,
+        "access_log_format": _ACCESS_FORMAT,
+        **_FIXED,
+        "on_starting": lambda arbiter: _begin_master(settings, counted, arbiter),
+        "on_reload": lambda arbiter: _prepare_process(settings, counted, arbiter),
+        "on_exit": lambda arbiter: metrics_directory.close_directory(),
+        "post_fork": lambda arbiter, worker: _enter(settings, reports, arbiter, worker),
+        "post_worker_init": lambda worker: _begin(settings, worker),
+        "worker_exit": lambda arbiter, worker: _end(worker),
+    }
+
+
+#: What is not to be chosen, and why.
+_FIXED: dict[str, Any] = {
+    "proc_name": "tuswsgi",
+    # Each worker makes the application, so that a reload makes it anew.
+    "preload_app": False,
+    # A worker reports each second unless something blocks it whole. A slow disk may, and
+    # killing it would break off all its uploads; one that never comes back is replaced.
+    "timeout": 300,
+    # Between requests, and at the same time all that the head of a request may take. It is
+    # more than the 60 s of common proxies: whoever is first to close an idle connection
+    # must not be the server, or requests get lost.
+    "keepalive": 75,
+    "limit_request_line": LONGEST_LINE,
+    # Proxies are our own settings' business; gunicorn believes loopback peers by default.
+    "forwarded_allow_ips": "",
+    "forwarder_headers": "",
+    "secure_scheme_headers": {},
+    # Otherwise there is a socket below the home directory, which may not be writable.
+    "control_socket_disable": True,
+}
+
+
+def ready_line(settings: ServerSettings, address: Any) -> str:
+    """Return the sentence that tells where to upload, once the server can be reached.
+
+    :param address: what the listening socket says of itself, since the port may have been
+        any.
+    """
+    if not isinstance(address, tuple):
+        return f"You can now upload files through the unix socket: {settings.unix_sock}"
+    scheme = "https" if settings.certfile else "http"
+    # Nobody can open the wildcard addresses.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
+    path = settings.url.strip("/")
+    return f"You can now upload files to: {scheme}://{host}:{address[1]}/" + (path and f"{path}/")
+
+
+def check_listening(settings: ServerSettings) -> None:
+    """Try to listen, since gunicorn would try for five seconds and not say it well.
+
+    :raises ConfigurationError: if the server could not listen.
+    """
+    _check_certificate(settings)
+    where = settings.unix_sock or _bind(settings)
+    try:
+        if settings.unix_sock:
+            _check_unix(settings.unix_sock)
+        else:
+            _check_tcp(settings)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigurationError(f"The server cannot listen at {where}: {reason}.") from error
+
+
+def _check_certificate(settings: ServerSettings) -> None:
+    if settings.certfile is None:
+        return
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.certfile, settings.keyfile)
+    except OSError as error:
+        files = " and ".join(str(file) for file in (settings.certfile, settings.keyfile) if file)
+        reason = error.strerror or str(error)
+        raise ConfigurationError(f"https cannot be served with {files}: {reason}.") from error
+
+
+def _check_tcp(settings: ServerSettings) -> None:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if settings.reuse_port:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        probe.bind((settings.host, settings.port))
+
+
+def _check_unix(path: Path) -> None:
+    # gunicorn removes a socket that it finds, also that of a server that is alive.
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except FileNotFoundError:
+            if os.access(path.absolute().parent, os.W_OK | os.X_OK):
+                return
+            raise
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _bind(settings: ServerSettings) -> str:
+    if settings.unix_sock is not None:
+        return f"unix:{settings.unix_sock.absolute()}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{host}:{settings.port}"
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _worker_count(settings: ServerSettings, backends: Backends) -> int:
+    if not backends.in_memory:
+        return settings.workers or _processors()
+    if settings.workers not in (None, 1):
+        raise ConfigurationError(
+            f"[{MAIN}] workers = {settings.workers}: A backend keeps its state in memory, which "
+            "workers do not share; there can be only one."
+        )
+    return 1
+
+
+def _level(settings: ServerSettings) -> int:
+    return _LEVELS[settings.log_level]
+
+
+def _processors() -> int:
+    # A container or a systemd unit may be given fewer than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _prepare_process(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
+    """Get the process ready that will fork the workers.
+
+    :param counted: where metrics are to be put together, ``None`` for no metrics.
+    """
+    _raise_file_limit()
+    set_up_logging(settings)
+    if counted is not None:
+        # While one gunicorn replaces another (SIGUSR2), that one still counts.
+        metrics_directory.open_directory(counted, is_successor=bool(arbiter.master_pid))
+    access = logging.getLogger("gunicorn.access")
+    access.removeFilter(_is_not_health)
+    if settings.disable_health_access_log:
+        access.addFilter(_is_not_health)
+
+
+def _begin_master(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
+    """Get the master ready that has just begun."""
+    # To gunicorn, Ctrl-C means to break off all requests. A second one still does.
+    arbiter.handle_int = arbiter.handle_term
+    _prepare_process(settings, counted, arbiter)
+
+
+def set_up_logging(settings: ServerSettings) -> None:
+    """Make this process log as it is configured; also after a reload.
+
+    Handlers that somebody else has given to the root logger are left alone.
+    """
+    logging.disable(logging.CRITICAL if settings.log_level is LogLevel.OFF else logging.NOTSET)
+    logging.getLogger("tuswsgi").setLevel(_level(settings))
+    _handler.setFormatter(formatter(settings.log_format))
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(_handler)
+
+
+def _raise_file_limit() -> None:
+    # Each connection and each file that it writes is a descriptor; the usual soft limit
+    # is 1,024 for the sake of programs that use select().
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):
+        # macOS has no hard limit but does not take that for a soft one.
+        pass
+
+
+def _is_not_health(record: logging.LogRecord) -> bool:
+    said = record.args.get("U") if isinstance(record.args, Mapping) else None
+    return getattr(record, "path", said) not in WATCHED
+
+
+#: What tells a worker to stop.
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+def _enter(settings: ServerSettings, reports: SentrySettings, arbiter: Any, worker: Any) -> None:
+    """Make the process of a new worker its own."""
+    # gunicorn has no setting for it.
+    worker.max_head_size = settings.max_head_size
+    _hold_signals(arbiter)
+    sentry.start(reports)
+
+
+def _hold_signals(arbiter: Any) -> None:
+    """Keep signals for a new worker until it can handle them.
+
+    Until then the handlers are the master's. A worker that was told to stop just after it
+    was forked would forget it, and be killed when `graceful_timeout` is over.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    while not arbiter.SIG_QUEUE.empty():
+        if arbiter.SIG_QUEUE.get() in _STOPPING:
+            sys.exit(0)
+
+
+#: How long a worker that ends waits for post-hooks on their way; another worker repeats
+#: those that take longer (seconds).
+_DRAIN_TIME = 5.0
+
+
+def _begin(settings: ServerSettings, worker: Any) -> None:
+    """Let a worker begin that is ready to serve."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    # gunicorn's when_ready comes before there are workers. The first worker that a master
+    # forks says it: its sockets listen already, and workers after it (also after a reload)
+    # are not news.
+    if worker.age == 1:
+        line = ready_line(settings, worker.sockets[0].getsockname())
+        if settings.log_format is LogFormat.JSON:
+            log.info("%s", line)
+        else:
+            print(line, flush=True)
+
+
+def _end(worker: Any) -> None:
+    """Let a worker end whose connections are closed."""
+    tus = getattr(getattr(worker, "wsgi", None), "extensions", {}).get("tuswsgi")
+    if tus is not None:
+        tus.drain(_DRAIN_TIME)
+    sentry.stop()
