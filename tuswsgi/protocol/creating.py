@@ -18,16 +18,13 @@ from dataclasses import dataclass, replace
 from tuswsgi.core.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
 from tuswsgi.core.events import Event, HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, Metadata, State, Storage
-from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.observing.signals import tell, upload_created
+from tuswsgi.outbox.held import HeldPostCreate
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.reception import Reception
 
 log = logging.getLogger(__name__)
-
-#: How often the post-create of a POST that still runs is held back again, in seconds.
-_HOLD_AGAIN = 10.0
 
 _UNFINISHED = (State.RECEIVING, State.WAITING)
 
@@ -269,25 +266,25 @@ class Creator:
             return twin
         return None
 
-    def _hold(self, info: FileInfo, reception: Reception, request: RequestInfo) -> _Held:
+    def _hold(self, info: FileInfo, reception: Reception, request: RequestInfo) -> HeldPostCreate:
         """Return the post-create of an upload, held back if this request may complete it."""
         hooks = self.finisher.hooks
         infos = self.finisher.infos
         if info.is_final:
-            return _Held(infos, (), 0.0)
+            return HeldPostCreate(infos, (), 0.0)
         events = hooks.record(HookType.POST_CREATE, info, request)
         if hooks.follows_tusd or (reception.is_empty and info.size != 0):
-            return _Held(infos, events, 0.0)
+            return HeldPostCreate(infos, events, 0.0)
         # The longest silence of a body, and of those who are told of its progress.
         silence = self.finisher.settings.network_timeout + hooks.progress_interval
-        return _Held(infos, events, silence + 2 * _HOLD_AGAIN)
+        return HeldPostCreate(infos, events, silence)
 
     def _receive(
         self,
         info: FileInfo,
         reception: Reception,
         request: RequestInfo,
-        held: _Held,
+        held: HeldPostCreate,
         hold: Hold,
     ) -> FileInfo:
         hooks = self.finisher.hooks
@@ -326,50 +323,6 @@ class Creator:
         if twin.state is State.WAITING:
             return twin
         return self.finisher.finish_if_complete(twin, request, hold)
-
-
-class _Held:
-    """The post-create of a POST that still runs.
-
-    rustus tells of a creation only if the request did not complete the upload. When the
-    process dies meanwhile, nobody holds it back any longer and it is delivered.
-
-    :param seconds: for how long it is held back without being held again.
-    """
-
-    def __init__(self, infos: InfoStore, events: Sequence[Event], seconds: float) -> None:
-        self.holds = seconds > 0
-        self._infos = infos
-        self._seconds = seconds
-        self._held_at = time.monotonic()
-        due_at = time.time() + seconds if self.holds else 0.0
-        self.events = [replace(event, due_at=due_at) for event in events]
-
-    def prolong(self, info: FileInfo) -> None:
-        """Hold it for longer, while bytes arrive."""
-        now = time.monotonic()
-        if self.holds and now - self._held_at >= _HOLD_AGAIN:
-            self._held_at = now
-            self._put_back(time.time() + self._seconds)
-
-    def free(self) -> None:
-        """Let it be delivered."""
-        self._put_back(0.0)
-
-    def drop(self) -> None:
-        """Let it never be delivered."""
-        try:
-            for event in self.events:
-                self._infos.settle(event)
-        except Exception:
-            log.exception("A post-create is delivered though nobody waits for it")
-
-    def _put_back(self, due_at: float) -> None:
-        try:
-            for event in self.events:
-                self._infos.put_back(replace(event, due_at=due_at))
-        except Exception:
-            log.exception("A post-create is delivered at another time than it should be")
 
 
 def _is_again(info: FileInfo, twin: FileInfo) -> bool:
