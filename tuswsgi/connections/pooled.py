@@ -20,8 +20,9 @@ from peewee import InterfaceError, OperationalError, PeeweeException
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pool import Pool, PoolSettings
 from tuswsgi.connections.sql import Database, SqlConnection
+from tuswsgi.core.backoff import jitter
 from tuswsgi.core.errors import StorageFull, TusError, Unavailable
-from tuswsgi.core.process import PerProcess, jitter
+from tuswsgi.core.process import PerProcess
 
 log = logging.getLogger(__name__)
 

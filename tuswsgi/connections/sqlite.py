@@ -21,9 +21,10 @@ from typing import Any, TypeVar, cast
 from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
+from tuswsgi.core.backoff import jitter
 from tuswsgi.core.errors import ConfigurationError, StorageFull, TusError, Unavailable, unusable
 from tuswsgi.core.paths import adopt, make_directory, why_unwritable
-from tuswsgi.core.process import PerProcess, jitter, let_others_run, run_in_thread
+from tuswsgi.core.process import PerProcess, let_others_run, run_in_thread
 
 logger = logging.getLogger(__name__)
 

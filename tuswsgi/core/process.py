@@ -9,7 +9,6 @@ that the kernel takes long for belongs elsewhere: ``run_in_thread`` runs it ther
 from __future__ import annotations
 
 import os
-import random
 import sys
 import threading
 import time
@@ -72,15 +71,6 @@ def _renew() -> None:
 
 
 os.register_at_fork(after_in_child=_renew)
-
-
-#: Not the generator that applications seed, and test, and that a fork may copy.
-_random = random.SystemRandom()
-
-
-def jitter(low: float, high: float) -> float:
-    """Return a random number between two, for pauses that must not be the same everywhere."""
-    return _random.uniform(low, high)
 
 
 def let_others_run() -> None:

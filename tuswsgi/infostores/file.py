@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+from tuswsgi.core.backoff import jitter
 from tuswsgi.core.errors import (
     ConfigurationError,
     InfoConflict,
@@ -36,7 +37,7 @@ from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State, check_id
 from tuswsgi.core.options import option
 from tuswsgi.core.paths import adopt, inside, why_unwritable
-from tuswsgi.core.process import jitter, let_others_run, run_in_thread
+from tuswsgi.core.process import let_others_run, run_in_thread
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.index import PendingMarkers, WaitingMarkers

@@ -22,11 +22,11 @@ from marshmallow import ValidationError
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.redis import RedisSettings, connect
 from tuswsgi.connections.redis_scripts import Script
+from tuswsgi.core.backoff import jitter
 from tuswsgi.core.errors import InfoConflict, Unavailable, UploadExists, UploadNotFound
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State, check_id
 from tuswsgi.core.options import Duration, option
-from tuswsgi.core.process import jitter
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.kept import Kept

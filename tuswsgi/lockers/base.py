@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Generic, TypeVar
 
+from tuswsgi.core.backoff import jitter
 from tuswsgi.core.errors import LockLost, TusError, UploadLocked
-from tuswsgi.core.process import jitter
 from tuswsgi.observing.telemetry import lock_waited, report
 
 #: Called with the reason when a holder shall let go. It is called in another greenlet or

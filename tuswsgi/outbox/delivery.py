@@ -17,11 +17,12 @@ from typing import ClassVar
 
 from marshmallow import ValidationError
 
+from tuswsgi.core.backoff import jitter
 from tuswsgi.core.display import printable, without_secrets
 from tuswsgi.core.errors import TusError
 from tuswsgi.core.events import Event, HookType
 from tuswsgi.core.options import Duration, option
-from tuswsgi.core.process import PerProcess, jitter
+from tuswsgi.core.process import PerProcess
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
 from tuswsgi.hooks.retries import LastingFailure
 from tuswsgi.infostores.base import InfoStore
