@@ -5,7 +5,7 @@ It is configured by the environment and by the INI file that ``TUSWSGI_CONFIG`` 
 
 import os
 
-from tuswsgi.app import create_app
 from tuswsgi.config.loading import Config
+from tuswsgi.serving import dispatch
 
-application = create_app(Config.from_environment(os.environ))
+application = dispatch.application(Config.from_environment(os.environ))

@@ -39,7 +39,6 @@ from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
 from tuswsgi.web.monitoring import MonitoringBlueprint
 from tuswsgi.web.settings import MonitoringSettings, WebSettings
-from tuswsgi.web.shortcut import ShortCut
 
 if TYPE_CHECKING:
     from tuswsgi.metrics import Metrics
@@ -117,7 +116,8 @@ class Tus:
         self._functions = CallableHook()
         self._owner = owner
         number = next(_count)
-        self._name = name or ("tus" if number == 1 else f"tus_{number}")
+        #: The blueprint's name.
+        self.name = name or ("tus" if number == 1 else f"tus_{number}")
         self._started = PerProcess(self._start)
         self._presence: PerProcess[runtime.Presence] | None = None
         if is_own and runtime.is_told(config):
@@ -134,11 +134,11 @@ class Tus:
             same URLs.
         """
         return TusBlueprint(
-            self._name,
+            self.name,
             self.uploads,
             self.config.build(WebSettings),
             owner=self._owner,
-            before_first=self.start,
+            before_first=self._started.get,
             methods=methods,
             tells_request_id=self.config.build(ServerSettings).access_log,
         )
@@ -157,7 +157,7 @@ class Tus:
             needed = self.hooks.hooks
         readiness = Readiness(self.uploads, self.start, needed)
         exposition = None if self.metrics is None else self.metrics.exposition
-        return MonitoringBlueprint(f"{self._name}_monitoring", readiness, exposition)
+        return MonitoringBlueprint(f"{self.name}_monitoring", readiness, exposition)
 
     def _make_metrics(self) -> Metrics | None:
         if not self.config.build(MonitoringSettings).metrics:
@@ -332,10 +332,7 @@ def create_app(config: Config | None = None) -> flask.Flask:
     app = flask.Flask("tuswsgi", static_folder=None)
     tus = Tus(config, name="tus")
     url = "/" + config.build(ServerSettings).url.strip("/")
-    blueprint = tus.blueprint()
     app.register_blueprint(tus.monitoring_blueprint())
-    app.register_blueprint(blueprint, url_prefix=url)
+    app.register_blueprint(tus.blueprint(), url_prefix=url)
     app.extensions["tuswsgi"] = tus
-    # A method: to call an object costs each waiting connection a frame of the C stack more.
-    app.wsgi_app = ShortCut(app, blueprint, url).answer  # type: ignore[method-assign]
     return app

@@ -20,6 +20,7 @@ import gevent.socket
 import tuswsgi
 from tuswsgi.app import create_app
 from tuswsgi.config.loading import Config
+from tuswsgi.serving.dispatch import Dispatcher
 
 OURS = os.path.dirname(tuswsgi.__file__)
 
@@ -56,10 +57,11 @@ def connect(*args: Any, connect: Any = sqlite3.connect, **kwargs: Any) -> sqlite
 
 sqlite3.connect = sqlite3.dbapi2.connect = connect  # type: ignore[attr-defined]
 
-application = create_app(Config.from_environment(os.environ))
+app = create_app(Config.from_environment(os.environ))
+application = Dispatcher(app)
 
 
-@application.get("/work")
+@app.get("/work")
 def work() -> flask.Response:
     """Tell what was counted since the last time."""
     told = flask.jsonify(counts)
@@ -67,7 +69,7 @@ def work() -> flask.Response:
     return told
 
 
-@application.get("/profile")
+@app.get("/profile")
 def profile() -> flask.Response:
     """Count the calls of Python functions from now on, on this connection."""
     sys.setprofile(count_function)
@@ -82,13 +84,13 @@ def count_function(frame: FrameType, event: str, argument: object) -> None:
             counts[f"in {frame.f_code.co_filename.removeprefix(OURS)}"] += 1
 
 
-@application.get("/profile/end")
+@app.get("/profile/end")
 def end_profile() -> flask.Response:
     sys.setprofile(None)
     return work()
 
 
-@application.get("/allocations")
+@app.get("/allocations")
 def allocations() -> flask.Response:
     """Tell the most bytes that were allocated since the last time."""
     peak = 0

@@ -5,10 +5,10 @@ import os
 import gunicorn.http.unreader
 import gunicorn.http.wsgi
 
-from tuswsgi.app import create_app
 from tuswsgi.config.loading import Config
+from tuswsgi.serving import dispatch
 
-application = create_app(Config.from_environment(os.environ))
+application = dispatch.application(Config.from_environment(os.environ))
 
 
 class Response(gunicorn.http.wsgi.Response):

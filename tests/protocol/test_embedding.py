@@ -182,6 +182,52 @@ class TestOwners:
         assert "secret" not in response.text
 
 
+class TestExtendedApplications:
+    """What is added to the application of ``create_app`` is asked about uploads, too."""
+
+    @pytest.fixture
+    def client(self, serve: Callable[..., Client]) -> Client:
+        return serve()
+
+    @pytest.fixture
+    def app(self, client: Client) -> flask.Flask:
+        return client.app
+
+    def test_before_request(self, client: Client, app: flask.Flask) -> None:
+        app.before_request(lambda: flask.abort(403))
+        assert client.post(5).status_code == 403
+
+    def test_after_request(self, client: Client, app: flask.Flask) -> None:
+        @app.after_request
+        def mark(response: flask.Response) -> flask.Response:
+            response.headers["X-Mark"] = "seen"
+            return response
+
+        assert client.post(5).headers["X-Mark"] == "seen"
+
+    def test_signals(self, client: Client, app: flask.Flask) -> None:
+        seen: list[flask.Flask] = []
+        with flask.request_started.connected_to(seen.append, app):
+            client.post(5)
+        assert seen == [app]
+
+    def test_teardown(self, client: Client, app: flask.Flask) -> None:
+        seen: list[str] = []
+        app.teardown_request(lambda error: seen.append("request"))
+        app.teardown_appcontext(lambda error: seen.append("appcontext"))
+        client.post(5)
+        assert seen == ["request", "appcontext"]
+
+    def test_a_rule(self, client: Client, app: flask.Flask) -> None:
+        app.add_url_rule("/files/about", "about", lambda: "about")
+        assert client.get("/files/about").text == "about"
+
+    def test_trusted_hosts(self, client: Client, app: flask.Flask) -> None:
+        app.config["TRUSTED_HOSTS"] = ["example.com"]
+        assert client.post(5).status_code == 400
+        assert client.post(5, Host="example.com").status_code == 201
+
+
 class TestOptions:
     def test_mistakes_are_told_at_once(self, embed: Embed) -> None:
         with pytest.raises(ConfigurationError, match="max_file_size") as error:

@@ -29,7 +29,7 @@ current_request: ContextVar[MutableMapping[str, Any] | None] = ContextVar(
 #: proxies looked through.
 REQUEST_ID = "tuswsgi.request_id"
 UPLOAD_ID = "tuswsgi.upload_id"
-CLIENT = "tuswsgi.commands.client"
+CLIENT = "tuswsgi.client"
 
 # What a client sends goes into logs and headers: nothing that could end a line.
 _SANE_ID = re.compile(r"[!-~]{1,128}")

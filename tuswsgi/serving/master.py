@@ -51,10 +51,10 @@ class Master(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             self.cfg.set(name, value)
 
     def load(self) -> Any:
-        from tuswsgi.app import create_app
+        from tuswsgi.serving.dispatch import application
 
         try:
-            return create_app(self.config)
+            return application(self.config)
         except ConfigurationError as error:
             # The error after which gunicorn gives up instead of trying with new workers.
             raise AppImportError(str(error)) from error

@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
+from inspect import isroutine
 from ssl import SSLError
 from types import ModuleType
 from typing import Any
 
 import gevent
-from flask import Flask
 from gevent.event import Event
 from gevent.pool import Pool
 from gevent.server import StreamServer
@@ -45,7 +45,7 @@ _LAST_CALL = 1.0
 
 
 class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
-    """A gevent worker for the application of ``create_app``."""
+    """A gevent worker for an application that has a ``Tus`` as an extension."""
 
     #: The most bytes of a request's head. The server's settings say it.
     max_head_size = 128 * KiB
@@ -68,8 +68,9 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
-        # As a method: to call an object costs each waiting connection a frame of the C stack.
-        self._application = self.wsgi.__call__ if isinstance(self.wsgi, Flask) else self.wsgi
+        # A call of an object costs each waiting connection one more frame of the C stack than a
+        # call of its method.
+        self._application = self.wsgi if isroutine(self.wsgi) else self.wsgi.__call__
         self._plain = _plain_http(self.cfg)
         missing = missing_internals()
         self._knows_bodies = not missing

@@ -70,7 +70,7 @@ class TusBlueprint(flask.Blueprint):
         settings: WebSettings,
         *,
         owner: OwnerFunction | None = None,
-        before_first: Callable[[], None] = lambda: None,
+        before_first: Callable[[], object] = lambda: None,
         methods: Collection[str] | None = None,
         tells_request_id: bool = False,
     ) -> None:
@@ -109,18 +109,20 @@ class TusBlueprint(flask.Blueprint):
     def _view(self, tus_id: str = "", **values: Any) -> TusResponse:
         # `values` are variables of the embedding application's URL prefix.
         environ = flask.request.environ
-        return TusResponse(self.answer(environ, tus_id), environ)
-
-    def answer(self, environ: dict[str, Any], tus_id: str) -> Answer:
-        """Return the answer to a request for an upload, for the collection if there is no id."""
         token = current_request.set(environ)
         try:
-            return self._logged_answer(environ, tus_id.removesuffix("/"))
+            return TusResponse(self.answer(environ, tus_id), environ)
         finally:
             current_request.reset(token)
 
-    def _logged_answer(self, environ: dict[str, Any], id: str) -> Answer:
+    def answer(self, environ: dict[str, Any], path: str) -> Answer:
+        """Return the answer to a request, which the caller has made the current one.
+
+        :param path: the part of the URL below the collection: an upload's id, maybe with a slash
+            at its end, or nothing for the collection.
+        """
         began = time.monotonic()
+        id = path.removesuffix("/")
         common = self._common_headers(environ)
         is_told = REQUEST_ID in environ
         if len(id) <= _SHOWN and id.isascii() and id.isprintable():
