@@ -26,9 +26,11 @@ from tusclient.exceptions import TusCommunicationError
 from tusclient.request import TusRequest, catch_requests_error
 from tusclient.uploader.uploader import Uploader
 
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.display import printable, without_secrets
 
-_LONGEST_PAUSE = 30.0
+#: Between attempts to reach the server; the command says how long each one is.
+_BACKOFF = Backoff(first=0.5, longest=30.0, jitter=0)
 
 #: The statuses below 500 after which clients of the tus family come back.
 _PASSING = {409, 423, 429}
@@ -243,7 +245,7 @@ class Upload:
                 most = max(most, self._offset)
                 if not _passes(error) or failures > self.retries:
                     raise UploadFailed(_reason(error)) from error
-                pause = min(0.25 * 2**failures, _LONGEST_PAUSE)
+                pause = _BACKOFF.after(failures)
                 self.say(f"{_reason(error)} Trying again in {pause:g} s.")
                 time.sleep(pause)
 

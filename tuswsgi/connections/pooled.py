@@ -20,7 +20,7 @@ from peewee import InterfaceError, OperationalError, PeeweeException
 from tuswsgi.connections.address import Address
 from tuswsgi.connections.pool import Pool, PoolSettings
 from tuswsgi.connections.sql import Database, SqlConnection
-from tuswsgi.core.backoff import jitter
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import StorageFull, TusError, Unavailable
 from tuswsgi.core.process import PerProcess
 
@@ -31,9 +31,8 @@ T = TypeVar("T")
 #: How often a transaction is begun at most that loses against others again and again.
 _ATTEMPTS = 10
 
-#: Seconds before the second attempt, and between the last ones, at most.
-_FIRST_PAUSE = 0.01
-_LONGEST_PAUSE = 0.3
+#: Between attempts of such a transaction.
+_BACKOFF = Backoff(first=0.01, longest=0.3, jitter=1.0)
 
 #: Seconds that a change of tables may take.
 _MIGRATION_TIMEOUT = 600.0
@@ -132,7 +131,7 @@ class PooledConnection(SqlConnection):
         """
         deadline = time.monotonic() + timeout
         left = {Trouble.BROKEN: 1, Trouble.CONFLICT: _ATTEMPTS - 1}
-        pause = _FIRST_PAUSE
+        pauses = iter(_BACKOFF)
         while True:
             try:
                 result = work(database)
@@ -154,8 +153,7 @@ class PooledConnection(SqlConnection):
                 database.close()
                 raise
             if trouble is Trouble.CONFLICT:
-                time.sleep(jitter(0, pause))
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                time.sleep(next(pauses))
 
     def _transact(self, fn: Callable[[Database], T], database: Database) -> T:
         database.execute_sql("BEGIN")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
-from tuswsgi.core.backoff import jitter
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import ConfigurationError, StorageFull, TusError, Unavailable, unusable
 from tuswsgi.core.paths import adopt, make_directory, why_unwritable
 from tuswsgi.core.process import PerProcess, let_others_run, run_in_thread
@@ -37,9 +37,8 @@ _PATIENCE = 10.0
 #: shortest one takes.
 _PROMPT = 10
 
-#: Seconds between two attempts after that, first and longest.
-_FIRST_PAUSE = 0.001
-_LONGEST_PAUSE = 0.02
+#: Between attempts after that.
+_BACKOFF = Backoff(first=0.001, longest=0.02)
 
 #: How many writes share one commit at most.
 _BATCH = 100
@@ -368,20 +367,18 @@ def _deadline() -> float:
 
 def _patiently(action: Callable[[], T], deadline: float) -> T:
     """Run `action` again and again while another process is in its way."""
-    prompt = _PROMPT
-    pause = _FIRST_PAUSE
+    attempts = 0
     while True:
         try:
             return action()
         except OperationalError as error:
             if not _is_busy(error) or time.monotonic() >= deadline:
                 raise
-        if prompt > 0:
-            prompt -= 1
+        attempts += 1
+        if attempts <= _PROMPT:
             let_others_run()
         else:
-            time.sleep(pause * jitter(0.5, 1.0))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            time.sleep(_BACKOFF.after(attempts - _PROMPT))
 
 
 # Python 3.10 knows no error codes of SQLite; its texts have been the same for ever.

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from tuswsgi.core.backoff import jitter
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import (
     ConfigurationError,
     InfoConflict,
@@ -58,6 +58,9 @@ _SCAN = 100
 
 #: Seconds until somebody who waits for another writer of the same record gives up.
 _PATIENCE = 10.0
+
+#: Between attempts to lock a record.
+_BACKOFF = Backoff(first=0.002, longest=0.005)
 
 #: Seconds after which a temporary file is surely nobody's any more.
 _ABANDONED = 3600.0
@@ -386,10 +389,12 @@ def _parse(id: str, text: bytes) -> Kept:
 def _locked(path: Path) -> Iterator[bytes]:
     """Exclude other writers of the record; yields its text."""
     deadline = time.monotonic() + _PATIENCE
+    attempts = 0
     while (fd := _try_lock(path)) is None:
         if time.monotonic() >= deadline:
             raise Unavailable
-        time.sleep(jitter(0.001, 0.005))
+        attempts += 1
+        time.sleep(_BACKOFF.after(attempts))
     with open(fd, "rb") as file:
         yield file.read()
 

@@ -22,7 +22,7 @@ from marshmallow import ValidationError
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.redis import RedisSettings, connect
 from tuswsgi.connections.redis_scripts import Script
-from tuswsgi.core.backoff import jitter
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import InfoConflict, Unavailable, UploadExists, UploadNotFound
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State, check_id
@@ -97,6 +97,9 @@ _UNREADABLE = 60.0
 
 #: Seconds until somebody gives up who always finds a text changed by others.
 _PATIENCE = 10.0
+
+#: Between attempts to replace such a text.
+_BACKOFF = Backoff(first=0.002, longest=0.02, jitter=1.0)
 
 #: Scores by the names of sorted sets, and with them what an upload is found by.
 _Found = dict[str, float]
@@ -276,6 +279,7 @@ class RedisInfoStore(InfoStore):
         :raises UploadNotFound: if there is nothing.
         """
         deadline = time.monotonic() + _PATIENCE
+        pauses = iter(_BACKOFF)
         found = text or self._server.call("GET", self._key_of(id))
         while found:
             kept = _parse(found)
@@ -288,7 +292,7 @@ class RedisInfoStore(InfoStore):
                 return result
             if time.monotonic() >= deadline:
                 raise Unavailable
-            time.sleep(jitter(0.0, 0.002))
+            time.sleep(next(pauses))
         raise UploadNotFound
 
     def _change_if_there(

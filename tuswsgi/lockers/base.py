@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Generic, TypeVar
 
-from tuswsgi.core.backoff import jitter
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import LockLost, TusError, UploadLocked
 from tuswsgi.observing.telemetry import lock_waited, report
 
@@ -100,10 +100,9 @@ class Locker(ABC, Generic[H]):
     :param timeout: how long ``lock`` waits for a holder, in seconds.
     """
 
-    #: Seconds between attempts, first and longest: a holder in mid-body leaves within
-    #: milliseconds, one that runs a hook takes its time.
-    first_pause = 0.002
-    longest_pause = 0.05
+    #: Between attempts: a holder in mid-body leaves within milliseconds, one that runs a hook
+    #: takes its time.
+    backoff = Backoff(first=0.002, longest=0.05)
 
     #: Seconds between two requests to one holder. A request may be lost, and the holder may
     #: be another one than a moment ago.
@@ -157,7 +156,7 @@ class Locker(ABC, Generic[H]):
     def _acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H:
         began = time.monotonic()
         deadline = began + self.timeout
-        pause = self.first_pause
+        attempts = 0
         next_request = 0.0
         while True:
             held = self._try_acquire(id, on_release_request)
@@ -173,8 +172,8 @@ class Locker(ABC, Generic[H]):
                 if lock_waited.receivers:
                     self._report_wait(began, acquired=False)
                 raise UploadLocked
-            time.sleep(min(pause * jitter(0.5, 1.0), deadline - now))
-            pause = min(pause * 2, self.longest_pause)
+            attempts += 1
+            time.sleep(min(self.backoff.after(attempts), deadline - now))
 
     def _report_wait(self, began: float, *, acquired: bool) -> None:
         report(lock_waited, self, seconds=time.monotonic() - began, acquired=acquired)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import Unavailable
 from tuswsgi.core.process import PerProcess
 from tuswsgi.lockers.base import Locker
@@ -84,7 +85,7 @@ class SessionLocker(LeaseLocker, Generic[C]):
     """
 
     # An attempt is a write that most servers of a cluster have to agree on.
-    longest_pause = 0.1
+    backoff = Backoff(first=0.002, longest=0.1)
     request_pause = 0.25
 
     def __init__(

@@ -20,6 +20,7 @@ from tuswsgi.connections.databases import connect
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import Database
 from tuswsgi.connections.tables import prepare_tables
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker, worker_of
 
@@ -66,7 +67,7 @@ class SqlLocker(LeaseLocker):
     """
 
     # Each attempt is a query, and a holder elsewhere looks for requests now and then only.
-    longest_pause = 0.2
+    backoff = Backoff(first=0.002, longest=0.2)
     request_pause = 0.5
 
     def __init__(

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from marshmallow import ValidationError
 
-from tuswsgi.core.backoff import jitter
+from tuswsgi.core.backoff import Backoff, jitter
 from tuswsgi.core.display import printable, without_secrets
 from tuswsgi.core.errors import TusError
 from tuswsgi.core.events import Event, HookType
@@ -32,6 +32,9 @@ from tuswsgi.outbox.events import request_of
 from tuswsgi.outbox.queues import Job, Once, Queues
 
 log = logging.getLogger(__name__)
+
+#: Between attempts to read or write the events, while their store fails.
+_BACKOFF = Backoff(first=0.1, longest=5.0)
 
 #: Between these (seconds) is the pause from one look for events that are due to the next.
 _POLL = (1.0, 2.0)
@@ -112,9 +115,8 @@ class DeliverySettings:
 
     def pause(self, attempts: int) -> float:
         """Return how long to wait after so many failures, in seconds."""
-        # An exponent that a float can hold; the pause is the longest long before that.
-        pause: float = self.delivery_backoff * 2.0 ** min(attempts - 1, 64)
-        return min(pause, self.delivery_max_backoff) * jitter(0.75, 1.25)
+        backoff = Backoff(self.delivery_backoff, self.delivery_max_backoff, jitter=0.25)
+        return backoff.after(attempts)
 
 
 class Delivery:
@@ -226,7 +228,8 @@ class _Dispatcher:
                 if failures == 1:
                     text = "Post-hooks wait, they cannot be delivered now: %s"
                     log.warning(text, _cause(error), exc_info=_surprise(error))
-                self._stopping.wait(min(0.2 * failures, 5.0, self._settings.delivery_lease / 3))
+                pause = _BACKOFF.after(failures)
+                self._stopping.wait(min(pause, self._settings.delivery_lease / 3))
                 continue
             if failures:
                 log.info("Post-hooks can be delivered again")
@@ -364,17 +367,15 @@ class _Dispatcher:
         """Write what became of an event. As long as that fails, its claim is kept: the
         event would be delivered again.
         """
-        pause = 0.1
-        while True:
+        for attempts, pause in enumerate(_BACKOFF, 1):
             try:
                 write(event)
                 return
             except Exception as error:
-                if pause == 0.1:
+                if attempts == 1:
                     log.warning("%s is written off later: %s", _name(event), _cause(error))
                 if self._stopping.wait(pause):
                     return
-                pause = min(pause * 2, 5.0)
 
     def _send(self, once: Once) -> None:
         hook = once.hook
