@@ -192,7 +192,7 @@ def test_serve_is_patched_before_anything_is_imported() -> None:
 def test_the_package_does_not_patch_when_it_is_imported() -> None:
     code = (
         "import socket, sys, tuswsgi, tuswsgi.commands.cli\n"
-        "import tuswsgi.config.registry, tuswsgi.serving.settings\n"
+        "import tuswsgi.config.backends, tuswsgi.serving.settings\n"
         "sys.exit(socket.socket.__module__ != 'socket' or 'gevent' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

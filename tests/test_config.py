@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.config.backends import Backends, DataStoreName
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import DEFAULT, Config, all_options
-from tuswsgi.config.registry import data_store, info_store, locker, prepare
 from tuswsgi.config.server import LogLevel, ServerSettings
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.extensions import Extension
 from tuswsgi.core.options import MiB, Option
 from tuswsgi.datastores.file import FileDataStore
 from tuswsgi.datastores.memory import MemoryDataStore
+from tuswsgi.datastores.settings import DataStoreName, DataStoreSettings
+from tuswsgi.lockers.settings import LockerSettings
 from tuswsgi.protocol.settings import UploadSettings
 
 OPTIONS: dict[str, Option] = {one.key: one for one in all_options()}
@@ -70,11 +71,11 @@ def test_arguments_may_be_python_values() -> None:
     config = Config.load(flags=flags)
     assert config.values(UploadSettings)["max_file_size"] == 5 * MiB
     assert config.build(UploadSettings).tus_extensions == (Extension.CREATION,)
-    backends = config.build(Backends)
-    assert backends.data_dir == Path("/x")
-    assert backends.force_fsync is True
-    assert backends.storage is DataStoreName.MEMORY
-    assert backends.lock_timeout == 1.5
+    settings = config.build(DataStoreSettings)
+    assert settings.data_dir == Path("/x")
+    assert settings.force_fsync is True
+    assert settings.storage is DataStoreName.MEMORY
+    assert config.build(LockerSettings).lock_timeout == 1.5
 
 
 def test_all_problems_at_once(ini: Path) -> None:
@@ -186,11 +187,10 @@ def test_backends_keep_everything_below_the_data_directory(
     tmp_path: Path, info_storage: str
 ) -> None:
     data = tmp_path / "data"
-    config = Config.load(
-        flags={"data_dir": str(data), "info_storage": f"{info_storage}-info-storage"}
-    )
-    prepare(config)
-    assert isinstance(data_store(config), FileDataStore)
+    flags = {"data_dir": str(data), "info_storage": f"{info_storage}-info-storage"}
+    backends = Backends(Config.load(flags=flags))
+    backends.prepare()
+    assert isinstance(backends.data_store(), FileDataStore)
     assert [path.name for path in data.iterdir()] == [".tuswsgi"]
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -203,11 +203,11 @@ def test_memory_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "locker": "memory-locker",
         "lock_timeout": "3s",
     }
-    config = Config.load(flags=names)
-    prepare(config)
-    assert isinstance(data_store(config), MemoryDataStore)
-    assert type(info_store(config)).__name__ == "MemoryInfoStore"
-    assert locker(config).timeout == 3.0
+    backends = Backends(Config.load(flags=names))
+    backends.prepare()
+    assert isinstance(backends.data_store(), MemoryDataStore)
+    assert type(backends.info_store()).__name__ == "MemoryInfoStore"
+    assert backends.locker().timeout == 3.0
     assert list(tmp_path.iterdir()) == []
 
 

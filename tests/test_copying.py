@@ -19,7 +19,7 @@ from private_servers import PrivateRedis
 
 from tuswsgi.commands.cli import main
 from tuswsgi.commands.copy import Copy, StoredUploads
-from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State
@@ -66,7 +66,7 @@ def place(kind: str, directory: Path) -> Iterator[str]:
 
 @contextmanager
 def opened(dsn: str) -> Iterator[InfoStore]:
-    store = registry.info_store_at(dsn, Config.load())
+    store = Backends(Config.load()).info_store_at(dsn)
     store.prepare()
     yield store
     store.close()
@@ -298,7 +298,7 @@ def cut_off(way: tuple[str, str], number: signal.Signals) -> None:
 def test_the_configured_store_is_the_other_one(tmp_path: Path) -> None:
     flags = ["--data-dir", str(tmp_path), "--info-storage", "file-info-storage"]
     config = {"data_dir": tmp_path, "info_storage": "file-info-storage"}
-    store = registry.info_store(Config.load(flags=config))
+    store = Backends(Config.load(flags=config)).info_store()
     store.prepare()
     store.create(info := upload())
     there = f"sqlite:///{tmp_path}/new.sqlite3"

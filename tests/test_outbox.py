@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tuswsgi.commands.cli import main
-from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.events import HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, Metadata, State
@@ -31,7 +31,9 @@ def flags(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
 @pytest.fixture
 def infos(flags: list[str]) -> Iterator[InfoStore]:
     """The info store as a server holds it open."""
-    store = registry.info_store(Config.load(flags={"data_dir": flags[1], "info_storage": flags[3]}))
+    store = Backends(
+        Config.load(flags={"data_dir": flags[1], "info_storage": flags[3]})
+    ).info_store()
     store.prepare()
     yield store
     store.close()

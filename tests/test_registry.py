@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis_service
 
-from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.lockers.file import FileLocker
@@ -39,7 +39,7 @@ def config(directory: Path, **flags: Any) -> Config:
 def test_locks_reach_as_far_as_the_records(
     tmp_path: Path, flags: dict[str, str], kind: type
 ) -> None:
-    made = registry.locker(config(tmp_path, **flags))
+    made = Backends(config(tmp_path, **flags)).locker()
     assert type(made) is kind
     if not isinstance(made, FileLocker):
         # Whoever dies on this host is found out at once.
@@ -58,7 +58,7 @@ def test_locks_reach_as_far_as_the_records(
 )
 def test_redis_needs_an_address(tmp_path: Path, flags: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match=r"redis://.*6379") as caught:
-        registry.prepare(config(tmp_path, **flags))
+        Backends(config(tmp_path, **flags)).prepare()
     assert "secret" not in str(caught.value)
 
 
@@ -74,6 +74,6 @@ def test_locks_of_one_host_for_records_of_many_are_warned_of(
         ({"locker": "file-locker"}, False),
     ):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "tuswsgi.config.registry"):
-            registry.prepare(config(tmp_path, **flags))
+        with caplog.at_level(logging.WARNING, "tuswsgi.config.backends"):
+            Backends(config(tmp_path, **flags)).prepare()
         assert ("only while one host serves them" in caplog.text) is warned

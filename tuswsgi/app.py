@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import flask
 
-from tuswsgi.config import registry, runtime
-from tuswsgi.config.backends import LockerName
+from tuswsgi.config import runtime
+from tuswsgi.config.backends import Backends, limited
 from tuswsgi.config.loading import Config
 from tuswsgi.config.server import ServerSettings
 from tuswsgi.core.errors import ConfigurationError, TusError, Unavailable
@@ -30,6 +30,7 @@ from tuswsgi.hooks.callable import CallableHook, HookFunction
 from tuswsgi.hooks.settings import EnabledHooks, HookSettings
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.settings import LockerName
 from tuswsgi.outbox.delivery import Delivery, DeliverySettings
 from tuswsgi.outbox.manager import HookManager
 from tuswsgi.protocol.readiness import Readiness
@@ -94,11 +95,12 @@ class Tus:
             raise TypeError(f"A config has these already: {', '.join(options)}")
         config = config or Config.load(flags=options)
         self.config = config
-        infos = info_store or registry.info_store(config)
+        backends = Backends(config)
+        infos = info_store or backends.info_store()
         is_own = locker is None
-        locker = locker or registry.locker(config)
-        data = data_store or registry.data_store(config)
-        data = registry.limited(config, data, infos, locker)
+        locker = locker or backends.locker()
+        data = data_store or backends.data_store()
+        data = limited(config, data, infos, locker)
         self.hooks = self._make_hooks(own_hooks, data)
         self.uploads = Uploads(
             data,
@@ -168,7 +170,7 @@ class Tus:
 
     def _make_hooks(self, own: list[Hook], data: DataStore) -> HookManager:
         settings = self.config.build(HookSettings)
-        hooks = [*own, *registry.hooks(self.config)]
+        hooks = [*own, *Backends(self.config).hooks()]
         names = [hook.name for hook in hooks]
         for name in set(names):
             if names.count(name) > 1:

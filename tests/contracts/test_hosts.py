@@ -11,8 +11,8 @@ from consul_stub import ConsulStub
 from private_servers import PrivateEtcd, PrivateRedis
 from test_processes import Child, children
 
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
-from tuswsgi.config.registry import locker as configured
 from tuswsgi.lockers.consul import ConsulLocker
 from tuswsgi.testing.lockers import SOON, Requests, ignore
 
@@ -81,7 +81,8 @@ def host(flags, directory):
     """Return the locker of another host, in this process."""
     # As the stand-in allows.
     ConsulLocker.shortest = 0.0
-    locker = configured(Config.load(flags={**flags, "runtime_dir": str(directory)}))
+    config = Config.load(flags={**flags, "runtime_dir": str(directory)})
+    locker = Backends(config).locker()
     locker.prepare()
     return locker
 

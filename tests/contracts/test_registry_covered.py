@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
 
 import pytest
 
-from tuswsgi.config import backends, registry
+from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
+from tuswsgi.core.options import options_of
+from tuswsgi.datastores.settings import DataStoreName
+from tuswsgi.infostores.settings import InfoStoreName
+from tuswsgi.lockers.settings import LockerName
 
 HERE = Path(__file__).parent
 
-#: The contract suites by the names of backends, and how a backend is made.
+#: The contract suites by the names of backends, with the options that choose these.
 CONTRACTS = {
-    backends.DataStoreName: ("DataStoreContract", "storage", registry.data_store),
-    backends.InfoStoreName: ("InfoStoreContract", "info_storage", registry.info_store),
-    backends.LockerName: ("LockerContract", "locker", registry.locker),
+    DataStoreName: ("DataStoreContract", "storage", Backends.data_store),
+    InfoStoreName: ("InfoStoreContract", "info_storage", Backends.info_store),
+    LockerName: ("LockerContract", "locker", Backends.locker),
 }
 
 #: What a backend needs to be told, besides its name.
 NEEDS = {
-    backends.InfoStoreName.REDIS: {"info_db_dsn": "redis://127.0.0.1"},
-    backends.LockerName.REDIS: {"locker_dsn": "redis://127.0.0.1"},
+    InfoStoreName.REDIS: {"info_db_dsn": "redis://127.0.0.1"},
+    LockerName.REDIS: {"locker_dsn": "redis://127.0.0.1"},
 }
 
 BACKENDS = [name for names in CONTRACTS for name in names]
@@ -45,21 +51,32 @@ def contract_tests() -> dict[str, set[str]]:
     return {name: named(name) for name in classes if name.startswith("Test")}
 
 
-def test_the_registry_has_no_other_names() -> None:
-    names = {
-        value
-        for value in vars(registry).values()
-        if isinstance(value, type) and issubclass(value, Enum) and value is not Enum
-    }
-    assert names == set(CONTRACTS), "a kind of backend without a contract"
+def test_the_registry_has_every_name() -> None:
+    tables = [registry.DATA_STORES, registry.INFO_STORES, registry.LOCKERS]
+    assert [list(table) for table in tables] == [list(names) for names in CONTRACTS]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        *registry.DATA_STORES.values(),
+        *registry.INFO_STORES.values(),
+        *registry.LOCKERS.values(),
+        *registry.TRANSPORTS,
+    ],
+    ids=lambda backend: backend.path,
+)
+def test_the_registry_says_which_backends_have_options(backend: registry.Backend) -> None:
+    kind = backend.load()
+    assert (is_dataclass(kind) and any(options_of(kind))) is backend.has_options
 
 
 @pytest.mark.parametrize("name", BACKENDS, ids=lambda name: name.value)
 def test_a_backend_is_held_to_its_contract(name: Enum, tmp_path: Path) -> None:
     contract, option, make = CONTRACTS[type(name)]
     flags = {option: name.value, "data_dir": str(tmp_path), **NEEDS.get(name, {})}
-    config = Config.load(flags=flags)
-    backend = type(make(config)).__name__
+    backends = Backends(Config.load(flags=flags))
+    backend = type(make(backends)).__name__
     assert any({backend, contract} <= names for names in contract_tests().values()), (
         f"{name.value} is made by {backend}: tests/contracts needs a {contract} of it"
     )

@@ -18,7 +18,7 @@ import services
 from line import Line
 
 from hooks.broker import CHANNEL_CLOSE, CHANNEL_OPEN, HEARTBEAT, Inspector, wait_until
-from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.errors import ConfigurationError, HookFailed
 from tuswsgi.core.events import HookType, RequestInfo
@@ -199,7 +199,7 @@ RUSTUS = {
 @pytest.mark.parametrize("prefix", ["RUSTUS", "TUSWSGI"])
 def test_variables_are_those_of_rustus(prefix: str) -> None:
     environ = {f"{prefix}_HOOKS_AMQP_{name}": value for name, value in RUSTUS.items()}
-    (amqp,) = registry.hooks(Config.load(environ=environ))
+    (amqp,) = Backends(Config.load(environ=environ)).hooks()
     assert isinstance(amqp, AmqpHook)
     for name, value in RUSTUS.items():
         assert str(getattr(amqp, name.lower())).lower() in (value.lower(), f"{value}.0")
@@ -207,7 +207,7 @@ def test_variables_are_those_of_rustus(prefix: str) -> None:
 
 
 def test_without_a_url_there_is_no_broker() -> None:
-    assert not registry.hooks(Config.load(environ={"RUSTUS_HOOKS_AMQP_CELERY": "true"}))
+    assert not Backends(Config.load(environ={"RUSTUS_HOOKS_AMQP_CELERY": "true"})).hooks()
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from pathlib import Path
 
 import pytest
 
 from protocol.client import MIME, Breaking, Client, assert_refused, path_of
 from protocol.conftest import on_memory
+from tuswsgi.config.backends import Backends
 from tuswsgi.transfer.checksum import ALGORITHMS
 
 
@@ -20,15 +20,9 @@ def checksum(algorithm: str, data: bytes) -> str:
 
 def assert_nothing_left(client: Client) -> None:
     """Check that there is no file of bytes that do not count."""
-    directory = Path(client.tus.config.values(type_of_data_dir())["data_dir"])
+    directory = Backends(client.tus.config).data_dir
     left = [path.name for path in directory.rglob(".*.unverified")]
     assert left == []
-
-
-def type_of_data_dir() -> type:
-    from tuswsgi.config.backends import Backends
-
-    return Backends
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

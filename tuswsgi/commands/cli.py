@@ -233,12 +233,12 @@ def upgrade(load: Callable[[], Config]) -> None:
 def _databases(load: Callable[[], Config]) -> Iterator[Sequence[SqlConnection]]:
     with failing(exit_code=2):
         configuration = load()
-    from tuswsgi.config import registry
+    from tuswsgi.config.backends import Backends
     from tuswsgi.core.errors import Unavailable
 
     try:
         with failing(exit_code=1):
-            databases = registry.databases(configuration)
+            databases = Backends(configuration).databases()
             if not databases:
                 raise click.ClickException("No SQL database is configured.")
             yield databases

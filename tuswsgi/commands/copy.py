@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from tuswsgi.config import registry
-from tuswsgi.config.backends import Backends, InfoStoreName
+from tuswsgi.config.backends import Backends, directory_of
 from tuswsgi.config.loading import Config
 from tuswsgi.config.server import ServerSettings
 from tuswsgi.core.errors import ConfigurationError, InfoConflict, UploadExists, UploadNotFound
@@ -27,6 +26,7 @@ from tuswsgi.core.info import FileInfo
 from tuswsgi.infostores.base import InfoStore, prepared
 from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.infostores.rustus import NotConvertible, RustusFiles, RustusRecords, RustusRedis
+from tuswsgi.infostores.settings import InfoStoreName
 
 #: What the DSN of a rustus' records begins with.
 _RUSTUS = "rustus+"
@@ -315,8 +315,8 @@ def opened(
 def _rustus(dsn: str, config: Config, without_files: bool) -> RustusRecords:
     is_file = dsn.startswith("file:")
     return RustusRecords(
-        RustusFiles(registry.directory_of(dsn)) if is_file else RustusRedis(dsn),
-        config.build(Backends).data_dir,
+        RustusFiles(directory_of(dsn)) if is_file else RustusRedis(dsn),
+        Backends(config).data_dir,
         config.build(ServerSettings).url,
         without_files=without_files,
     )
@@ -324,10 +324,11 @@ def _rustus(dsn: str, config: Config, without_files: bool) -> RustusRecords:
 
 def _store(dsn: str | None, config: Config) -> AbstractContextManager[InfoStore]:
     if dsn is not None:
-        return prepared(registry.info_store_at(dsn, config))
-    if config.build(Backends).info_storage is InfoStoreName.MEMORY:
+        return prepared(Backends(config).info_store_at(dsn))
+    backends = Backends(config)
+    if backends.info_store_name is InfoStoreName.MEMORY:
         raise ConfigurationError("The configured records are in the memory of a server.")
-    return prepared(registry.info_store(config))
+    return prepared(backends.info_store())
 
 
 def _check_there(dsn: str | None) -> None:

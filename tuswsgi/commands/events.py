@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from tuswsgi.config import registry
-from tuswsgi.config.backends import Backends, InfoStoreName
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.display import printable
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.events import Event
 from tuswsgi.infostores.base import InfoStore, prepared
+from tuswsgi.infostores.settings import InfoStoreName
 
 #: More than anybody looks through. A listing holds all of them in memory.
 _MANY = 100_000
@@ -31,9 +31,10 @@ def opened(config: Config) -> AbstractContextManager[InfoStore]:
 
     :raises ConfigurationError: if it cannot be used, or only by the server itself.
     """
-    if config.build(Backends).info_storage is InfoStoreName.MEMORY:
+    backends = Backends(config)
+    if backends.info_store_name is InfoStoreName.MEMORY:
         raise ConfigurationError("The events are in the server's memory: nobody else sees them.")
-    return prepared(registry.info_store(config))
+    return prepared(backends.info_store())
 
 
 def pending(infos: InfoStore) -> Sequence[Event]:

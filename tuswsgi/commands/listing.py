@@ -80,7 +80,7 @@ def opened(config: Config) -> Iterator[Uploads]:
 
     :raises ConfigurationError: if they cannot be used, or only by the server itself.
     """
-    if config.build(Backends).in_memory:
+    if Backends(config).in_memory:
         raise ConfigurationError("A part of it is in the server's memory: nobody else sees it.")
     tus = Tus(runtime.as_servers_have_it(config))
     try:

@@ -1,159 +1,258 @@
-"""The settings that choose the backends, and where on this host these keep what is theirs.
+"""The backends that a configuration chooses, and what follows from several of its options.
 
-This file owns the names and what follows from them; how a backend is made of its settings is
-``registry``'s.
+The options stand beside the code that they set, and the names in ``registry``. This file makes
+backends of them. It knows nothing of how one works.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tuswsgi.connections.databases import is_server
-from tuswsgi.core.options import Duration, option
+from tuswsgi.config.loading import Config
+from tuswsgi.config.registry import DATA_STORES, INFO_STORES, LOCKERS, TRANSPORTS
+from tuswsgi.connections.databases import connect, is_server
+from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.connections.redis import RedisSettings
+from tuswsgi.core.errors import ConfigurationError, TusError
+from tuswsgi.core.options import MAIN
+from tuswsgi.datastores.base import DataStore
+from tuswsgi.datastores.settings import DataStoreName, DataStoreSettings
+from tuswsgi.hooks.base import Hook
+from tuswsgi.hooks.payloads import payload_format
+from tuswsgi.hooks.settings import EnabledHooks, HookSettings
+from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.settings import InfoStoreName, InfoStoreSettings
+from tuswsgi.lockers.base import Locker
+from tuswsgi.lockers.settings import LockerName, LockerSettings
 
+if TYPE_CHECKING:
+    from tuswsgi.connections.sql import SqlConnection
 
-class DataStoreName(str, Enum):
-    """Where the bytes of uploads can be kept."""
+log = logging.getLogger(__name__)
 
-    FILE = "file-storage"
-    MEMORY = "memory-storage"
-
-
-class InfoStoreName(str, Enum):
-    """Where the records of uploads can be kept."""
-
-    SQL = "db-info-storage"
-    REDIS = "redis-info-storage"
-    FILE = "file-info-storage"
-    MEMORY = "memory-info-storage"
-
-
-class LockerName(str, Enum):
-    """What can keep two requests from writing one upload."""
-
-    FILE = "file-locker"
-    MEMORY = "memory-locker"
-    REDIS = "redis-locker"
-    SQL = "db-locker"
-    ETCD = "etcd-locker"
-    CONSUL = "consul-locker"
+#: The lockers that exclude the processes of one host only.
+_LOCAL = (LockerName.FILE, LockerName.MEMORY)
 
 
-@dataclass(frozen=True)
 class Backends:
-    """Which backends keep uploads, and where on this host."""
+    """The backends of a configuration. Each method makes a new one and opens nothing."""
 
-    storage: DataStoreName = option(
-        DataStoreName.FILE,
-        "Where the bytes of uploads are kept. In memory they are lost with the process.",
-        rustus="STORAGE",
-        short="s",
-    )
-    info_storage: InfoStoreName = option(
-        InfoStoreName.SQL,
-        "Where the records of uploads are kept. Without `info_db_dsn` the database is a "
-        "SQLite file below the data directory. What Redis acknowledged survives its death only "
-        "with `appendonly yes` (that of its machine: `appendfsync always`), and it keeps what it "
-        "has only with `maxmemory-policy noeviction`.",
-        rustus="INFO_STORAGE",
-        short="i",
-    )
-    info_db_dsn: str | None = option(
-        None,
-        "The database of the info store: `sqlite:////absolute/path`, `sqlite:///relative/path`, "
-        "`postgres://user:password@host/database` or `mysql://user:password@host/database`; "
-        "special characters are percent-encoded, and what stands behind a `?` is for the driver, "
-        "e.g. `sslmode=require`. Missing tables are created and older ones upgraded at the start. "
-        "Unset: a SQLite file beside the data. Of `redis-info-storage`: "
-        "`redis://[user:password@]host[:6379][/0]`, `rediss://...`, `unix:///path` or "
-        "`redis+sentinel://host:26379,host2:26379/service/0`.",
-        rustus="INFO_DB_DSN",
-        secret=True,
-    )
-    locker: LockerName | None = option(
-        None,
-        "What keeps two requests from writing one upload: `file-locker` works between all "
-        "workers of one host, `memory-locker` within one worker, and the others between all "
-        "hosts that share a server. Unset: that of the server that has the records, else "
-        "`file-locker`.",
-    )
-    locker_dsn: str | None = option(
-        None,
-        "The server of the locker. `redis-locker`: as in `info_db_dsn` (unset: that one). "
-        "`db-locker`: a database as for `info_db_dsn` (unset: that "
-        "one). `etcd-locker`: `http://host:2379` or `https://user:password@host:2379`, several "
-        "addresses separated by commas (unset: this host). `consul-locker`: "
-        "`http://:token@host:8500`, likewise.",
-        secret=True,
-    )
-    lock_lease: float = option(
-        10.0,
-        "After how long a lock on a server is free when its host died. etcd takes a quarter "
-        "more, and Consul takes at least 10 s and up to two and a half times that.",
-        kind=Duration,
-    )
-    data_dir: Path = option(
-        Path("./data"),
-        "The directory of uploads. What the server needs besides is in `.tuswsgi` below it.",
-        rustus="DATA_DIR",
-    )
-    runtime_dir: Path | None = option(
-        None,
-        "The directory for the locks and sockets of this host, on a disk of its own. Unset: "
-        "`.tuswsgi` below the data directory.",
-    )
-    force_fsync: bool = option(
-        False,
-        "Acknowledge bytes only when they would survive a power loss.",
-        rustus="FORCE_FSYNC",
-    )
-    lock_timeout: float = option(
-        20.0,
-        "How long a request waits for another one to let go of its upload (423 after that).",
-        kind=Duration,
-    )
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._data = config.build(DataStoreSettings)
+        self._infos = config.build(InfoStoreSettings)
+        self._locks = config.build(LockerSettings)
+
+    @property
+    def data_dir(self) -> Path:
+        """The directory of uploads."""
+        return self._data.data_dir
 
     @property
     def own_dir(self) -> Path:
-        """The directory for everything of the server's that is no upload."""
+        """The directory of everything that the server keeps besides uploads."""
         return self.data_dir / ".tuswsgi"
+
+    @property
+    def runtime_dir(self) -> Path:
+        """The directory of this host's locks and sockets."""
+        return self._locks.runtime_dir or self.own_dir
 
     @property
     def lock_dir(self) -> Path:
         """The directory of this host's locks."""
-        return (self.runtime_dir or self.own_dir) / "locks"
+        return self.runtime_dir / "locks"
 
     @property
     def metrics_dir(self) -> Path:
-        """The directory where this host's servers count for their metrics."""
-        return (self.runtime_dir or self.own_dir) / "metrics"
+        """The directory in which this host's workers sum up their metrics."""
+        return self.runtime_dir / "metrics"
 
     @property
-    def database(self) -> str:
-        """The DSN of the info store's database, if it is one."""
-        return self.info_db_dsn or f"sqlite:///{self.own_dir.absolute()}/info.sqlite3"
+    def info_store_name(self) -> InfoStoreName:
+        """The configured info store."""
+        return self._infos.info_storage
+
+    @property
+    def locker_name(self) -> LockerName:
+        """The configured locker, by default one that reaches as far as the records do."""
+        if self._locks.locker is not None:
+            return self._locks.locker
+        if not self.is_shared:
+            return LockerName.FILE
+        return LockerName.SQL if self.info_store_name is InfoStoreName.SQL else LockerName.REDIS
 
     @property
     def is_shared(self) -> bool:
         """Whether the records are on a server, which other hosts may use too."""
-        if self.info_storage is InfoStoreName.SQL:
-            return is_server(self.database)
-        return self.info_storage is InfoStoreName.REDIS
-
-    @property
-    def chosen_locker(self) -> LockerName:
-        """The locker, by default one that reaches as far as the records do."""
-        if self.locker is not None or not self.is_shared:
-            return self.locker or LockerName.FILE
-        return LockerName.SQL if self.info_storage is InfoStoreName.SQL else LockerName.REDIS
+        if self.info_store_name is InfoStoreName.SQL:
+            return is_server(self._database)
+        return self.info_store_name is InfoStoreName.REDIS
 
     @property
     def in_memory(self) -> bool:
-        """Whether a part of the state is one process' own, so that there must be only one."""
+        """Whether some state lives in the memory of a process, so that there can be only one."""
         return (
-            self.storage is DataStoreName.MEMORY
-            or self.info_storage is InfoStoreName.MEMORY
-            or self.locker is LockerName.MEMORY
+            self._data.storage is DataStoreName.MEMORY
+            or self.info_store_name is InfoStoreName.MEMORY
+            or self.locker_name is LockerName.MEMORY
         )
+
+    def data_store(self) -> DataStore:
+        """Return the data store."""
+        store: DataStore = self._config.make(DATA_STORES[self._data.storage].load())
+        return store
+
+    def info_store(self) -> InfoStore:
+        """Return the info store.
+
+        :raises ConfigurationError: if its address is missing or wrong.
+        """
+        if self.info_store_name is InfoStoreName.SQL:
+            return self._info_store(InfoStoreName.SQL, info_db_dsn=self._database)
+        if self.info_store_name is InfoStoreName.REDIS:
+            dsn = _redis(self._infos.info_db_dsn, "info_db_dsn")
+            return self._info_store(InfoStoreName.REDIS, info_db_dsn=dsn)
+        return self._info_store(self.info_store_name)
+
+    def info_store_at(self, dsn: str) -> InfoStore:
+        """Return an info store that may be another one than the configured.
+
+        :param dsn: ``file:///directory``, or as ``info_db_dsn`` takes it.
+        :raises ConfigurationError: if there is no such kind of store.
+        """
+        scheme = dsn.partition(":")[0]
+        if scheme == "file":
+            return self._info_store(InfoStoreName.FILE, info_dir=directory_of(dsn))
+        if scheme == "unix" or scheme.startswith("redis"):
+            return self._info_store(InfoStoreName.REDIS, info_db_dsn=dsn)
+        return self._info_store(InfoStoreName.SQL, info_db_dsn=dsn)
+
+    def _info_store(self, name: InfoStoreName, **values: Any) -> InfoStore:
+        values = {"info_dir": self._config["info_dir"] or self.own_dir / "info", **values}
+        store: InfoStore = self._config.make(INFO_STORES[name].load(), **self._shared, **values)
+        return store
+
+    def locker(self) -> Locker[Any]:
+        """Return the locker; one on a server holds the locks of this host, too.
+
+        :raises ConfigurationError: if its address is missing or wrong.
+        """
+        name = self.locker_name
+        if name in _LOCAL:
+            return self._locker(name)
+        dsn = self._locks.locker_dsn
+        if name is LockerName.REDIS:
+            dsn = _redis(dsn or self._infos.info_db_dsn, "locker_dsn")
+        elif name is LockerName.SQL:
+            dsn = dsn or self._database
+        values = {} if dsn is None else {"dsn": dsn}
+        return self._locker(name, beside=self._locker(LockerName.FILE), **values)
+
+    def _locker(self, name: LockerName, **values: Any) -> Locker[Any]:
+        locker: Locker[Any] = self._config.make(
+            LOCKERS[name].load(),
+            directory=self.lock_dir,
+            timeout=self._locks.lock_timeout,
+            lease=self._locks.lock_lease,
+            **self._shared,
+            **values,
+        )
+        return locker
+
+    @property
+    def _database(self) -> str:
+        return self._infos.info_db_dsn or f"sqlite:///{self.own_dir.absolute()}/info.sqlite3"
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """What every backend on a server may be given."""
+        return {
+            "pool": self._config.build(PoolSettings),
+            "settings": self._config.build(RedisSettings),
+        }
+
+    def databases(self) -> Sequence[SqlConnection]:
+        """Return the SQL databases that the backends use."""
+        dsns = []
+        if self.info_store_name is InfoStoreName.SQL:
+            dsns.append(self._database)
+        if self.locker_name is LockerName.SQL:
+            dsns.append(self._locks.locker_dsn or self._database)
+        pool = self._config.build(PoolSettings)
+        durable = self._data.force_fsync
+        return [connect(dsn, durable=durable, pool=pool) for dsn in dict.fromkeys(dsns)]
+
+    def hooks(self) -> list[Hook]:
+        """Return the transports of hooks that are switched on, in the order of the registry."""
+        types = frozenset(self._config.build(EnabledHooks).hooks)
+        format = payload_format(self._config.build(HookSettings).format)
+        hooks: list[Hook] = []
+        for transport in TRANSPORTS:
+            kind = transport.load()
+            options = self._config.values(kind)
+            if any(options[switch] for switch in transport.switches):
+                hook: Hook = kind(format=format, **options)
+                hook.types = types
+                hooks.append(hook)
+        return hooks
+
+    def prepare(self) -> None:
+        """Make the backends ready for use, as the workers will, and close them.
+
+        One that cannot be reached is logged: it may come back, and the workers wait for it.
+
+        :raises ConfigurationError: if one of them cannot be used as it is configured.
+        """
+        backends: list[DataStore | InfoStore | Locker[Any] | Hook]
+        backends = [self.data_store(), self.info_store(), self.locker(), *self.hooks()]
+        for backend in backends:
+            try:
+                backend.prepare()
+            except TusError as error:
+                name = type(backend).__name__
+                why = error.__cause__ or "see above"
+                log.error(
+                    "The %s cannot be used yet (%s): no uploads are taken until it can", name, why
+                )
+            finally:
+                backend.close()
+        if self.is_shared and self.locker_name in _LOCAL:
+            log.warning(
+                "The records are on a server and the locks are not (`locker = %s`): uploads are "
+                "safe only while one host serves them",
+                self.locker_name.value,
+            )
+
+
+def limited(config: Config, store: DataStore, infos: InfoStore, locker: Locker[Any]) -> DataStore:
+    """Return a data store with the configured limit in front, itself if there is none."""
+    from tuswsgi.datastores.limited import LimitedDataStore
+
+    values = config.values(LimitedDataStore)
+    if values["max_total_size"] is None:
+        return store
+    return LimitedDataStore(store, infos, locker, **values)
+
+
+def directory_of(dsn: str) -> Path:
+    """Return the directory that is written as ``file:///directory``.
+
+    :raises ConfigurationError: if it is written in another way.
+    """
+    path = Path(dsn.removeprefix("file://"))
+    if not path.is_absolute():
+        raise ConfigurationError("The directory of records is not written as file:///directory.")
+    return path
+
+
+def _redis(dsn: str | None, option: str) -> str:
+    if dsn is None:
+        raise ConfigurationError(
+            f"[{MAIN}] {option}: Redis is to be used, and its address is missing, "
+            "e.g. redis://127.0.0.1:6379."
+        )
+    return dsn

@@ -1,22 +1,22 @@
-"""Everything that has options, in the order of the reference.
+"""All groups of options, in the order of the reference.
 
-The classes are imported when somebody asks, so that ``--help`` of one command does not load all.
+The classes are imported by the function, so that ``tuswsgi --help`` does not import them.
 """
 
 from __future__ import annotations
 
 
 def option_groups() -> list[type]:
-    """Return every class that has options, in the order of the reference."""
-    from tuswsgi.config.backends import Backends
+    """Return every class that declares options, in the order of the reference."""
+    from tuswsgi.config.registry import DATA_STORES, INFO_STORES, LOCKERS, TRANSPORTS, with_options
     from tuswsgi.config.server import ServerSettings
     from tuswsgi.connections.pool import PoolSettings
     from tuswsgi.connections.redis import RedisSettings
-    from tuswsgi.datastores.file import FileDataStore
     from tuswsgi.datastores.limited import LimitedDataStore
+    from tuswsgi.datastores.settings import DataStoreSettings
     from tuswsgi.hooks.settings import EnabledHooks, HookSettings
-    from tuswsgi.infostores.file import FileInfoStore
-    from tuswsgi.infostores.redis import RedisInfoStore
+    from tuswsgi.infostores.settings import InfoStoreSettings
+    from tuswsgi.lockers.settings import LockerSettings
     from tuswsgi.observing.sentry import SentrySettings
     from tuswsgi.outbox.delivery import DeliverySettings
     from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
@@ -24,35 +24,22 @@ def option_groups() -> list[type]:
 
     return [
         ServerSettings,
-        Backends,
-        FileDataStore,
-        LimitedDataStore,
-        FileInfoStore,
-        RedisInfoStore,
+        DataStoreSettings,
+        *with_options(DATA_STORES.values()),
+        InfoStoreSettings,
+        *with_options(INFO_STORES.values()),
+        LockerSettings,
+        *with_options(LOCKERS.values()),
         PoolSettings,
         RedisSettings,
         UploadSettings,
+        LimitedDataStore,
         WebSettings,
         MonitoringSettings,
         EnabledHooks,
         HookSettings,
-        *(transport for transport, _ in transports()),
+        *with_options(TRANSPORTS),
         DeliverySettings,
         CleanUpSettings,
         SentrySettings,
-    ]
-
-
-def transports() -> list[tuple[type, tuple[str, ...]]]:
-    """Return the transports of hooks in their order, with the options that switch them on."""
-    from tuswsgi.hooks.amqp import AmqpHook
-    from tuswsgi.hooks.file import FileHook
-    from tuswsgi.hooks.grpc import GrpcHook
-    from tuswsgi.hooks.http import HttpHook
-
-    return [
-        (FileHook, ("file", "dir")),
-        (HttpHook, ("urls",)),
-        (GrpcHook, ("endpoint",)),
-        (AmqpHook, ("url",)),
     ]

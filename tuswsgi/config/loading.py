@@ -11,7 +11,8 @@ from __future__ import annotations
 import configparser
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -94,6 +95,21 @@ class Config:
     def build(self, group: type[G]) -> G:
         """Return an instance of `group` with its configured values."""
         return group(**self.values(group))
+
+    def make(self, kind: type[G], **values: Any) -> G:
+        """Return an instance of a class that takes options without declaring them.
+
+        Its constructor gets what it names: of `values`, of the options that the class declares
+        itself, and of those in the section ``tuswsgi``, in this order of precedence.
+        """
+        own = self.values(kind) if is_dataclass(kind) else {}
+        known = {**self._values, **own, **values}
+        names = signature(kind).parameters
+        return kind(**{name: known[name] for name in names if name in known})
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of an option by its ``key``."""
+        return self._values[key]
 
     def value(self, option: Option) -> Any:
         """Return the value of one option."""

@@ -1,243 +1,80 @@
-"""The backends by the names that the configuration gives them.
+"""The backends and the transports of hooks: the name of each one, and where its class is.
 
-This file owns which backends there are and how they are made of the configuration. It knows
-nothing of how a backend works. Backends are imported where they are made, so that only those in
-use need their libraries.
+A class is imported when it is chosen, so that a server needs only the libraries that it uses.
+To add a backend, add its name to the ``settings`` of its package and a line here.
 """
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-from tuswsgi.config.backends import Backends, DataStoreName, InfoStoreName, LockerName
-from tuswsgi.config.groups import transports
-from tuswsgi.config.loading import Config
-from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.redis import RedisSettings
-from tuswsgi.core.errors import ConfigurationError, TusError
-from tuswsgi.core.options import MAIN
-from tuswsgi.datastores.base import DataStore
-from tuswsgi.hooks.base import Hook
-from tuswsgi.infostores.base import InfoStore
-from tuswsgi.lockers.base import Locker
-
-if TYPE_CHECKING:
-    from tuswsgi.connections.sql import SqlConnection
-
-log = logging.getLogger(__name__)
+from tuswsgi.datastores.settings import DataStoreName
+from tuswsgi.infostores.settings import InfoStoreName
+from tuswsgi.lockers.settings import LockerName
 
 
-def data_store(config: Config) -> DataStore:
-    """Return the configured data store; nothing is opened yet."""
-    backends = config.build(Backends)
-    if backends.storage is DataStoreName.MEMORY:
-        from tuswsgi.datastores.memory import MemoryDataStore
+@dataclass(frozen=True)
+class Backend:
+    """Where the class of a backend is.
 
-        return MemoryDataStore()
-    from tuswsgi.datastores.file import FileDataStore
-
-    return FileDataStore(
-        data_dir=backends.data_dir,
-        force_fsync=backends.force_fsync,
-        **config.values(FileDataStore),
-    )
-
-
-def limited(config: Config, store: DataStore, infos: InfoStore, locker: Locker[Any]) -> DataStore:
-    """Return a data store with the configured limit in front, itself if there is none."""
-    from tuswsgi.datastores.limited import LimitedDataStore
-
-    values = config.values(LimitedDataStore)
-    if values["max_total_size"] is None:
-        return store
-    return LimitedDataStore(store, infos, locker, **values)
-
-
-def info_store(config: Config) -> InfoStore:
-    """Return the configured info store; nothing is opened yet."""
-    backends = config.build(Backends)
-    if backends.info_storage is InfoStoreName.MEMORY:
-        from tuswsgi.infostores.memory import MemoryInfoStore
-
-        return MemoryInfoStore()
-    if backends.info_storage is InfoStoreName.FILE:
-        from tuswsgi.infostores.file import FileInfoStore
-
-        directory = config.values(FileInfoStore)["info_dir"] or backends.own_dir / "info"
-        return _file_info_store(directory, config)
-    if backends.info_storage is InfoStoreName.REDIS:
-        return _redis_info_store(_named(backends.info_db_dsn, "info_db_dsn"), config)
-    return _sql_info_store(backends.database, config)
-
-
-def info_store_at(dsn: str, config: Config) -> InfoStore:
-    """Return the info store of a DSN; nothing is opened yet.
-
-    :param dsn: ``file:///directory``, or as ``info_db_dsn`` takes it.
-    :raises ConfigurationError: if there is no such kind of store.
+    :param path: the module and the class.
+    :param has_options: whether the class declares options of its own. ``--help`` imports it
+        then, so its module must not import libraries that are slow or optional.
     """
-    scheme = dsn.partition(":")[0]
-    if scheme == "file":
-        return _file_info_store(directory_of(dsn), config)
-    if scheme == "unix" or scheme.startswith("redis"):
-        return _redis_info_store(dsn, config)
-    return _sql_info_store(dsn, config)
+
+    path: str
+    has_options: bool = False
+
+    def load(self) -> Any:
+        """Import the class and return it."""
+        module, _, name = self.path.rpartition(".")
+        return getattr(import_module(module), name)
 
 
-def directory_of(dsn: str) -> Path:
-    """Return the directory that is written as ``file:///directory``.
+@dataclass(frozen=True)
+class Transport(Backend):
+    """Where the class of a transport of hooks is.
 
-    :raises ConfigurationError: if it is written in another way.
+    :param switches: the options that switch it on, each by itself.
     """
-    path = Path(dsn.removeprefix("file://"))
-    if not path.is_absolute():
-        raise ConfigurationError("The directory of records is not written as file:///directory.")
-    return path
+
+    has_options: bool = True
+    switches: tuple[str, ...] = ()
 
 
-def _file_info_store(directory: Path, config: Config) -> InfoStore:
-    from tuswsgi.infostores.file import FileInfoStore
+DATA_STORES: Mapping[DataStoreName, Backend] = {
+    DataStoreName.FILE: Backend("tuswsgi.datastores.file.FileDataStore", has_options=True),
+    DataStoreName.MEMORY: Backend("tuswsgi.datastores.memory.MemoryDataStore"),
+}
 
-    values = {**config.values(FileInfoStore), "info_dir": directory}
-    return FileInfoStore(**values, force_fsync=config.build(Backends).force_fsync)
+INFO_STORES: Mapping[InfoStoreName, Backend] = {
+    InfoStoreName.SQL: Backend("tuswsgi.infostores.sql.SqlInfoStore"),
+    InfoStoreName.REDIS: Backend("tuswsgi.infostores.redis.RedisInfoStore", has_options=True),
+    InfoStoreName.FILE: Backend("tuswsgi.infostores.file.FileInfoStore", has_options=True),
+    InfoStoreName.MEMORY: Backend("tuswsgi.infostores.memory.MemoryInfoStore"),
+}
 
+LOCKERS: Mapping[LockerName, Backend] = {
+    LockerName.FILE: Backend("tuswsgi.lockers.file.FileLocker"),
+    LockerName.MEMORY: Backend("tuswsgi.lockers.memory.MemoryLocker"),
+    LockerName.REDIS: Backend("tuswsgi.lockers.redis.RedisLocker"),
+    LockerName.SQL: Backend("tuswsgi.lockers.sql.SqlLocker"),
+    LockerName.ETCD: Backend("tuswsgi.lockers.etcd.EtcdLocker"),
+    LockerName.CONSUL: Backend("tuswsgi.lockers.consul.ConsulLocker"),
+}
 
-def _redis_info_store(dsn: str, config: Config) -> InfoStore:
-    from tuswsgi.infostores.redis import RedisInfoStore
-
-    return RedisInfoStore(
-        dsn,
-        **config.values(RedisInfoStore),
-        pool=config.build(PoolSettings),
-        settings=config.build(RedisSettings),
-    )
-
-
-def _sql_info_store(dsn: str, config: Config) -> InfoStore:
-    from tuswsgi.infostores.sql import SqlInfoStore
-
-    force_fsync = config.build(Backends).force_fsync
-    return SqlInfoStore(dsn, force_fsync=force_fsync, pool=config.build(PoolSettings))
-
-
-def locker(config: Config) -> Locker[Any]:
-    """Return the configured locker; nothing is opened yet."""
-    backends = config.build(Backends)
-    if backends.locker is LockerName.MEMORY:
-        from tuswsgi.lockers.memory import MemoryLocker
-
-        return MemoryLocker(timeout=backends.lock_timeout)
-    from tuswsgi.lockers.file import FileLocker
-
-    of_host = FileLocker(directory=backends.lock_dir, timeout=backends.lock_timeout)
-    if backends.chosen_locker is LockerName.FILE:
-        return of_host
-    return _lease_locker(config, backends, of_host)
+#: Blocking hooks are sent in this order.
+TRANSPORTS = (
+    Transport("tuswsgi.hooks.file.FileHook", switches=("file", "dir")),
+    Transport("tuswsgi.hooks.http.HttpHook", switches=("urls",)),
+    Transport("tuswsgi.hooks.grpc.GrpcHook", switches=("endpoint",)),
+    Transport("tuswsgi.hooks.amqp.AmqpHook", switches=("url",)),
+)
 
 
-def _lease_locker(config: Config, backends: Backends, beside: Locker[Any]) -> Locker[Any]:
-    """Return a locker on a server, with the locks of this host beside."""
-    common: dict[str, Any] = {
-        "timeout": backends.lock_timeout,
-        "lease": backends.lock_lease,
-        "beside": beside,
-        "pool": config.build(PoolSettings),
-    }
-    if backends.chosen_locker is LockerName.REDIS:
-        from tuswsgi.lockers.redis import RedisLocker
-
-        settings = config.build(RedisSettings)
-        dsn = _named(backends.locker_dsn or backends.info_db_dsn, "locker_dsn")
-        return RedisLocker(dsn, **common, settings=settings)
-    if backends.chosen_locker is LockerName.SQL:
-        from tuswsgi.lockers.sql import SqlLocker
-
-        # As the info store has it, to share its connections.
-        dsn = backends.locker_dsn or backends.database
-        return SqlLocker(dsn, **common, durable=backends.force_fsync)
-    if backends.locker is LockerName.CONSUL:
-        from tuswsgi.lockers.consul import ConsulLocker
-
-        return ConsulLocker(**_given(dsn=backends.locker_dsn), **common)
-    from tuswsgi.lockers.etcd import EtcdLocker
-
-    return EtcdLocker(**_given(dsn=backends.locker_dsn), **common)
-
-
-def databases(config: Config) -> list[SqlConnection]:
-    """Return the SQL databases that the configured backends use; nothing is opened yet."""
-    from tuswsgi.connections.databases import connect
-
-    backends = config.build(Backends)
-    dsns = []
-    if backends.info_storage is InfoStoreName.SQL:
-        dsns.append(backends.database)
-    if backends.chosen_locker is LockerName.SQL:
-        dsns.append(backends.locker_dsn or backends.database)
-    pool = config.build(PoolSettings)
-    durable = backends.force_fsync
-    return [connect(dsn, durable=durable, pool=pool) for dsn in dict.fromkeys(dsns)]
-
-
-def hooks(config: Config) -> list[Hook]:
-    """Return the configured transports of hooks, in the order in which they are asked."""
-    from tuswsgi.hooks.payloads import payload_format
-    from tuswsgi.hooks.settings import EnabledHooks, HookSettings
-
-    made: list[Hook] = []
-    for transport, ways in transports():
-        values = config.values(transport)
-        if any(values[way] for way in ways):
-            format = payload_format(config.build(HookSettings).format)
-            hook: Hook = transport(format=format, **values)
-            hook.types = frozenset(config.build(EnabledHooks).hooks)
-            made.append(hook)
-    return made
-
-
-def prepare(config: Config) -> None:
-    """Make the configured backends ready for use, as the workers will, and let them go.
-
-    One that is away may come back: the workers wait for it.
-
-    :raises ConfigurationError: if one of them cannot be used as it is configured.
-    """
-    backends: list[DataStore | InfoStore | Locker[Any] | Hook]
-    backends = [data_store(config), info_store(config), locker(config), *hooks(config)]
-    for backend in backends:
-        try:
-            backend.prepare()
-        except TusError as error:
-            name = type(backend).__name__
-            why = error.__cause__ or "see above"
-            log.error(
-                "The %s cannot be used yet (%s): no uploads are taken until it can", name, why
-            )
-        finally:
-            backend.close()
-    _warn_of_locks(config.build(Backends))
-
-
-def _warn_of_locks(backends: Backends) -> None:
-    if backends.is_shared and backends.chosen_locker in (LockerName.FILE, LockerName.MEMORY):
-        log.warning(
-            "The records are on a server and the locks are not (`locker = %s`): uploads are safe "
-            "only while one host serves them",
-            backends.chosen_locker.value,
-        )
-
-
-def _named(dsn: str | None, option: str) -> str:
-    if dsn is None:
-        raise ConfigurationError(
-            f"[{MAIN}] {option}: Redis is to be used, and its address is missing, "
-            "e.g. redis://127.0.0.1:6379."
-        )
-    return dsn
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Return those of `values` that are set."""
-    return {key: value for key, value in values.items() if value is not None}
+def with_options(backends: Iterable[Backend]) -> list[type]:
+    """Return the classes of those backends that declare options."""
+    return [backend.load() for backend in backends if backend.has_options]

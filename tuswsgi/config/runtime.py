@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tuswsgi.config.backends import Backends, LockerName
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.options import MAIN
 from tuswsgi.core.paths import adopt, make_directory
 from tuswsgi.core.process import run_in_thread
 from tuswsgi.lockers.file import FileLocker
+from tuswsgi.lockers.settings import LockerName
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,10 @@ class Presence:
     """A process says that it takes its locks in a runtime directory, for as long as this lives."""
 
     def __init__(self, config: Config) -> None:
-        backends = config.build(Backends)
+        backends = Backends(config)
         scope = _scope(config)
         directory = _directory(backends)
-        path = backends.lock_dir.parent.absolute()
+        path = backends.runtime_dir.absolute()
         make_directory(directory)
         for known in _known(directory):
             if not known.is_in_use and known.since < time.time() - _OLD:
@@ -78,8 +79,8 @@ class Presence:
 
 def is_told(config: Config) -> bool:
     """Whether servers with this configuration are to say where their locks are."""
-    backends = config.build(Backends)
-    return backends.chosen_locker is LockerName.FILE and not backends.in_memory
+    backends = Backends(config)
+    return backends.locker_name is LockerName.FILE and not backends.in_memory
 
 
 def as_servers_have_it(config: Config) -> Config:
@@ -89,21 +90,21 @@ def as_servers_have_it(config: Config) -> Config:
     """
     if not is_told(config):
         return config
-    backends = config.build(Backends)
+    backends = Backends(config)
     try:
         known = sorted(_known(_directory(backends)), key=lambda one: one.since)
     except OSError as error:
         raise ConfigurationError(
             f"Where the locks of the servers are cannot be read: {error}"
         ) from error
-    if backends.runtime_dir is None and known:
+    if config["runtime_dir"] is None and known:
         # None of them runs now, but one that begins in a moment is like the last one.
         last = next((one for one in known if one.is_in_use), known[-1])
         config = _with(config, last.path, backends)
     scope = _scope(config)
     for one in known:
         if one.is_in_use and one.scope != scope:
-            here = config.build(Backends).lock_dir.parent.absolute()
+            here = Backends(config).runtime_dir.absolute()
             raise ConfigurationError(_refusal(backends.data_dir, one.path, here))
     return config
 
@@ -129,7 +130,7 @@ def _refusal(data_dir: Path, path: Path, here: Path) -> str:
 
 
 def _scope(config: Config) -> str:
-    directory = config.build(Backends).lock_dir
+    directory = Backends(config).lock_dir
     return FileLocker(directory).scope or str(directory.absolute())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from gunicorn.app.base import BaseApplication
 from gunicorn.errors import AppImportError
 
-from tuswsgi.config import registry
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.config.server import ServerSettings
 from tuswsgi.core.errors import ConfigurationError
@@ -42,7 +42,7 @@ class Master(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         :raises ConfigurationError: if the server cannot start on this host.
         """
         set_up_logging(self.config.build(ServerSettings))
-        registry.prepare(self.config)
+        Backends(self.config).prepare()
         if not _inherits_sockets():
             check_listening(self.config.build(ServerSettings))
 

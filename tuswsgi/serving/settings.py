@@ -62,7 +62,7 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
     settings = config.build(ServerSettings)
     reports = config.build(SentrySettings)
     sentry.check(reports)
-    backends = config.build(Backends)
+    backends = Backends(config)
     counted = backends.metrics_dir if config.build(MonitoringSettings).metrics else None
     if counted is not None:
         metrics_directory.check_installed()
