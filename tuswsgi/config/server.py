@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from marshmallow import ValidationError
+from marshmallow.validate import Range, Regexp
 
 from tuswsgi.core.options import Duration, KiB, MiB, Size, option
 from tuswsgi.observing.logs import LogFormat
@@ -30,30 +29,18 @@ class LogLevel(str, Enum):
         return cls.WARNING if value == "warn" else None
 
 
-def _port(value: int) -> None:
-    if not 0 <= value <= 65535:
-        raise ValidationError("Not a port between 0 and 65535.")
-
-
-def _path(value: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", value):
-        raise ValidationError("Not a path such as /files.")
-    if "/" + value.strip("/") in WATCHED:
-        raise ValidationError("This path is taken by the server itself.")
-
-
-def _positive(value: float) -> None:
-    if value < 1:
-        raise ValidationError("Not a number of 1 or more.")
-
-
-#: The most bytes of a request's first line; gunicorn takes no more.
+#: The longest first line of a request that gunicorn takes, in bytes.
 LONGEST_LINE = 8190
 
+_AT_LEAST_ONE = Range(min=1)
 
-def _room_for_a_head(value: int) -> None:
-    if not 2 * LONGEST_LINE <= value <= MiB:
-        raise ValidationError("Not a size between 16380 bytes and 1MiB.")
+_PATH = (
+    Regexp(r"[A-Za-z0-9._~/-]*\Z", error="Not a path such as /files."),
+    Regexp(
+        rf"(?!/*({'|'.join(path.strip('/') for path in WATCHED)})/*\Z)",
+        error="This path is taken by the server itself.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +49,9 @@ class ServerSettings:
 
     host: str = option("0.0.0.0", "The address to listen at.", rustus="SERVER_HOST")
     port: int = option(
-        1081, "The port to listen at; 0 for any.", rustus="SERVER_PORT", validate=_port
+        1081, "The port to listen at; 0 for any.", rustus="SERVER_PORT", validate=Range(0, 65535)
     )
-    url: str = option("/files", "The path of uploads.", rustus="URL", validate=_path)
+    url: str = option("/files", "The path of uploads.", rustus="URL", validate=_PATH)
     unix_sock: Path | None = option(
         None, "The path of a unix socket to listen at, instead of host and port."
     )
@@ -78,10 +65,10 @@ class ServerSettings:
         "keeps its state in memory.",
         rustus="WORKERS",
         short="w",
-        validate=_positive,
+        validate=_AT_LEAST_ONE,
     )
     worker_connections: int = option(
-        10_000, "How many connections one worker may have at once.", validate=_positive
+        10_000, "How many connections one worker may have at once.", validate=_AT_LEAST_ONE
     )
     max_head_size: int = option(
         128 * KiB,
@@ -89,13 +76,13 @@ class ServerSettings:
         "longer one is refused (431). One field alone may have half of that, "
         "which is enough for an `Upload-Concat` with 1,000 parts.",
         kind=Size,
-        validate=_room_for_a_head,
+        validate=Range(2 * LONGEST_LINE, MiB, error="Not a size between 16380 bytes and 1MiB."),
     )
     graceful_timeout: float = option(
         30.0,
         "How long a worker that was told to stop may take to end its requests.",
         kind=Duration,
-        validate=_positive,
+        validate=_AT_LEAST_ONE,
     )
     reuse_port: bool = option(
         False, "Give each worker a listening socket of its own (SO_REUSEPORT)."

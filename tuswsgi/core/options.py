@@ -16,7 +16,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from decimal import Decimal
 from enum import Enum
@@ -30,6 +30,9 @@ from tuswsgi.core.display import MASK, without_secrets
 KiB = 1024
 MiB = 1024 * KiB
 GiB = 1024 * MiB
+
+#: Is called with a value, and raises marshmallow's ``ValidationError``.
+Validator = Callable[[Any], Any]
 
 #: The section whose options have no prefix.
 MAIN = "tuswsgi"
@@ -252,7 +255,7 @@ def option(
     short: str | None = None,
     aliases: tuple[str, ...] = (),
     secret: bool = False,
-    validate: Callable[[Any], Any] | None = None,
+    validate: Validator | Iterable[Validator] | None = None,
 ) -> Any:
     """Declare an option: a dataclass field with all that is to be known about it.
 
@@ -263,7 +266,7 @@ def option(
     :param short: the letter of a short flag.
     :param aliases: more flags that mean this option, without their dashes.
     :param secret: never to be shown. What URLs hold of secrets is hidden in any case.
-    :param validate: called with a value; raises marshmallow's ``ValidationError``.
+    :param validate: one or more of ``marshmallow.validate``, or functions like these.
     """
     declared = {
         "help": help,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, ClassVar
 
-from marshmallow import ValidationError
+from marshmallow.validate import Range
 
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.options import option
@@ -28,11 +28,6 @@ _FLUSH_TIME = 5.0
 
 #: Loggers that pass nothing on to the root logger.
 _LOGGERS = (None, "gunicorn.error")
-
-
-def _share(value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValidationError("Not a number between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class SentrySettings:
         1.0,
         "The share of errors that are reported, between 0 and 1.",
         rustus="SENTRY_SAMPLE_RATE",
-        validate=_share,
+        validate=Range(0, 1),
     )
 
 

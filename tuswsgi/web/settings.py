@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from marshmallow import ValidationError
+from marshmallow.validate import Regexp
 
 from tuswsgi.core.options import MAIN, Duration, option
 
@@ -53,11 +54,6 @@ def _networks(values: tuple[str, ...]) -> None:
                 ) from None
 
 
-def _public_url(value: str) -> None:
-    if not value.startswith(("http://", "https://")) or "?" in value or "#" in value:
-        raise ValidationError("Not an absolute http or https URL without query.")
-
-
 @dataclass(frozen=True)
 class MonitoringSettings:
     """What `/health`, `/ready` and `/metrics` tell."""
@@ -84,7 +80,9 @@ class WebSettings:
         None,
         "The URL under which clients reach the uploads, e.g. `https://example.org/files`. "
         "It overrides everything that requests and proxies say.",
-        validate=_public_url,
+        validate=Regexp(
+            r"https?://[^?#]*\Z", error="Not an absolute http or https URL without query."
+        ),
     )
     compat: Compat | None = option(
         None,
