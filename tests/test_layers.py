@@ -33,6 +33,7 @@ SHARED = {
     "hooks.answers",
     "hooks.base",
     "hooks.forwarding",
+    "hooks.manager",
     "hooks.payloads",
     "hooks.programs",
     "hooks.retries",

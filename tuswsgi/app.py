@@ -27,12 +27,13 @@ from tuswsgi.core.process import PerProcess
 from tuswsgi.datastores.base import DataStore
 from tuswsgi.hooks.base import Hook
 from tuswsgi.hooks.callable import CallableHook, HookFunction
+from tuswsgi.hooks.manager import HookManager
 from tuswsgi.hooks.settings import EnabledHooks, HookSettings
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.settings import LockerName
-from tuswsgi.outbox.delivery import Delivery, DeliverySettings
-from tuswsgi.outbox.manager import HookManager
+from tuswsgi.outbox.outbox import Outbox
+from tuswsgi.outbox.settings import DeliverySettings
 from tuswsgi.protocol.readiness import Readiness
 from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
@@ -102,18 +103,21 @@ class Tus:
         data = data_store or backends.data_store()
         data = limited(config, data, infos, locker)
         self.hooks = self._make_hooks(own_hooks, data)
+        self._outbox = Outbox(
+            infos,
+            self.hooks,
+            config.build(DeliverySettings),
+            lambda hook, answer: self.uploads.answered(hook, answer),
+        )
         self.uploads = Uploads(
             data,
             infos,
             locker,
             self.hooks,
+            self._outbox,
             config.build(UploadSettings),
             sender=self,
         )
-        self._delivery = Delivery(
-            infos, self.hooks.hooks, config.build(DeliverySettings), self.uploads.answered
-        )
-        self.hooks.messenger = self._delivery
         self._sweeper = PerProcess(lambda: Sweeper(self.uploads, config.build(CleanUpSettings)))
         self._functions = CallableHook()
         self._owner = owner
@@ -169,7 +173,6 @@ class Tus:
         return Metrics(self.uploads, self.start)
 
     def _make_hooks(self, own: list[Hook], data: DataStore) -> HookManager:
-        settings = self.config.build(HookSettings)
         hooks = [*own, *Backends(self.config).hooks()]
         names = [hook.name for hook in hooks]
         for name in set(names):
@@ -177,14 +180,7 @@ class Tus:
                 raise ConfigurationError(f"Two transports of hooks have the name {name}.")
         for hook in own:
             hook.types = hook.types or frozenset(self.config.build(EnabledHooks).hooks)
-        return HookManager(
-            hooks,
-            follows_tusd=settings.follows_tusd,
-            progress_interval=settings.progress_interval,
-            blocking_timeout=settings.blocking_timeout,
-            max_headers=settings.max_headers,
-            locate=data.location,
-        )
+        return HookManager(hooks, self.config.build(HookSettings), data.location)
 
     def on(self, event: str) -> Callable[[HookFunction], HookFunction]:
         """Decorate a function that is to be called for a hook, e.g. ``pre-create``.
@@ -202,7 +198,7 @@ class Tus:
             if self._functions not in self.hooks.hooks:
                 self.hooks.hooks.insert(0, self._functions)
                 if self._started.peek():
-                    self._delivery.start()
+                    self._outbox.start()
             return function
 
         return add
@@ -243,7 +239,7 @@ class Tus:
         """
         if (sweeper := self._sweeper.peek()) is not None:
             sweeper.stop()
-        self._delivery.stop(timeout)
+        self._outbox.stop(timeout)
 
     def stop_uploads(self) -> None:
         """End all uploads that are in flight, and each one that comes.
@@ -283,7 +279,7 @@ class Tus:
             self._start_again_at = time.monotonic() + _START_PAUSE
             raise
         if self.hooks.hooks:
-            self._delivery.start()
+            self._outbox.start()
         threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
         return True
 
@@ -315,8 +311,8 @@ class Tus:
         if failures:
             # What does not pass by itself comes first.
             raise min(failures, key=lambda error: isinstance(error, TusError))
-        if self.hooks.hooks and not self._delivery.keeps_events:
-            self._delivery.start()
+        if self.hooks.hooks and not self._outbox.keeps_events:
+            self._outbox.start()
 
     def _sweep(self) -> None:
         self._sweeper.get().run()

@@ -174,7 +174,7 @@ class TestHttp:
         answer = post(server, 5)
         assert answer.status == 503
         assert answer.headers["retry-after"]
-        server.wait_for(r"pre-create.* failed by http")
+        server.wait_for(r"pre-create.* by http failed")
 
 
 class TestChoices:
@@ -211,7 +211,7 @@ class TestChoices:
         answer = post(server, 5)
         assert answer.status == 500
         assert "retry-after" not in answer.headers
-        server.wait_for(r"pre-create of .* failed by http: The (id|path) .* cannot be that of")
+        server.wait_for(r"pre-create of .* by http failed: The (id|path) .* cannot be that of")
 
     @pytest.mark.parametrize(
         "change", [{"ID": "seven"}, {"Storage": {"Path": "a/seven"}}], ids=["id", "path"]

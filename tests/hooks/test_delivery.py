@@ -20,14 +20,18 @@ from tuswsgi.core.events import Event, HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, Metadata, State
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
 from tuswsgi.hooks.callable import CallableHook
+from tuswsgi.hooks.manager import HookManager
 from tuswsgi.hooks.retries import LastingFailure
+from tuswsgi.hooks.settings import HookSettings
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.file import FileInfoStore
 from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.infostores.sql import SqlInfoStore
 from tuswsgi.outbox import delivery, queues
-from tuswsgi.outbox.delivery import Delivery, DeliveryMode, DeliverySettings
 from tuswsgi.outbox.events import event_of
+from tuswsgi.outbox.outbox import Outbox
+from tuswsgi.outbox.sending import OnAnswer
+from tuswsgi.outbox.settings import DeliveryMode, DeliverySettings
 
 #: Seconds after which a test gives up waiting: more than a busy machine ever needs.
 PATIENCE = 30.0
@@ -59,6 +63,7 @@ class Receiver(Hook):
 
     def __init__(self, name: str = "receiver") -> None:
         self.name = name  # type: ignore[misc]
+        self.types = frozenset(HookType)
         self.begun: list[HookRequest] = []
         self.sent: list[HookRequest] = []
         self.behave: Callable[[HookRequest], HookResponse | None] = lambda request: None
@@ -114,11 +119,19 @@ def rare_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_POLL", (3600.0, 3600.0))
 
 
+def outbox_of(
+    infos: InfoStore,
+    *hooks: Hook,
+    settings: DeliverySettings = QUICK,
+    on_answer: OnAnswer = lambda request, answer: None,
+) -> Outbox:
+    manager = HookManager(hooks, HookSettings(), lambda info: None)
+    return Outbox(infos, manager, settings, on_answer)
+
+
 @contextmanager
-def delivering(
-    infos: InfoStore, *hooks: Hook, settings: DeliverySettings = QUICK, **options: Any
-) -> Iterator[Delivery]:
-    one = Delivery(infos, hooks, settings, **options)
+def delivering(infos: InfoStore, *hooks: Hook, **options: Any) -> Iterator[Outbox]:
+    one = outbox_of(infos, *hooks, **options)
     one.start()
     try:
         yield one
@@ -159,6 +172,11 @@ def write(
     return events
 
 
+def tell(outbox: Outbox, upload: str, type: HookType, sequence: int = 1) -> None:
+    """Have a hook sent that is not recorded."""
+    outbox.tell(type, info_of(upload, sequence - 1), RequestInfo())
+
+
 def pending(infos: InfoStore) -> int:
     return len(infos.outbox(dead=False))
 
@@ -166,9 +184,9 @@ def pending(infos: InfoStore) -> int:
 @pytest.mark.usefixtures("rare_polls")
 def test_what_is_woken_is_delivered_at_once_and_in_order(infos: InfoStore) -> None:
     receiver = Receiver()
-    with delivering(infos, receiver) as messenger:
+    with delivering(infos, receiver) as outbox:
         events = write(infos, "a", CREATED, FINISHED, TERMINATED)
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: len(receiver.sent) == 3, "three hooks")
     assert receiver.types_of("a") == [CREATED, FINISHED, TERMINATED]
     assert [request.id for request in receiver.sent] == [event.id for event in events]
@@ -198,9 +216,9 @@ def test_what_was_left_over_is_delivered_after_the_start(infos: InfoStore) -> No
 
 def test_each_transport_gets_its_own(infos: InfoStore) -> None:
     one, other = Receiver("one"), Receiver("other")
-    with delivering(infos, one, other) as messenger:
+    with delivering(infos, one, other) as outbox:
         write(infos, "a", CREATED, FINISHED, transports=("one", "other"))
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert one.types_of("a") == other.types_of("a") == [CREATED, FINISHED]
 
@@ -213,10 +231,10 @@ def test_a_failure_is_repeated_and_holds_up_what_comes_after_it(infos: InfoStore
             raise HookFailed("nobody listens")
 
     receiver.behave = fail
-    with delivering(infos, receiver) as messenger:
+    with delivering(infos, receiver) as outbox:
         write(infos, "a", CREATED, FINISHED)
         write(infos, "b", FINISHED)
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [CREATED, FINISHED]
     tries = [request for request in receiver.begun if request.type is CREATED]
@@ -234,9 +252,9 @@ def test_a_failure_is_remembered(infos: InfoStore, caplog: pytest.LogCaptureFixt
     receiver.behave = fail
     settings = DeliverySettings(delivery_backoff=3600, delivery_max_backoff=3600)
     before = time.time()
-    with delivering(infos, receiver, settings=settings) as messenger:
+    with delivering(infos, receiver, settings=settings) as outbox:
         write(infos, "a", FINISHED)
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: infos.outbox(dead=False)[0].attempts, "the failure")
     (event,) = infos.outbox(dead=False)
     assert event.attempts == 1
@@ -248,10 +266,10 @@ def test_a_failure_is_remembered(infos: InfoStore, caplog: pytest.LogCaptureFixt
 
 
 def test_pauses_double_up_to_the_longest() -> None:
-    settings = DeliverySettings()
+    backoff = DeliverySettings().backoff
     for attempts, pause in [(1, 1), (2, 2), (5, 16), (10, 512), (11, 600), (5000, 600)]:
-        assert pause * 0.75 <= settings.pause(attempts) <= pause * 1.25
-    a_day = sum(DeliverySettings().pause(attempts) for attempts in range(1, 200))
+        assert pause * 0.75 <= backoff.after(attempts) <= pause * 1.25
+    a_day = sum(backoff.after(attempts) for attempts in range(1, 200))
     assert a_day > 86400
 
 
@@ -263,9 +281,9 @@ def test_a_dead_letter_holds_up_nothing(infos: InfoStore, caplog: pytest.LogCapt
             raise ValueError("broken\nfor good")
 
     receiver.behave = fail
-    with delivering(infos, receiver, settings=replace(QUICK, delivery_attempts=3)) as messenger:
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_attempts=3)) as outbox:
         event, _ = write(infos, "a", CREATED, FINISHED)
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [FINISHED]
     (letter,) = infos.outbox(dead=True)
@@ -287,9 +305,9 @@ def test_an_event_that_is_refused_for_good_holds_up_the_next_one_for_a_few_attem
             raise LastingFailure(f"answered 404 ({len(receiver.begun)})")
 
     receiver.behave = refuse
-    with delivering(infos, receiver, settings=replace(QUICK, delivery_refusals=3)) as messenger:
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_refusals=3)) as outbox:
         event, _ = write(infos, "a", CREATED, FINISHED)
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [FINISHED]
     (letter,) = infos.outbox(dead=True)
@@ -306,9 +324,9 @@ def test_one_refusal_after_other_failures_ends_nothing(infos: InfoStore) -> None
             raise failures.pop(0)
 
     receiver.behave = fail
-    with delivering(infos, receiver, settings=replace(QUICK, delivery_refusals=2)) as messenger:
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_refusals=2)) as outbox:
         write(infos, "a", CREATED)
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [CREATED]
     assert not infos.outbox(dead=True)
@@ -356,10 +374,10 @@ def test_a_slow_transport_holds_up_no_other(infos: InfoStore) -> None:
     slow, quick, gate = Receiver("slow"), Receiver("quick"), threading.Event()
     slow.behave = wait_for(gate)
     settings = replace(QUICK, delivery_pool=3)
-    with delivering(infos, slow, quick, settings=settings) as messenger:
+    with delivering(infos, slow, quick, settings=settings) as outbox:
         for number in range(40):
             write(infos, f"upload-{number}", CREATED, transports=("slow", "quick"))
-            messenger.wake(f"upload-{number}")
+            outbox.wake(f"upload-{number}")
         wait_until(lambda: len(quick.sent) == 40, "the quick ones")
         assert (len(slow.begun), len(slow.sent)) == (3, 0)
         gate.set()
@@ -376,9 +394,9 @@ def test_a_claim_is_kept_as_long_as_the_delivery_takes(infos: InfoStore) -> None
 
     receiver.behave = behave
     settings = replace(QUICK, delivery_lease=1.0)
-    with delivering(infos, receiver, settings=settings) as messenger:
+    with delivering(infos, receiver, settings=settings) as outbox:
         write(infos, "slow", CREATED)
-        messenger.wake("slow")
+        outbox.wake("slow")
         wait_until(lambda: receiver.begun, "the slow one")
         with delivering(infos, receiver, settings=settings):
             later = replace(event_for("later", CREATED, 0), due_at=time.time() + 2.5)
@@ -404,7 +422,7 @@ def test_events_of_a_worker_that_died_are_taken_over(infos: InfoStore) -> None:
 def test_who_stops_leaves_the_rest_to_others_at_once(infos: InfoStore) -> None:
     stuck, receiver, gate = Receiver(), Receiver(), threading.Event()
     stuck.behave = wait_for(gate)
-    one = Delivery(infos, [stuck], QUICK)
+    one = outbox_of(infos, stuck)
     one.start()
     write(infos, "a", CREATED, FINISHED)
     one.wake("a")
@@ -422,14 +440,14 @@ def test_who_stops_leaves_the_rest_to_others_at_once(infos: InfoStore) -> None:
 def test_stopping_waits_for_what_is_being_sent_and_begins_nothing(infos: InfoStore) -> None:
     receiver, gate = Receiver(), threading.Event()
     receiver.behave = wait_for(gate)
-    one = Delivery(infos, [receiver], QUICK)
+    one = outbox_of(infos, receiver)
     one.start()
     write(infos, "a", CREATED, FINISHED)
     one.wake("a")
     wait_until(lambda: receiver.begun, "the first hook")
     stopping = threading.Thread(target=one.stop, args=(PATIENCE,))
     stopping.start()
-    wait_until(lambda: one._dispatcher.peek() is None, "the stop")
+    wait_until(lambda: one._delivery.peek() is None, "the stop")
     gate.set()
     stopping.join(PATIENCE)
     assert receiver.types_of("a") == [CREATED]
@@ -466,10 +484,10 @@ def test_a_store_that_comes_back_goes_on_where_it_was(caplog: pytest.LogCaptureF
         infos.is_away = True  # between the delivery and its end
 
     receiver.behave = leave
-    with delivering(infos, receiver) as messenger:
+    with delivering(infos, receiver) as outbox:
         write(infos, "a", CREATED, FINISHED)
-        messenger.wake("a")
-        wait_until(lambda: "is written off later" in caplog.text, "a first try")
+        outbox.wake("a")
+        wait_until(lambda: "cannot be stored now" in caplog.text, "a first try")
         wait_until(lambda: "cannot be delivered now" in caplog.text, "a complaint")
         receiver.behave = lambda request: None
         infos.is_away = False
@@ -548,10 +566,10 @@ def test_progress_is_sent_once_whatever_comes_of_it(infos: InfoStore) -> None:
 
     receiver.behave = fail
     infos.create(info_of("a"))
-    with delivering(infos, receiver) as messenger:
-        messenger.send(receiver, request_for("a", PROGRESS, 1))
+    with delivering(infos, receiver) as outbox:
+        tell(outbox, "a", PROGRESS, 1)
         wait_until(lambda: len(receiver.begun) == 1, "the first")
-        messenger.send(receiver, request_for("a", PROGRESS, 2))
+        tell(outbox, "a", PROGRESS, 2)
         wait_until(lambda: receiver.sent, "the second")
     assert [request.sequence for request in receiver.begun] == [1, 2]
     assert [request.sequence for request in receiver.sent] == [2]
@@ -563,9 +581,9 @@ def test_progress_is_dropped_while_an_event_is_pending(infos: InfoStore) -> None
     infos.create(info_of("a"), [later])
     infos.create(info_of("b"))
     settings = replace(QUICK, delivery_pool=1)
-    with delivering(infos, receiver, settings=settings) as messenger:
-        messenger.send(receiver, request_for("a", PROGRESS))
-        messenger.send(receiver, request_for("b", PROGRESS))
+    with delivering(infos, receiver, settings=settings) as outbox:
+        tell(outbox, "a", PROGRESS)
+        tell(outbox, "b", PROGRESS)
         wait_until(lambda: receiver.types_of("b"), "progress of another upload")
     assert receiver.types_of("a") == []
 
@@ -574,11 +592,11 @@ def test_only_the_newest_progress_waits(infos: InfoStore) -> None:
     receiver, gate = Receiver(), threading.Event()
     receiver.behave = wait_for(gate)
     infos.create(info_of("a"))
-    with delivering(infos, receiver) as messenger:
-        messenger.send(receiver, request_for("a", PROGRESS, 1))
+    with delivering(infos, receiver) as outbox:
+        tell(outbox, "a", PROGRESS, 1)
         wait_until(lambda: receiver.begun, "the first")
         for sequence in range(2, 10):
-            messenger.send(receiver, request_for("a", PROGRESS, sequence))
+            tell(outbox, "a", PROGRESS, sequence)
         gate.set()
         wait_until(lambda: len(receiver.sent) == 2, "the newest")
     assert [request.sequence for request in receiver.sent] == [1, 9]
@@ -594,12 +612,12 @@ def test_progress_never_comes_beside_or_after_a_later_event(infos: InfoStore) ->
 
     receiver.behave = behave
     infos.create(info_of("a"))
-    with delivering(infos, receiver) as messenger:
-        messenger.send(receiver, request_for("a", PROGRESS, 1))
+    with delivering(infos, receiver) as outbox:
+        tell(outbox, "a", PROGRESS, 1)
         wait_until(lambda: receiver.begun, "progress")
-        messenger.send(receiver, request_for("a", PROGRESS, 2))
+        tell(outbox, "a", PROGRESS, 2)
         infos.save(info_of("a"), [event_for("a", FINISHED, 3)])
-        messenger.wake("a")
+        outbox.wake("a")
         now = time.time()
         # It is claimed by now, and waits for the progress that is under way.
         wait_until(lambda: not infos.claim("another", now, now), "the claim")
@@ -618,12 +636,12 @@ def test_progress_takes_no_slot_of_events(infos: InfoStore) -> None:
             gate.wait(PATIENCE)
 
     receiver.behave = behave
-    with delivering(infos, receiver, settings=replace(QUICK, delivery_pool=2)) as messenger:
+    with delivering(infos, receiver, settings=replace(QUICK, delivery_pool=2)) as outbox:
         for number in range(5):
             infos.create(info_of(f"slow-{number}"))
-            messenger.send(receiver, request_for(f"slow-{number}", PROGRESS))
+            tell(outbox, f"slow-{number}", PROGRESS)
         write(infos, "a", FINISHED)
-        messenger.wake("a")
+        outbox.wake("a")
         wait_until(lambda: receiver.types_of("a"), "the event")
         gate.set()
         wait_until(lambda: len(receiver.sent) == 6, "all progress")
@@ -638,11 +656,11 @@ def test_an_answer_to_progress_can_stop_its_upload(
     receiver.behave = lambda request: stop
     heard: list[tuple[HookRequest, HookResponse]] = []
     infos.create(info_of("a"))
-    with delivering(infos, receiver, on_answer=lambda *both: heard.append(both)) as messenger:
-        messenger.send(receiver, request_for("a", PROGRESS))
+    with delivering(infos, receiver, on_answer=lambda *both: heard.append(both)) as outbox:
+        tell(outbox, "a", PROGRESS)
         wait_until(lambda: heard, "the answer")
         write(infos, "b", FINISHED)
-        messenger.wake("b")
+        outbox.wake("b")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     ((request, answer),) = heard
     assert (request.info.id, answer) == ("a", stop)
@@ -659,10 +677,10 @@ def test_fire_and_forget_keeps_the_order_and_nothing_else(infos: InfoStore) -> N
 
     receiver.behave = behave
     settings = replace(QUICK, delivery=DeliveryMode.FIRE_AND_FORGET)
-    with delivering(infos, receiver, settings=settings) as messenger:
-        assert not messenger.keeps_events
+    with delivering(infos, receiver, settings=settings) as outbox:
+        assert not outbox.keeps_events
         for type in (CREATED, FINISHED, TERMINATED):
-            messenger.send(receiver, request_for("a", type))
+            tell(outbox, "a", type)
         gate.set()
         wait_until(lambda: len(receiver.begun) == 3, "all hooks")
     assert [request.type for request in receiver.begun] == [CREATED, FINISHED, TERMINATED]
@@ -674,9 +692,9 @@ def test_what_is_too_much_is_dropped(infos: InfoStore, monkeypatch: pytest.Monke
     receiver, gate = Receiver(), threading.Event()
     receiver.behave = wait_for(gate)
     settings = replace(QUICK, delivery=DeliveryMode.FIRE_AND_FORGET, delivery_pool=2)
-    with delivering(infos, receiver, settings=settings) as messenger:
+    with delivering(infos, receiver, settings=settings) as outbox:
         for number in range(20):
-            messenger.send(receiver, request_for(f"upload-{number}", FINISHED))
+            tell(outbox, f"upload-{number}", FINISHED)
             wait_until(lambda n=number: len(receiver.begun) == min(n + 1, 2), "its turn")
         gate.set()
         wait_until(lambda: len(receiver.sent) == 7, "what there was room for")
@@ -686,10 +704,10 @@ def test_what_is_too_much_is_dropped(infos: InfoStore, monkeypatch: pytest.Monke
 
 def test_nothing_happens_without_a_start(infos: InfoStore) -> None:
     receiver = Receiver()
-    one = Delivery(infos, [receiver], QUICK)
+    one = outbox_of(infos, receiver)
     write(infos, "a", CREATED)
     one.wake("a")
-    one.send(receiver, request_for("a", PROGRESS))
+    tell(one, "a", PROGRESS)
     one.stop(0)
     assert threading.active_count() == len(threading.enumerate())
     assert receiver.begun == []
@@ -705,10 +723,10 @@ barrier = threading.Barrier(16)
 receiver = Receiver()
 receiver.behave = wait_for(barrier)
 infos = MemoryInfoStore()
-with delivering(infos, receiver) as messenger:
+with delivering(infos, receiver) as outbox:
     for number in range(32):
         write(infos, f"upload-{number}", CREATED)
-        messenger.wake(f"upload-{number}")
+        outbox.wake(f"upload-{number}")
     wait_until(lambda: pending(infos) == 0, "the end of all events")
 assert len(receiver.sent) == 32
 print("fine")
@@ -724,7 +742,7 @@ infos = SqlInfoStore(info_db_dsn=f"sqlite:///{sys.argv[1]}/info.sqlite3")
 infos.prepare()
 receiver = Receiver()
 receiver.behave = lambda request: print("delivered by", os.getpid(), flush=True)
-one = Delivery(infos, [receiver], QUICK)
+one = outbox_of(infos, receiver)
 one.start()
 write(infos, "a", CREATED)
 one.wake("a")

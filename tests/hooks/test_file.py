@@ -21,10 +21,13 @@ from tuswsgi.core.events import HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, Metadata
 from tuswsgi.hooks.base import HookRequest, HookResponse
 from tuswsgi.hooks.file import FileHook
+from tuswsgi.hooks.manager import HookManager
 from tuswsgi.hooks.payloads import FormatName, payload_format
+from tuswsgi.hooks.settings import HookSettings
 from tuswsgi.infostores.memory import MemoryInfoStore
-from tuswsgi.outbox.delivery import Delivery, DeliverySettings
 from tuswsgi.outbox.events import event_of
+from tuswsgi.outbox.outbox import Outbox
+from tuswsgi.outbox.settings import DeliverySettings
 
 INFO = FileInfo(id="a1", size=10, offset=3, metadata=Metadata.of({"filename": b"a b.txt"}))
 REQUEST = RequestInfo("POST", "/files/", "192.0.2.1", 4711, {"x-test": "1"})
@@ -297,15 +300,16 @@ class TestAnswering:
         program = write(r"printf 'no \033]0;x\007' >&2; exit 3")
         receiver, infos = hook(file=program), MemoryInfoStore()
         settings = DeliverySettings(delivery_attempts=1)
-        delivery = Delivery(infos, [receiver], settings)
-        delivery.start()
+        manager = HookManager([receiver], HookSettings(), lambda info: None)
+        outbox = Outbox(infos, manager, settings, lambda request, answer: None)
+        outbox.start()
         try:
             info = FileInfo(id="a1")
             infos.create(info, [event_of(request(HookType.POST_FINISH), "file", time.time())])
-            delivery.wake("a1")
+            outbox.wake("a1")
             wait_until(lambda: infos.outbox(dead=True), "the failure")
         finally:
-            delivery.stop(5)
+            outbox.stop(5)
         (event,) = infos.outbox(dead=True)
         assert event.error is not None
         assert event.error.endswith(r"ended with exit code 3: no \x1b]0;x\x07")

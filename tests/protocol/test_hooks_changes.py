@@ -158,7 +158,7 @@ class TestChanges:
         assert_refused(response, 500)
         assert "Retry-After" not in response.headers
         assert client.stored() == 0
-        (line,) = (line for line in caplog.messages if "failed by callable" in line)
+        (line,) = (line for line in caplog.messages if "by callable failed" in line)
         assert line.startswith("pre-create of")
         assert re.search(r"The (id|path) .* cannot be that of an upload: it ", line)
 

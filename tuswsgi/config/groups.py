@@ -18,7 +18,7 @@ def option_groups() -> list[type]:
     from tuswsgi.infostores.settings import InfoStoreSettings
     from tuswsgi.lockers.settings import LockerSettings
     from tuswsgi.observing.sentry import SentrySettings
-    from tuswsgi.outbox.delivery import DeliverySettings
+    from tuswsgi.outbox.settings import DeliverySettings
     from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
     from tuswsgi.web.settings import MonitoringSettings, WebSettings
 

@@ -1,7 +1,7 @@
-"""The claims of one process on the events of an info store.
+"""The claims of one process on events.
 
-A claim keeps other processes from an event while it is being delivered here. It is renewed
-as long as somebody works on the event, and only then: whatever goes wrong, it runs out.
+A claim keeps other processes from an event while this one delivers it. It is renewed until
+the delivery has ended; if this process dies, it expires and another process takes over.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tuswsgi.infostores.base import InfoStore
 class Claims:
     """The claims of one process.
 
-    :param lease: how long a claim holds if it is not renewed, in seconds.
+    :param lease: how long a claim lasts unless it is renewed, in seconds.
     """
 
-    def __init__(self, infos: InfoStore, lease: float) -> None:
-        self._infos = infos
+    def __init__(self, events: InfoStore, lease: float) -> None:
+        self._events = events
         self._lease = lease
         self._worker = _new_worker()
-        #: By which name the events are claimed that are being delivered.
+        #: The worker name of each claim.
         self._held: dict[tuple[str, str], str] = {}
 
     def claim(self, transport: str, upload: str | None, limit: int) -> Sequence[Event]:
@@ -34,61 +34,62 @@ class Claims:
         worker = self._worker
         now = time.time()
         try:
-            events = self._infos.claim(
+            events = self._events.claim(
                 worker, now, now + self._lease, upload=upload, transport=transport, limit=limit
             )
         except Exception:
-            # It may have been done all the same.
-            self.abandon()
+            self._change_worker()
             raise
         for event in events:
             self._held[event.id, event.transport] = worker
         return events
 
     def settle(self, event: Event) -> None:
-        """Forget an event that was delivered."""
-        self._infos.settle(event)
+        """Remove an event that was delivered."""
+        self._events.settle(event)
         self._held.pop((event.id, event.transport), None)
 
     def put_back(self, event: Event) -> None:
-        """Keep an event for later, with what has become of it."""
-        self._infos.put_back(event)
+        """Write what became of an event, and release the claim on it."""
+        self._events.put_back(event)
         self._held.pop((event.id, event.transport), None)
 
-    def give_back(self, events: Sequence[Event]) -> None:
-        """Let others have claimed events at once that nobody here works on.
+    def release(self, events: Sequence[Event]) -> None:
+        """Release the claims on events that this process does not deliver after all.
 
-        Where that cannot be written now, their claims run out.
+        If that fails, the claims expire.
         """
         for event in events:
             self._held.pop((event.id, event.transport), None)
         try:
             for event in events:
-                self._infos.put_back(event)
+                self._events.put_back(event)
         except Exception:
-            self.abandon()
+            self._change_worker()
             raise
 
     def renew(self) -> None:
-        """Hold the claims on all events that are being delivered."""
+        """Renew all claims."""
         self._renew(time.time() + self._lease)
 
-    def give_up(self) -> None:
-        """Let other processes have the events that are still being delivered."""
+    def release_all(self) -> None:
+        """Release all claims; the events may be in delivery still."""
         self._renew(0.0)
 
-    def abandon(self) -> None:
-        """Claim by another name from now on: what was claimed by the old one without our
-        knowledge is then not renewed for ever.
+    def _change_worker(self) -> None:
+        """Claim under another name from now on.
+
+        After an error there may be claims under the old name that this process does not know
+        of. They must expire, so the old name is renewed only while known claims use it.
         """
         self._worker = _new_worker()
 
     def _renew(self, until: float) -> None:
         workers = list(self._held.values())
         for worker in dict.fromkeys(workers):
-            self._infos.renew(worker, until)
+            self._events.renew(worker, until)
 
 
 def _new_worker() -> str:
-    """Return a name that no other process has, and none before it."""
+    """Return a name that no process has used before."""
     return f"{socket.gethostname()[:40]}-{os.getpid()}-{uuid4().hex[:12]}"

@@ -1,7 +1,7 @@
-"""Hook requests as events and back: what of a hook survives the death of a process.
+"""Turns a post-hook into an event and back.
 
-An event carries the upload and the request as they were, not what a format makes of them,
-so that it can be sent by whatever the server is configured with when its turn comes.
+An event holds the upload and the request, not the payload of some format, so that it is sent
+in whatever format is configured when its turn comes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from tuswsgi.infostores import record
 
 
 def event_of(hook: HookRequest, transport: str, now: float) -> Event:
-    """Return the event that makes `transport` send `hook`."""
+    """Return the event that makes `transport` send `hook`.
+
+    :param now: the time, in seconds since the epoch.
+    """
     request = hook.request
     payload = {
         "upload": record.dump(hook.info),
@@ -25,7 +28,7 @@ def event_of(hook: HookRequest, transport: str, now: float) -> Event:
             "uri": request.uri,
             "remote_addr": request.remote_addr,
             "remote_port": request.remote_port,
-            # Told once: headers may be long.
+            # One value per header, text or list: headers may be long.
             "headers": {**request.headers, **request.repeated},
             "owner": request.owner,
         },
@@ -34,9 +37,9 @@ def event_of(hook: HookRequest, transport: str, now: float) -> Event:
 
 
 def request_of(event: Event) -> HookRequest:
-    """Return the hook that ``event_of`` was given.
+    """Return the post-hook that ``event_of`` was given.
 
-    :raises CorruptRecord: if the payload is something else.
+    :raises CorruptRecord: if the payload is invalid.
     """
     try:
         info = record.load(event.payload["upload"])

@@ -1,8 +1,7 @@
-"""Runs deliveries: many at once, but those of one upload and transport one by one.
+"""The threads that send post-hooks: many at once, but one per upload and transport.
 
-It owns the threads (greenlets where gevent has patched), how many there are, and the
-order within a queue. What a delivery is, and what becomes of one that fails, is the
-business of ``delivery``.
+The threads are greenlets where gevent has patched this process. What a job does, and what
+follows from its failure, is the business of ``sending``.
 """
 
 from __future__ import annotations
@@ -19,32 +18,35 @@ from tuswsgi.hooks.base import Hook, HookRequest
 
 log = logging.getLogger(__name__)
 
-#: How many hooks that nobody keeps may wait in one process. Each holds an upload's record
-#: and its request's headers: some kilobytes.
+#: How many unrecorded hooks may wait in one process. Each holds an upload's record and its
+#: request's headers: some kilobytes.
 QUEUE_SIZE = 1000
 
 
 @dataclass(frozen=True)
-class Once:
-    """A hook that is sent once: it is not written down, and nobody hears of a failure."""
+class OneShot:
+    """An unrecorded post-hook: it is sent once, and lost if that fails."""
 
     hook: Hook
     request: HookRequest
 
+    def __str__(self) -> str:
+        return f"{self.request.type} of {self.request.info.id} by {self.hook.name}"
+
     @property
     def is_progress(self) -> bool:
-        """Whether a newer one of the same upload makes it pointless."""
+        """Whether it is superseded by a newer one of the same upload."""
         return self.request.type is HookType.POST_RECEIVE
 
 
-Job = Union[Event, Once]  # noqa: UP007  # an alias is evaluated at run time
+Job = Union[Event, OneShot]  # noqa: UP007  # an alias is evaluated at run time
 
 
 @dataclass(eq=False)
 class _Queue:
-    """What is to be sent of one upload by one transport.
+    """The jobs of one upload and transport.
 
-    :ivar slot: the kind of job whose slot it uses; ``None`` while it waits for one.
+    :ivar slot: the kind of job whose slot it occupies; ``None`` while it waits for one.
     """
 
     upload: str
@@ -55,13 +57,13 @@ class _Queue:
 
 
 class Queues:
-    """The queues of one process.
+    """The queues of one process, each in a thread of its own while it has jobs.
 
-    Each transport has slots of its own, so that a slow one takes none from the others, and
-    those for events are not those for what is sent once.
+    Each transport has its own slots for running queues, so that a slow one takes none from the
+    others, and one-shots take none from events.
 
     :param work: does a job, and may return the next event of the same queue.
-    :param slots: how many queues of one transport run at once, for either kind of job.
+    :param slots: how many queues of a transport run at once, for either kind of job.
     :param on_end: called with the transport when a queue has ended.
     """
 
@@ -78,15 +80,15 @@ class Queues:
         self._changed = threading.Condition()
 
     def free(self, transport: str, kind: type[Job] = Event) -> int:
-        """Return how many queues of a transport may begin now."""
+        """Return how many more queues of a transport may run now."""
         return max(0, self._slots - self._used[transport, kind])
 
     def add_event(self, event: Event) -> None:
-        """Begin to deliver an event. The caller saw to it that there is a free slot.
+        """Begin to deliver an event. The caller has made sure that there is a free slot.
 
-        Progress of its upload that waits is dropped: it would arrive out of order.
+        Waiting progress of its upload is dropped: it would arrive out of order.
 
-        :raises RuntimeError: if the system gives no more threads.
+        :raises RuntimeError: if no more threads can be started.
         """
         with self._changed:
             queue = self._queue(event.upload, event.transport)
@@ -97,41 +99,41 @@ class Queues:
                 self._waiting.get(queue.transport, {}).pop(queue, None)
                 self._begin(queue, Event)
 
-    def add_once(self, once: Once) -> bool:
-        """Send a hook when its turn comes. A newer progress takes the place of an older one.
+    def add_one_shot(self, shot: OneShot) -> bool:
+        """Queue an unrecorded hook. Newer progress replaces older progress.
 
-        :returns: whether it will be sent: not if too many wait, and progress not while
-            events of its upload are delivered.
+        :returns: whether it will be sent: not if too many wait, and no progress while events
+            of its upload are delivered.
         """
-        upload = once.request.info.id
-        transport = once.hook.name
+        upload = shot.request.info.id
+        transport = shot.hook.name
         with self._changed:
             queue = self._queues.get((upload, transport))
-            if once.is_progress and queue is not None:
+            if shot.is_progress and queue is not None:
                 if queue.has_events:
                     return False
                 self._drop_progress(queue)
             if self._queued >= QUEUE_SIZE:
                 return False
             queue = queue or self._queue(upload, transport)
-            queue.todo.append(once)
+            queue.todo.append(shot)
             self._queued += 1
             if queue.slot is not None:
                 return True
-            if not self.free(transport, Once):
+            if not self.free(transport, OneShot):
                 self._waiting.setdefault(transport, {})[queue] = None
                 return True
             try:
-                self._begin(queue, Once)
+                self._begin(queue, OneShot)
             except RuntimeError:
                 return False
         return True
 
     def join(self, timeout: float) -> bool:
-        """Wait until nothing is sent and nothing waits any more.
+        """Wait until all queues are empty.
 
         :param timeout: in seconds.
-        :returns: whether it came to that.
+        :returns: whether they are.
         """
         with self._changed:
             return self._changed.wait_for(lambda: not self._queues, timeout)
@@ -140,7 +142,7 @@ class Queues:
         return self._queues.setdefault((upload, transport), _Queue(upload, transport))
 
     def _drop_progress(self, queue: _Queue) -> None:
-        kept = [job for job in queue.todo if not (isinstance(job, Once) and job.is_progress)]
+        kept = [job for job in queue.todo if not (isinstance(job, OneShot) and job.is_progress)]
         self._queued -= len(queue.todo) - len(kept)
         queue.todo = deque(kept)
 
@@ -151,7 +153,7 @@ class Queues:
         try:
             thread.start()
         except RuntimeError:
-            self._queued -= sum(isinstance(job, Once) for job in queue.todo)
+            self._queued -= sum(isinstance(job, OneShot) for job in queue.todo)
             self._end(queue, kind)
             raise
 
@@ -165,7 +167,7 @@ class Queues:
             try:
                 following = self._work(job)
             except Exception:
-                log.exception("A delivery of %s by %s broke", queue.upload, queue.transport)
+                log.exception("Post-hooks of %s by %s failed", queue.upload, queue.transport)
                 continue
             if following is not None:
                 with self._changed:
@@ -176,7 +178,7 @@ class Queues:
         with self._changed:
             if queue.todo:
                 job = queue.todo.popleft()
-                self._queued -= isinstance(job, Once)
+                self._queued -= isinstance(job, OneShot)
                 return job
             assert queue.slot is not None
             self._end(queue, queue.slot)
@@ -186,9 +188,9 @@ class Queues:
 
     def _begin_waiting(self, waiting: dict[_Queue, None]) -> None:
         first = next(iter(waiting))
-        if self.free(first.transport, Once):
+        if self.free(first.transport, OneShot):
             del waiting[first]
             try:
-                self._begin(first, Once)
+                self._begin(first, OneShot)
             except RuntimeError:
-                log.warning("A hook of %s is dropped: there are no more threads", first.upload)
+                log.warning("A post-hook of %s is dropped: no thread can be started", first.upload)

@@ -62,6 +62,7 @@ class Creator:
         self.finisher.check_space(info)
         data = self.finisher.data
         hooks = self.finisher.hooks
+        outbox = self.finisher.outbox
         place = data.create_open(info)
         empty = info = info.replace(storage=place.storage)
         events: Sequence[Event] = ()
@@ -74,14 +75,14 @@ class Creator:
             # tusd tells of a creation before its bytes have come, rustus after that.
             created = empty if hooks.follows_tusd else info
             if self._is_told(info):
-                events = [*hooks.record(HookType.POST_CREATE, created, request), *events]
+                events = [*outbox.record(HookType.POST_CREATE, created, request), *events]
         except Exception:
             # No record was written, so nobody can know of it.
             data.delete(info)
             raise
         self._write(self.finisher.infos.create, info, events, SURE)
         if self._is_told(info):
-            hooks.tell(HookType.POST_CREATE, created, request)
+            outbox.tell(HookType.POST_CREATE, created, request)
         tell(upload_created, self.finisher.sender, info)
         self.finisher.tell_finished(info, request)
         return info
@@ -272,7 +273,7 @@ class Creator:
         infos = self.finisher.infos
         if info.is_final:
             return HeldPostCreate(infos, (), 0.0)
-        events = hooks.record(HookType.POST_CREATE, info, request)
+        events = self.finisher.outbox.record(HookType.POST_CREATE, info, request)
         if hooks.follows_tusd or (reception.is_empty and info.size != 0):
             return HeldPostCreate(infos, events, 0.0)
         # The longest silence of a body, and of those who are told of its progress.
@@ -287,21 +288,21 @@ class Creator:
         held: HeldPostCreate,
         hold: Hold,
     ) -> FileInfo:
-        hooks = self.finisher.hooks
+        outbox = self.finisher.outbox
         tell(upload_created, self.finisher.sender, info)
         if info.is_final:
             return info
         if not held.holds:
-            hooks.tell(HookType.POST_CREATE, info, request)
+            outbox.tell(HookType.POST_CREATE, info, request)
         try:
             info = reception.receive(info, 0, request, held.prolong, hold)
         finally:
             if held.holds and self._is_told(info):
                 held.free()
-                hooks.tell(HookType.POST_CREATE, info, request)
+                outbox.tell(HookType.POST_CREATE, info, request)
             elif held.holds:
                 held.drop()
-                hooks.wake(info.id)
+                outbox.wake(info.id)
         if reception.is_fault and reception.error is not None and not info.is_finished:
             raise reception.error
         return info
@@ -319,7 +320,7 @@ class Creator:
         for event in infos.events(id):
             if event.type is HookType.POST_CREATE and event.due_at > now:
                 infos.put_back(replace(event, due_at=0.0))
-        self.finisher.hooks.wake(id)
+        self.finisher.outbox.wake(id)
         if twin.state is State.WAITING:
             return twin
         return self.finisher.finish_if_complete(twin, request, hold)

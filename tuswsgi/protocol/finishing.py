@@ -27,10 +27,11 @@ from tuswsgi.core.errors import (
 from tuswsgi.core.events import Event, HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, FinalResponse, State
 from tuswsgi.datastores.base import DataStore
+from tuswsgi.hooks.manager import HookManager
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Hold, Locker
 from tuswsgi.observing.signals import tell, upload_finished, upload_progress, upload_terminated
-from tuswsgi.outbox.manager import HookManager
+from tuswsgi.outbox.outbox import Outbox
 from tuswsgi.protocol.quota import Room
 from tuswsgi.protocol.settings import UploadSettings
 
@@ -45,6 +46,7 @@ class Finisher:
     infos: InfoStore
     locker: Locker[Any]
     hooks: HookManager
+    outbox: Outbox
     settings: UploadSettings
     #: Who sends signals.
     sender: object = None
@@ -102,7 +104,7 @@ class Finisher:
     def tell_finished(self, info: FileInfo, request: RequestInfo) -> None:
         """Tell everybody, unless the upload was refused."""
         if info.state is State.FINISHED:
-            self.hooks.tell(HookType.POST_FINISH, info, request)
+            self.outbox.tell(HookType.POST_FINISH, info, request)
             tell(upload_finished, self.sender, info)
 
     @property
@@ -114,7 +116,7 @@ class Finisher:
 
     def tell_progress(self, info: FileInfo, request: RequestInfo) -> None:
         """Tell everybody how far an upload has come."""
-        self.hooks.tell(HookType.POST_RECEIVE, info, request)
+        self.outbox.tell(HookType.POST_RECEIVE, info, request)
         tell(upload_progress, self.sender, info)
 
     def remove(self, info: FileInfo, state: State, request: RequestInfo, hold: Hold) -> FileInfo:
@@ -123,7 +125,7 @@ class Finisher:
         The tombstone comes first: who has lost the lock cannot write it, and must not delete
         what others have been told of since. A crash in between leaves bytes to the clean-up.
         """
-        events = self.hooks.record(HookType.POST_TERMINATE, info, request)
+        events = self.outbox.record(HookType.POST_TERMINATE, info, request)
         bury = partial(self.infos.delete, info, events, state=state, now=time.time())
         hold.check()
         try:
@@ -140,7 +142,7 @@ class Finisher:
             log.warning("The bytes of %s are left to the clean-up: %s", info.id, error)
         except Exception:
             log.exception("The bytes of %s could not be removed; the clean-up tries again", info.id)
-        self.hooks.tell(HookType.POST_TERMINATE, info, request)
+        self.outbox.tell(HookType.POST_TERMINATE, info, request)
         tell(upload_terminated, self.sender, info)
         return info
 
@@ -165,7 +167,7 @@ class Finisher:
                 response=FinalResponse(answer.status, answer.body or "", answer.headers)
             )
         info = info.replace(state=State.FINISHED, finished_at=time.time())
-        return info, self.hooks.record(HookType.POST_FINISH, info, request)
+        return info, self.outbox.record(HookType.POST_FINISH, info, request)
 
     def finish_if_complete(self, info: FileInfo, request: RequestInfo, hold: Hold) -> FileInfo:
         """Return `info` with its real offset, finished if all bytes are there.

@@ -30,10 +30,12 @@ from tuswsgi.core.events import HookType, RequestInfo
 from tuswsgi.core.extensions import Extension
 from tuswsgi.core.info import FileInfo, State, Storage, check_id, new_id
 from tuswsgi.datastores.base import DataStore, Readable
+from tuswsgi.hooks.answers import check_answer
 from tuswsgi.hooks.base import HookRequest, HookResponse
+from tuswsgi.hooks.manager import HookManager
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
-from tuswsgi.outbox.manager import HookManager
+from tuswsgi.outbox.outbox import Outbox
 from tuswsgi.protocol.creating import Creation, Creator
 from tuswsgi.protocol.finishing import Finisher, sum_of_sizes
 from tuswsgi.protocol.reception import Chunk, Reception
@@ -51,7 +53,8 @@ class Uploads:
     :param data: where bytes are kept.
     :param infos: where records are kept.
     :param locker: who writes an upload, among all processes.
-    :param hooks: the application's say.
+    :param hooks: the application's blocking hooks.
+    :param outbox: its post-hooks.
     :param sender: who sends signals.
     """
 
@@ -61,6 +64,7 @@ class Uploads:
         infos: InfoStore,
         locker: Locker[Any],
         hooks: HookManager,
+        outbox: Outbox,
         settings: UploadSettings,
         sender: object = None,
     ) -> None:
@@ -70,7 +74,7 @@ class Uploads:
         self.hooks = hooks
         self.settings = settings
         self.extensions = settings.offered(data.extensions)
-        self.finisher = Finisher(data, infos, locker, hooks, settings, sender)
+        self.finisher = Finisher(data, infos, locker, hooks, outbox, settings, sender)
         self.readers = ActiveReaders(
             settings.network_timeout, infos.lifetime, lambda: self.finisher.pace
         )
@@ -344,7 +348,7 @@ class Uploads:
         if (
             reception is None
             or request is not hook.request
-            or not reception.stop(self.hooks.checked(answer))
+            or not reception.stop(check_answer(answer))
         ):
             log.warning("%s of %s: it is too late to stop the upload", hook.type, hook.info.id)
         else:

@@ -205,7 +205,7 @@ class TusBlueprint(flask.Blueprint):
             return RequestInfo(method, owner=owner)
         repeated = _repeated(environ)
         headers = {name: joined(name, values) for name, values in repeated.items()}
-        headers = dict(self._uploads.hooks.told(_headers(environ) | headers))
+        headers = dict(self._uploads.hooks.limit_headers(_headers(environ) | headers))
         port = environ.get("REMOTE_PORT", "") if origin.client == environ.get("REMOTE_ADDR") else ""
         return RequestInfo(
             method,
