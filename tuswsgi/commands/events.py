@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
+from tuswsgi.commands.table import span, table
 from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
-from tuswsgi.core.display import printable
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.events import Event
 from tuswsgi.infostores.base import InfoStore, prepared
@@ -86,17 +86,6 @@ def as_table(events: Iterable[Event], now: float | None = None) -> str:
     return table([_HEAD, *(_row(event, now) for event in events)])
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of texts as a table, the first one its head. They may be anybody's."""
-    rows = [[printable(text) for text in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
-
-
 def _row(event: Event, now: float) -> tuple[str, ...]:
     left = event.due_at - now
     due = "never" if event.dead else "now" if left <= 0 else f"in {span(left)}"
@@ -110,11 +99,3 @@ def _row(event: Event, now: float) -> tuple[str, ...]:
         due,
         event.error or "",
     )
-
-
-def span(seconds: float) -> str:
-    """Return a time as people say it: ``42s``, ``7m``, ``3h``, ``12d``."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f}{unit}"
-    return f"{max(seconds, 0):.0f}s"

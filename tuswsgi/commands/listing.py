@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any
 
 from tuswsgi.app import Tus
-from tuswsgi.commands.events import span, table
+from tuswsgi.commands.table import span, table
 from tuswsgi.config import runtime
 from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config

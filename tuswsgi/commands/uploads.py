@@ -229,7 +229,7 @@ def _progress(label: str, *, hidden: bool = False) -> Iterator[Callable[[], None
 
 
 def _listed(removed: Sequence[Removal]) -> str:
-    from tuswsgi.commands.events import span, table
+    from tuswsgi.commands.table import span, table
 
     rows = [(one.id, str(one.reason), span(one.age), str(one.bytes)) for one in removed]
     return table([("ID", "REASON", "AGE", "BYTES"), *rows])
