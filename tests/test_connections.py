@@ -223,7 +223,7 @@ def test_closing_waits_for_writes(connection, foreign):
 
 def test_one_dsn_is_one_connection(path, connection):
     assert connect(f"sqlite:///{path}") is connection
-    assert connect(f"sqlite:///{path}", durable=True) is not connection
+    assert connect(f"sqlite:///{path}", force_fsync=True) is not connection
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from tuswsgi.infostores.sql import SqlInfoStore
 Make = Callable[[Path], InfoStore]
 
 
-def sqlite(directory: Path, *, durable: bool = False) -> InfoStore:
-    return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=durable)
+def sqlite(directory: Path, *, force_fsync: bool = False) -> InfoStore:
+    return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=force_fsync)
 
 
 def files(directory: Path) -> InfoStore:
@@ -39,7 +39,7 @@ def on_server(directory: Path) -> InfoStore:
 #: What makes a store, by its kind.
 MAKERS: dict[str, Make] = {
     "sqlite": sqlite,
-    "durable sqlite": partial(sqlite, durable=True),
+    "durable sqlite": partial(sqlite, force_fsync=True),
     "files": files,
     "redis": in_redis,
     **dict.fromkeys(databases.SERVERS, on_server),

@@ -242,10 +242,10 @@ class TestDurableFileInfoStore(Shared):
 
 
 class TestSqliteInfoStore(Shared):
-    durable = False
+    force_fsync = False
 
     def make(self, directory):
-        return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=self.durable)
+        return SqlInfoStore(f"sqlite:///{directory}/db/info.sqlite3", force_fsync=self.force_fsync)
 
     @pytest.fixture
     def fill(self, store):
@@ -259,29 +259,13 @@ class TestSqliteInfoStore(Shared):
         store.create(upload())
         for run in (store._connection.read, store._connection.write):
             pragma = run(lambda database: database.execute_sql("PRAGMA synchronous").fetchone())
-            assert pragma == ((2,) if self.durable else (1,))
+            assert pragma == ((2,) if self.force_fsync else (1,))
 
     def test_tables_of_a_newer_version_are_left_alone(self, store):
         store._connection.write(
             lambda database: database.execute_sql("UPDATE tuswsgi_schema SET version = 99")
         )
         with pytest.raises(ConfigurationError, match="version 99"):
-            store.prepare()
-
-    def test_events_of_an_older_form_are_told_of_or_make_way(self, store):
-        def remake(database):
-            database.execute_sql("UPDATE tuswsgi_schema SET version = 1")
-            database.execute_sql("DROP TABLE tuswsgi_events")
-            database.execute_sql("CREATE TABLE tuswsgi_events (number INTEGER, held BOOLEAN)")
-
-        store._connection.write(remake)
-        store.prepare()
-        store.create(info := upload(), [event(info)])
-        store._connection.write(remake)
-        store._connection.write(
-            lambda database: database.execute_sql("INSERT INTO tuswsgi_events VALUES (1, 1)")
-        )
-        with pytest.raises(ConfigurationError, match="tuswsgi_events"):
             store.prepare()
 
     def test_work_does_not_grow_with_the_events_that_wait(self, store):
@@ -339,12 +323,12 @@ class TestSqliteInfoStore(Shared):
         links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
         files = [os.readlink(link) for link in links if os.path.islink(link)]
         assert files.count(str(tmp_path / "db" / "info.sqlite3")) == 2
-        connect(store.info_db_dsn, durable=self.durable).close()
+        connect(store.info_db_dsn, force_fsync=self.force_fsync).close()
         assert list(store.list())
 
 
 class TestDurableSqliteInfoStore(TestSqliteInfoStore):
-    durable = True
+    force_fsync = True
 
 
 class TestRecord:

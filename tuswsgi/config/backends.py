@@ -183,8 +183,8 @@ class Backends:
         if self.locker_name is LockerName.SQL:
             dsns.append(self._locks.locker_dsn or self._database)
         pool = self._config.build(PoolSettings)
-        durable = self._data.force_fsync
-        return [connect(dsn, durable=durable, pool=pool) for dsn in dict.fromkeys(dsns)]
+        fsync = self._data.force_fsync
+        return [connect(dsn, force_fsync=fsync, pool=pool) for dsn in dict.fromkeys(dsns)]
 
     def hooks(self) -> list[Hook]:
         """Return the transports of hooks that are switched on, in the order of the registry."""

@@ -1,4 +1,4 @@
-"""The SQL databases by their DSNs: everybody who names the same one shares its connections."""
+"""SQL databases by DSN: callers that pass the same DSN share its connections."""
 
 from __future__ import annotations
 
@@ -13,37 +13,40 @@ from tuswsgi.core.errors import ConfigurationError
 _connections: WeakValueDictionary[tuple[str, bool], SqlConnection] = WeakValueDictionary()
 
 
-def connect(dsn: str, *, durable: bool = False, pool: PoolSettings | None = None) -> SqlConnection:
-    """Return the connection of `dsn`, the same for everybody who asks. Nothing is opened.
+def connect(
+    dsn: str, *, force_fsync: bool = False, pool: PoolSettings | None = None
+) -> SqlConnection:
+    """Return the shared connection for `dsn`. Nothing is opened yet.
 
-    :param durable: what is committed must survive a power loss; servers see to that by
-        themselves.
-    :param pool: how many connections to a server there are; whoever asks first decides.
+    :param force_fsync: SQLite syncs every commit to the disk, so that it survives a power
+        failure. Servers do so on their own.
+    :param pool: the size of a server's pool; the first caller decides.
     :raises ConfigurationError: if no such database is supported.
     """
-    connection = _connections.get((dsn, durable))
+    connection = _connections.get((dsn, force_fsync))
     if connection is None:
-        connection = _connections[dsn, durable] = _make(dsn, durable, pool or PoolSettings())
+        connection = _make(dsn, force_fsync, pool or PoolSettings())
+        _connections[dsn, force_fsync] = connection
     return connection
 
 
 def is_server(dsn: str) -> bool:
-    """Return whether `dsn` names a server, which several hosts may share."""
+    """Return whether `dsn` names a database server, which several hosts can share."""
     return not dsn.startswith("sqlite:")
 
 
-def _make(dsn: str, durable: bool, pool: PoolSettings) -> SqlConnection:
+def _make(dsn: str, force_fsync: bool, pool: PoolSettings) -> SqlConnection:
     scheme, separator, path = dsn.partition("://")
     if scheme == "sqlite" and path.startswith("/"):
-        # Other servers' DSNs ask to create the file, which happens anyway.
+        # rustus' DSNs ask to create the file, which happens anyway.
         path = path.removeprefix("/").removesuffix("?mode=rwc")
         if path and ":memory:" not in path:
             from tuswsgi.connections.sqlite import SqliteConnection
 
-            return SqliteConnection(Path(path).absolute(), durable=durable)
+            return SqliteConnection(Path(path).absolute(), force_fsync=force_fsync)
     if scheme in ("postgres", "postgresql", "mysql"):
         return _make_server(dsn, pool)
-    # Never the DSN itself: it may hold a password.
+    # Never show the DSN itself: it may contain a password.
     shown = f"{scheme}://..." if separator else "it"
     raise ConfigurationError(
         f"The database DSN is not supported ({shown}). "

@@ -48,7 +48,7 @@ class SqliteConnection(SqlConnection):
     """A database in a file.
 
     :param path: the file; it and its directory are created.
-    :param durable: commits are synced to the disk.
+    :param force_fsync: commits are synced to the disk.
     """
 
     kind = "sqlite"
@@ -56,16 +56,16 @@ class SqliteConnection(SqlConnection):
     now = "((julianday('now') - 2440587.5) * 86400.0)"
     for_update = ""
 
-    def __init__(self, path: Path, *, durable: bool = False) -> None:
+    def __init__(self, path: Path, *, force_fsync: bool = False) -> None:
         self._path = path
-        self._durable = durable
+        self._force_fsync = force_fsync
         self._handles: PerProcess[_Handles] = PerProcess(self._make_handles)
 
     def __str__(self) -> str:
         return str(self._path)
 
     def prepare(self) -> None:
-        database = _database(self._path, durable=self._durable)
+        database = _database(self._path, force_fsync=self._force_fsync)
         try:
             make_directory(self._path.parent)
             # Root's log follows the file: SQLite sees to that.
@@ -118,7 +118,7 @@ class SqliteConnection(SqlConnection):
             handles.close()
 
     def _make_handles(self) -> _Handles:
-        return _Handles(self._path, durable=self._durable)
+        return _Handles(self._path, force_fsync=self._force_fsync)
 
 
 #: Connections of all processes that this one descends from. A child must not even close
@@ -129,9 +129,9 @@ _opened: set[_Handles] = set()
 class _Handles:
     """The two connections of one process."""
 
-    def __init__(self, path: Path, *, durable: bool) -> None:
-        self.reader = _Reader(_database(path, durable=durable))
-        self.writer = _Writer(_database(path, durable=durable), slow=durable)
+    def __init__(self, path: Path, *, force_fsync: bool) -> None:
+        self.reader = _Reader(_database(path, force_fsync=force_fsync))
+        self.writer = _Writer(_database(path, force_fsync=force_fsync), slow=force_fsync)
         _opened.add(self)
 
     def close(self) -> None:
@@ -339,7 +339,7 @@ def _make_file(path: Path) -> bool:
     return True
 
 
-def _database(path: Path, *, durable: bool) -> Database:
+def _database(path: Path, *, force_fsync: bool) -> Database:
     database: Database = SqliteDatabase(
         str(path),
         # One connection for all threads, that nobody uses at the same time as another.
@@ -347,7 +347,7 @@ def _database(path: Path, *, durable: bool) -> Database:
         check_same_thread=False,
         # Waiting in C blocks all greenlets: see _patiently.
         timeout=0,
-        pragmas={"synchronous": "full" if durable else "normal"},
+        pragmas={"synchronous": "full" if force_fsync else "normal"},
     )
     return database
 

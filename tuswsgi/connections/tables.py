@@ -1,14 +1,11 @@
-"""The tables of records, events and locks: how they look, come into being and are upgraded.
+"""The tables of records, events and locks, and the version of their schema.
 
-They are written as SQL, since each database has its own way to say what they need; what is
-done with them is the business of the backends. Their version is kept beside them, so that
-every program knows whether it and the tables go together.
+The definitions are SQL with a few words per dialect. The statements that read and write the
+tables are in the info store, the outbox and the locker.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +15,7 @@ from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.core.errors import ConfigurationError
 
 #: The version of the tables below.
-SCHEMA = 4
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ _TABLES = (_SCHEMA, _UPLOADS, _EVENTS, _WAITING, _LOCKS)
 
 
 def version(connection: SqlConnection) -> int:
-    """Return the version of the tables that there are, 0 if there are none.
+    """Return the version of the database's tables, 0 if there are none.
 
     :raises Unavailable: if the database cannot be reached.
     """
@@ -200,114 +197,41 @@ def version(connection: SqlConnection) -> int:
 
 
 def prepare_tables(connection: SqlConnection) -> None:
-    """Create the tables, or upgrade older ones. Several processes may do so at once.
+    """Create the tables unless they exist. Several processes may do so at once.
 
-    The connection is closed afterwards: whoever prepares may fork then.
+    The connection is closed afterwards, so that the caller may fork.
 
-    :raises ConfigurationError: if the database or its tables cannot be used.
+    :raises ConfigurationError: if the database cannot be used, or its tables have another
+        version.
     """
     connection.prepare()
     try:
         found = version(connection)
-        if found > SCHEMA:
+        if not found:
+            connection.migrate(lambda database: _create(database, _DIALECTS[connection.kind]))
+        elif found != SCHEMA:
             raise ConfigurationError(
-                f"The tables of the database are of version {found}, which a newer tuswsgi made; "
-                f"this one needs version {SCHEMA}."
+                f"The tables of the database {connection} have version {found}, but this tuswsgi "
+                f"needs version {SCHEMA}: a newer tuswsgi made them, or one from before the first "
+                "release. Run that one, or use another database."
             )
-        if found < SCHEMA:
-            connection.migrate(lambda database: _upgrade(database, _DIALECTS[connection.kind]))
     finally:
         connection.close()
 
 
-def _upgrade(database: Database, dialect: _Dialect) -> None:
-    # Another process may have been faster.
-    found = _version(database)
-    if found >= SCHEMA:
+def _create(database: Database, dialect: _Dialect) -> None:
+    # Another process may have created them. One that died halfway has left some of the tables
+    # behind where the database cannot roll that back.
+    if _version(database):
         return
-    # Where a change of tables is not undone by the death of its maker, all of this happens
-    # again: so each step must work on what it has done before.
-    for number, step in _UPGRADES.items():
-        if 0 < found < number:
-            step(database, dialect)
     for table in _TABLES:
         for statement in table.statements(dialect):
             database.execute_sql(statement)
-    database.execute_sql("DELETE FROM tuswsgi_schema")
     database.execute_sql(f"INSERT INTO tuswsgi_schema (id, version) VALUES (1, {SCHEMA})")
 
 
 def _version(database: Database) -> int:
-    if not _exists("tuswsgi_schema", database):
+    if not cast(peewee.Database, database).table_exists("tuswsgi_schema"):
         return 0
     row = database.execute_sql("SELECT version FROM tuswsgi_schema").fetchone()
     return 0 if row is None else cast(int, row[0])
-
-
-def _exists(table: str, database: Database) -> bool:
-    return bool(cast(peewee.Database, database).table_exists(table))
-
-
-def _drop_old_events(database: Database, dialect: _Dialect) -> None:
-    """Make way for the table of events if there is one from before the first release."""
-    columns = cast(peewee.Database, database).get_columns("tuswsgi_events")
-    if not columns or "free_at" in {column.name for column in columns}:
-        return
-    if database.execute_sql("SELECT 1 FROM tuswsgi_events LIMIT 1").fetchone():
-        raise ConfigurationError(
-            "The info store's table tuswsgi_events holds events of a tuswsgi from before the "
-            "first release; it has to be dropped by hand."
-        )
-    database.execute_sql("DROP TABLE tuswsgi_events")
-
-
-def _add_promised(database: Database, dialect: _Dialect) -> None:
-    """Tell beside each record how much room it promises, which its text says too."""
-    table = cast(peewee.Database, database)
-    columns = {column.name for column in table.get_columns("tuswsgi_uploads")}
-    if not columns:
-        return
-    if "promised" not in columns:
-        database.execute_sql(
-            "ALTER TABLE tuswsgi_uploads ADD COLUMN promised BIGINT NOT NULL DEFAULT 0"
-        )
-    _tell_promised(database, table.param)
-    old = "tuswsgi_uploads_state_id"
-    if old not in {index.name for index in table.get_indexes("tuswsgi_uploads")}:
-        return
-    if dialect.inline:
-        database.execute_sql(
-            f"ALTER TABLE tuswsgi_uploads DROP INDEX {old}, "
-            f"ADD INDEX {old}_promised (state, id, promised)"
-        )
-    else:
-        database.execute_sql(f"DROP INDEX {old}")
-
-
-def _drop_locks(database: Database, dialect: _Dialect) -> None:
-    """Make way for locks with marks. No server is running, and so no lock is held."""
-    database.execute_sql("DROP TABLE IF EXISTS tuswsgi_locks")
-
-
-def _tell_promised(database: Database, mark: str) -> None:
-    page = (
-        "SELECT id, record FROM tuswsgi_uploads "
-        f"WHERE id > {mark} AND deleted_at IS NULL ORDER BY id LIMIT 1000"
-    )
-    update = f"UPDATE tuswsgi_uploads SET promised = {mark} WHERE id = {mark}"
-    after = ""
-    while rows := database.execute_sql(page, (after,)).fetchall():
-        for id, text in rows:
-            record = json.loads(text)
-            size = record.get("size")
-            database.execute_sql(update, (record["offset"] if size is None else size, id))
-            after = id
-
-
-#: What is to be done to tables of the version before, by the version that they have then.
-#: Tables that are new are created afterwards.
-_UPGRADES: dict[int, Callable[[Database, _Dialect], None]] = {
-    2: _drop_old_events,
-    3: _add_promised,
-    4: _drop_locks,
-}

@@ -124,7 +124,7 @@ class SqlInfoStore(InfoStore):
     pool: PoolSettings = PoolSettings()
 
     def __post_init__(self) -> None:
-        self._connection = connect(self.info_db_dsn, durable=self.force_fsync, pool=self.pool)
+        self._connection = connect(self.info_db_dsn, force_fsync=self.force_fsync, pool=self.pool)
         text = self._connection.statement
         self._create = text(_CREATE)
         self._exists = text(_EXISTS)

@@ -63,7 +63,7 @@ class SqlLocker(LeaseLocker):
     :param lease: for how long a lock outlives its holder, in seconds.
     :param beside: locks of this host, each of which is held for as long as the lease.
     :param pool: how many connections there are, and how long the database may take.
-    :param durable: as the info store has it that shares the connections; locks need it not.
+    :param force_fsync: as the info store has it that shares the connections; locks need it not.
     """
 
     # Each attempt is a query, and a holder elsewhere looks for requests now and then only.
@@ -78,10 +78,10 @@ class SqlLocker(LeaseLocker):
         beside: Locker[Any] | None = None,
         pool: PoolSettings | None = None,
         *,
-        durable: bool = False,
+        force_fsync: bool = False,
     ) -> None:
         super().__init__(timeout, lease, beside)
-        self._connection = connect(dsn, durable=durable, pool=pool)
+        self._connection = connect(dsn, force_fsync=force_fsync, pool=pool)
 
     def prepare(self) -> None:
         super().prepare()
