@@ -125,6 +125,51 @@ def test_check_of_a_correct_configuration() -> None:
     assert result.stdout == "The configuration is correct.\n"
 
 
+def test_check_finds_directories_that_cannot_be_made(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    result = run(
+        *("config", "check", "--data-dir", "/proc/nothing/here", "--runtime-dir", file),
+        *("--info-storage", "file-info-storage", "--info-dir", file / "info"),
+    )
+    assert result.exit_code == 2
+    assert sorted(result.stderr.splitlines()) == [
+        "[tuswsgi] data_dir = /proc/nothing/here: It cannot be made: "
+        "No such file or directory (/proc/nothing).",
+        f"[tuswsgi] info_dir = {file}/info: It cannot be made: File exists ({file}).",
+        f"[tuswsgi] runtime_dir = {file}: It cannot be made: File exists ({file}).",
+    ]
+
+
+def test_check_makes_no_directories(tmp_path: Path) -> None:
+    assert run("config", "check", "--data-dir", tmp_path / "a" / "b").exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("gc", "--dry-run"),
+        ("gc",),
+        ("uploads", "list"),
+        ("uploads", "show", "id"),
+        ("uploads", "rm", "--yes", "id"),
+        ("hooks", "pending"),
+        ("db", "version"),
+        ("info", "copy", "--to", "sqlite:////nowhere/info.sqlite3"),
+    ],
+    ids=" ".join,
+)
+def test_a_misspelt_data_directory_is_not_made(tmp_path: Path, command: tuple[str, ...]) -> None:
+    missing = tmp_path / "missing"
+    result = run(*command, "--data-dir", missing)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"[tuswsgi] data_dir = {missing}: There is no such directory."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["check", "show"])
 def test_every_problem_is_a_line_and_the_exit_code_is_2(command: str) -> None:
     result = run("config", command, "--port", "x", env={"TUSWSGI_STORAGE": "y"})
@@ -232,6 +277,16 @@ def test_upload_of_a_file_that_is_not_there(tmp_path: Path) -> None:
     result = run("upload", tmp_path / "missing", "http://localhost:1/files/")
     assert result.exit_code == 2
     assert "missing" in result.stderr
+
+
+@pytest.mark.parametrize("header", ["secret", ": secret", "X: secret\r\nY: z"])
+def test_upload_takes_headers_only(tmp_path: Path, header: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    result = run("upload", file, "http://localhost:1/", "--header", header)
+    assert result.exit_code == 2
+    assert "Not a header such as" in result.stderr
+    assert "secret" not in result.stderr
 
 
 def test_upload_takes_sizes_for_its_chunks(tmp_path: Path) -> None:

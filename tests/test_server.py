@@ -15,7 +15,7 @@ import pytest
 from tuswsgi.config.loading import Config
 from tuswsgi.config.server import ServerSettings
 from tuswsgi.core.errors import ConfigurationError
-from tuswsgi.serving.settings import check_listening, gunicorn_settings, ready_line
+from tuswsgi.serving.settings import check_listening, gunicorn_settings, ready_lines
 
 #: What gunicorn's master is when it begins, as far as we look at it.
 MASTER = SimpleNamespace(handle_term=lambda *signal: None)
@@ -88,14 +88,22 @@ def test_one_worker_alone_where_memory_is_not_shared() -> None:
 def test_the_line_that_a_newcomer_waits_for(
     flags: dict[str, Any], address: tuple[Any, ...], url: str
 ) -> None:
-    assert ready_line(settings(**flags), address) == f"You can now upload files to: {url}"
+    lines = ready_lines(settings(**flags), address)
+    assert lines.pop() == f"You can now upload files to: {url}"
+    if address[0] in ("0.0.0.0", "::"):
+        assert lines == [f"Listening on all addresses of this host ({address[0]})."]
+    else:
+        assert lines == []
 
 
 def test_only_the_first_worker_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     listener = SimpleNamespace(getsockname=lambda: ("0.0.0.0", 5))
     for age in (1, 2, 3):
         told()["post_worker_init"](SimpleNamespace(age=age, sockets=[listener]))
-    assert capsys.readouterr().out == "You can now upload files to: http://127.0.0.1:5/files/\n"
+    assert capsys.readouterr().out == (
+        "Listening on all addresses of this host (0.0.0.0).\n"
+        "You can now upload files to: http://127.0.0.1:5/files/\n"
+    )
 
 
 @pytest.mark.parametrize("url", ["x y", "/files?x", "/#", "/%20", "/ä"])

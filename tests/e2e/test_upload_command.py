@@ -91,6 +91,7 @@ class Strange:
 
     def __init__(self, answers: Mapping[str, tuple[int, Mapping[str, str]]]) -> None:
         self.answers = answers
+        self.body = b""
         #: Method, path and credentials of each request.
         self.requests: list[tuple[str, str, str | None]] = []
         strange = self
@@ -102,9 +103,10 @@ class Strange:
                 strange.requests.append(request)
                 status, headers = strange.answers[self.command]
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": "0"}.items():
+                for name, value in {**headers, "Content-Length": str(len(strange.body))}.items():
                     self.send_header(name, value.format(port=strange.port))
                 self.end_headers()
+                self.wfile.write(strange.body)
 
             do_POST = do_HEAD = do_PATCH = _answer  # noqa: N815
 
@@ -209,6 +211,31 @@ def test_a_password_is_not_for_another_server(
     server = strange({}, {}, (201, {"Location": _at(other)}))
     _upload(_file(tmp_path), f"http://me:hunter2@127.0.0.1:{server.port}/", tmp_path / "state")
     assert other.requests == [("PATCH", "/files/", None)]
+
+
+@pytest.mark.parametrize("on_another_server", [False, True])
+def test_headers_go_to_their_server_only(
+    tmp_path: Path, strange: Callable[..., Strange], on_another_server: bool
+) -> None:
+    other = strange({}, {"Upload-Offset": "1000000"}, _CREATED)
+    location = _at(other) if on_another_server else "/files/one"
+    server = strange({}, {"Upload-Offset": "1000000"}, (201, {"Location": location}))
+    headers = ("--header", "Authorization: Bearer secret", "--header", "X-Other:1")
+    with _command(_file(tmp_path), _at(server), tmp_path / "state", *headers) as command:
+        assert command.wait(PATIENCE) == 0
+    assert server.requests[0] == ("POST", "/files/", "Bearer secret")
+    patched = other.requests if on_another_server else server.requests[1:]
+    assert [request[2] for request in patched] == [None if on_another_server else "Bearer secret"]
+
+
+def test_a_page_of_html_is_not_printed(tmp_path: Path, strange: Callable[..., Strange]) -> None:
+    server = strange({}, {}, (403, {}))
+    server.body = b"<!DOCTYPE html><html><h1>Go away</h1></html>"
+    with pytest.raises(UploadFailed, match=r"^The server answered 403 \(Forbidden\)\.$"):
+        _upload(_file(tmp_path), _at(server), tmp_path / "state.json")
+    server.body = b"Uploads of cats only."
+    with pytest.raises(UploadFailed, match=r"^The server answered 403: Uploads of cats only\.$"):
+        _upload(_file(tmp_path), _at(server), tmp_path / "state.json")
 
 
 def test_only_its_owner_can_read_what_is_remembered(tmp_path: Path, server: Server) -> None:

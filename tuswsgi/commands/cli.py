@@ -9,7 +9,7 @@ patched where that counts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,9 +94,12 @@ def config() -> None:
 def check(load: Callable[[], Config]) -> None:
     """Say whether the configuration is correct."""
     with failing(exit_code=2):
+        from tuswsgi.config.backends import Backends
         from tuswsgi.serving.settings import gunicorn_settings
 
-        gunicorn_settings(load())
+        configuration = load()
+        gunicorn_settings(configuration)
+        Backends(configuration).check_directories()
     click.echo("The configuration is correct.")
 
 
@@ -209,7 +212,7 @@ def db_version(load: Callable[[], Config]) -> None:
     """Say of which version the tables are, and which one this program needs."""
     from tuswsgi.connections.tables import SCHEMA, version
 
-    with _databases(load) as databases:
+    with _databases(load, must_exist=True) as databases:
         for database in databases:
             database.prepare()
             found = version(database)
@@ -230,7 +233,9 @@ def upgrade(load: Callable[[], Config]) -> None:
 
 
 @contextmanager
-def _databases(load: Callable[[], Config]) -> Iterator[Sequence[SqlConnection]]:
+def _databases(
+    load: Callable[[], Config], *, must_exist: bool = False
+) -> Iterator[Sequence[SqlConnection]]:
     with failing(exit_code=2):
         configuration = load()
     from tuswsgi.config.backends import Backends
@@ -238,7 +243,10 @@ def _databases(load: Callable[[], Config]) -> Iterator[Sequence[SqlConnection]]:
 
     try:
         with failing(exit_code=1):
-            databases = Backends(configuration).databases()
+            backends = Backends(configuration)
+            if must_exist:
+                backends.check_records()
+            databases = backends.databases()
             if not databases:
                 raise click.ClickException("No SQL database is configured.")
             yield databases
@@ -304,10 +312,31 @@ main.add_command(gc)
 main.add_command(uploads)
 
 
+def _headers(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str]
+) -> Mapping[str, str]:
+    headers = {}
+    for text in values:
+        name, colon, value = text.partition(":")
+        if not colon or not name.strip() or not text.isprintable():
+            # The value may be a secret.
+            raise click.BadParameter("Not a header such as 'Authorization: Bearer ...'.")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
 @main.command()
 @click.argument("file", type=FileArgument(exists=True))
 @click.argument("url")
 @click.option("--chunk-size", default="8MiB", help="Bytes in one request.  [default: 8MiB]")
+@click.option(
+    "--header",
+    "headers",
+    metavar="'NAME: VALUE'",
+    multiple=True,
+    callback=_headers,
+    help="Send this header to the server, e.g. 'Authorization: Bearer ...'; repeatable.",
+)
 @click.option("--retries", default=8, help="Failed attempts in a row.  [default: 8]")
 @click.option(
     "--state",
@@ -315,8 +344,15 @@ main.add_command(uploads)
     default=Path("~/.cache/tuswsgi/uploads.json"),
     help="Where unfinished uploads are remembered.  [default: ~/.cache/tuswsgi/uploads.json]",
 )
-def upload(file: Path, url: str, chunk_size: str, retries: int, state: Path) -> None:
-    """Upload FILE to the tus server at URL, or go on where an upload of it ended."""
+def upload(
+    file: Path,
+    url: str,
+    chunk_size: str,
+    headers: Mapping[str, str],
+    retries: int,
+    state: Path,
+) -> None:
+    """Upload FILE to the tus server at URL, or resume an unfinished upload of it."""
     try:
         from tuswsgi.commands.client import Remembered, Upload, UploadFailed
     except ImportError as error:
@@ -334,6 +370,7 @@ def upload(file: Path, url: str, chunk_size: str, retries: int, state: Path) -> 
             url=url,
             remembered=Remembered(state.expanduser()),
             chunk_size=_size(chunk_size),
+            headers=headers,
             retries=retries,
             progress=progress,
             say=lambda sentence: click.echo(f"\n{sentence}", err=True),

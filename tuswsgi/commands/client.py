@@ -13,9 +13,10 @@ import mimetypes
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.client import responses
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import SplitResult, urlsplit
@@ -31,6 +32,9 @@ from tuswsgi.core.display import printable, without_secrets
 
 #: Between attempts to reach the server; the command says how long each one is.
 _BACKOFF = Backoff(first=0.5, longest=30.0, jitter=0)
+
+#: Characters of an answer's body that are printed as the reason for an error.
+_LONGEST_REASON = 500
 
 #: The statuses below 500 after which clients of the tus family come back.
 _PASSING = {409, 423, 429}
@@ -159,17 +163,25 @@ class _Uploader(Uploader):
     """tuspy's uploader, but it looks closely at what the server says.
 
     :param length: the length of the file.
+    :param headers: sent to the server of the client only: an upload may be on another one.
     """
 
-    def __init__(self, length: int, **options: Any) -> None:
+    def __init__(self, length: int, headers: Mapping[str, str], **options: Any) -> None:
         self._length = length
+        self._headers = headers
         super().__init__(**options)
+
+    def get_headers(self) -> dict[str, str]:
+        headers = dict(self.DEFAULT_HEADERS)
+        server = urlsplit(cast(TusClient, self.client).url)
+        if not self.url or _origin(urlsplit(self.url)) == _origin(server):
+            headers.update(self._headers)
+        return headers
 
     @catch_requests_error  # type: ignore[untyped-decorator]
     def get_offset(self) -> int:
         """Ask the server, also whether it expects as many bytes as there are."""
-        headers = self.get_headers()  # type: ignore[no-untyped-call]
-        answer = requests.head(str(self.url), headers=headers)
+        answer = requests.head(str(self.url), headers=self.get_headers())
         _check(answer.status_code, answer.content)
         length = answer.headers.get("Upload-Length")
         if length is not None and length != str(self._length):
@@ -204,6 +216,7 @@ class Upload:
     :param url: where uploads are created. Its credentials go to this server only, and no further:
         neither into `remembered` nor into what ``run`` returns.
     :param chunk_size: how many bytes one request carries; they are held in memory.
+    :param headers: sent with each request to the server of `url`, and to no other one.
     :param retries: how many attempts in a row may fail without a byte's progress.
     :param progress: called with the number of bytes that the server has, and with the file's.
     :param say: called with a sentence when an attempt failed and another will follow.
@@ -216,6 +229,7 @@ class Upload:
     retries: int
     progress: Callable[[int, int], None]
     say: Callable[[str], None]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> str:
         """Upload the file, or what is left of it, and return the URL of the upload.
@@ -292,6 +306,7 @@ class Upload:
         return _Uploader(
             self._source.length,
             client=TusClient(self.url),
+            headers=self.headers,
             file_stream=cast(BinaryIO, self._source),
             chunk_size=self.chunk_size,
             metadata={"filename": self.file.name, "filetype": filetype},
@@ -365,7 +380,14 @@ def _reason(error: TusCommunicationError | _NoProgress) -> str:
     if error.status_code is None:
         return f"The server cannot be reached: {_root(error)}."
     text = (error.response_content or b"").decode("utf-8", "replace").strip()
-    return f"The server answered {error.status_code}: {printable(text) or 'no reason given.'}"
+    if not text or text.startswith("<") or len(text) > _LONGEST_REASON:
+        # A proxy's page of HTML says no more than its status does.
+        return f"The server answered {error.status_code} ({_phrase(error.status_code)})."
+    return f"The server answered {error.status_code}: {printable(text)}"
+
+
+def _phrase(status: int) -> str:
+    return responses.get(status, "no reason given")
 
 
 def _root(error: BaseException) -> str:

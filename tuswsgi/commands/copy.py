@@ -306,7 +306,10 @@ def opened(
             stack.callback(records.close)
             read = partial(ConvertedUploads, records)
         else:
-            _check_there(source)
+            if source is None:
+                Backends(config).check_records()
+            else:
+                _check_there(source)
             read = partial(StoredUploads, stack.enter_context(_store(source, config)))
         kept = stack.enter_context(_store(target, config))
         yield Copy(read, kept, overwrite=overwrite)
@@ -323,17 +326,17 @@ def _rustus(dsn: str, config: Config, without_files: bool) -> RustusRecords:
 
 
 def _store(dsn: str | None, config: Config) -> AbstractContextManager[InfoStore]:
-    if dsn is not None:
-        return prepared(Backends(config).info_store_at(dsn))
     backends = Backends(config)
+    if dsn is not None:
+        return prepared(backends.info_store_at(dsn))
     if backends.info_store_name is InfoStoreName.MEMORY:
         raise ConfigurationError("The configured records are in the memory of a server.")
     return prepared(backends.info_store())
 
 
-def _check_there(dsn: str | None) -> None:
-    """Refuse a source that preparing would make: its name is probably misspelt."""
-    scheme, _, path = (dsn or "").partition(":///")
+def _check_there(dsn: str) -> None:
+    """Refuse a source that does not exist: to open it would make an empty one."""
+    scheme, _, path = dsn.partition(":///")
     if scheme == "file":
         path = f"/{path}"
     elif scheme != "sqlite":

@@ -33,7 +33,10 @@ def opened(config: Config) -> AbstractContextManager[InfoStore]:
     """
     backends = Backends(config)
     if backends.info_store_name is InfoStoreName.MEMORY:
-        raise ConfigurationError("The events are in the server's memory: nobody else sees them.")
+        raise ConfigurationError(
+            "The post-hooks are in the server's memory, where no command can reach them."
+        )
+    backends.check_records()
     return prepared(backends.info_store())
 
 

@@ -80,8 +80,12 @@ def opened(config: Config) -> Iterator[Uploads]:
 
     :raises ConfigurationError: if they cannot be used, or only by the server itself.
     """
-    if Backends(config).in_memory:
-        raise ConfigurationError("A part of it is in the server's memory: nobody else sees it.")
+    backends = Backends(config)
+    if backends.in_memory:
+        raise ConfigurationError(
+            "Some of the backends are in the server's memory, where no command can reach them."
+        )
+    backends.check_data_dir()
     tus = Tus(runtime.as_servers_have_it(config))
     try:
         tus.prepare()

@@ -18,6 +18,7 @@ from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.redis import RedisSettings
 from tuswsgi.core.errors import ConfigurationError, TusError
 from tuswsgi.core.options import MAIN
+from tuswsgi.core.paths import why_unmakeable
 from tuswsgi.datastores.base import DataStore
 from tuswsgi.datastores.settings import DataStoreName, DataStoreSettings
 from tuswsgi.hooks.base import Hook
@@ -100,6 +101,42 @@ class Backends:
             or self.info_store_name is InfoStoreName.MEMORY
             or self.locker_name is LockerName.MEMORY
         )
+
+    def check_data_dir(self) -> None:
+        """Check that the data directory exists, for a command that must not make an empty one.
+
+        :raises ConfigurationError: if it does not.
+        """
+        if not self.data_dir.is_dir():
+            raise ConfigurationError(
+                f"[{MAIN}] data_dir = {self.data_dir}: There is no such directory."
+            )
+
+    def check_records(self) -> None:
+        """Do ``check_data_dir`` if the records are in the data directory."""
+        by_default = {InfoStoreName.SQL: "info_db_dsn", InfoStoreName.FILE: "info_dir"}
+        option = by_default.get(self.info_store_name)
+        if option is not None and self._config[option] is None:
+            self.check_data_dir()
+
+    def check_directories(self) -> None:
+        """Check that the configured directories exist or can be made, without making them.
+
+        :raises ConfigurationError: with one line for each directory that cannot be made.
+        """
+        directories = {"runtime_dir": self._locks.runtime_dir}
+        if self._data.storage is DataStoreName.FILE:
+            directories["data_dir"] = self.data_dir
+        if self.info_store_name is InfoStoreName.FILE:
+            directories["info_dir"] = self._config["info_dir"]
+        problems = []
+        for name, directory in directories.items():
+            error = None if directory is None else why_unmakeable(directory)
+            if error is not None:
+                why = f"{error.strerror} ({error.filename})"
+                problems.append(f"[{MAIN}] {name} = {directory}: It cannot be made: {why}.")
+        if problems:
+            raise ConfigurationError("\n".join(problems))
 
     def data_store(self) -> DataStore:
         """Return the data store."""

@@ -49,7 +49,10 @@ class ServerSettings:
 
     host: str = option("0.0.0.0", "The address to listen at.", rustus="SERVER_HOST")
     port: int = option(
-        1081, "The port to listen at; 0 for any.", rustus="SERVER_PORT", validate=Range(0, 65535)
+        1081,
+        "The port to listen at; 0 for any.",
+        rustus="SERVER_PORT",
+        validate=Range(0, 65535, error="Not a port between 0 and 65535."),
     )
     url: str = option("/files", "The path of uploads.", rustus="URL", validate=_PATH)
     unix_sock: Path | None = option(

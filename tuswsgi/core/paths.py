@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -81,6 +82,23 @@ def make_directory(directory: str | Path) -> None:
             return
         raise
     adopt(directory, directory.parent)
+
+
+def why_unmakeable(directory: Path) -> OSError | None:
+    """Return why `directory` cannot be made, ``None`` if it can or exists. Nothing stays behind."""
+    made: list[Path] = []
+    try:
+        for path in (*reversed(directory.absolute().parents), directory):
+            if not path.is_dir():
+                path.mkdir()
+                made.append(path)
+    except OSError as error:
+        return error
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):  # a server may use it by now
+                path.rmdir()
+    return None
 
 
 def why_unwritable(directory: Path) -> OSError | None:

@@ -46,7 +46,7 @@ class SentrySettings:
         1.0,
         "The share of errors that are reported, between 0 and 1.",
         rustus="SENTRY_SAMPLE_RATE",
-        validate=Range(0, 1),
+        validate=Range(0, 1, error="Not a number between 0 and 1."),
     )
 
 

@@ -113,20 +113,27 @@ _FIXED: dict[str, Any] = {
 }
 
 
-def ready_line(settings: ServerSettings, address: Any) -> str:
-    """Return the sentence that tells where to upload, once the server can be reached.
+#: No client can connect to the addresses that stand for all others.
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def ready_lines(settings: ServerSettings, address: Any) -> list[str]:
+    """Return the lines that say where to upload, once the server can be reached. The last one is
+    the same as rustus'.
 
     :param address: what the listening socket says of itself, since the port may have been
         any.
     """
     if not isinstance(address, tuple):
-        return f"You can now upload files through the unix socket: {settings.unix_sock}"
+        return [f"You can now upload files through the unix socket: {settings.unix_sock}"]
     scheme = "https" if settings.certfile else "http"
-    # Nobody can open the wildcard addresses.
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = _LOOPBACK.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
     path = settings.url.strip("/")
-    return f"You can now upload files to: {scheme}://{host}:{address[1]}/" + (path and f"{path}/")
+    line = f"You can now upload files to: {scheme}://{host}:{address[1]}/" + (path and f"{path}/")
+    if settings.host in _LOOPBACK:
+        return [f"Listening on all addresses of this host ({settings.host}).", line]
+    return [line]
 
 
 def check_listening(settings: ServerSettings) -> None:
@@ -303,11 +310,12 @@ def _begin(settings: ServerSettings, worker: Any) -> None:
     # forks says it: its sockets listen already, and workers after it (also after a reload)
     # are not news.
     if worker.age == 1:
-        line = ready_line(settings, worker.sockets[0].getsockname())
+        lines = ready_lines(settings, worker.sockets[0].getsockname())
         if settings.log_format is LogFormat.JSON:
-            log.info("%s", line)
+            for line in lines:
+                log.info("%s", line)
         else:
-            print(line, flush=True)
+            print("\n".join(lines), flush=True)
 
 
 def _end(worker: Any) -> None:
