@@ -127,11 +127,11 @@ class TestFileInfoStore(Shared):
         writer = Thread(target=other.save, args=(info, [second]))
 
         class Slow(FileInfoStore):
-            def _set_marker(self, kept):
+            def _set_marker(self, entry):
                 # The last event goes, and a new one comes at the worst moment.
                 writer.start()
                 writer.join(0.3)
-                super()._set_marker(kept)
+                super()._set_marker(entry)
 
         store.create(info, [first])
         Slow(directory).settle(first)

@@ -17,7 +17,7 @@ from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.events import Event
-from tuswsgi.infostores.base import InfoStore, prepared
+from tuswsgi.infostores.base import EventStore, InfoStore, prepared
 from tuswsgi.infostores.settings import InfoStoreName
 
 #: More than anybody looks through. A listing holds all of them in memory.
@@ -40,17 +40,17 @@ def opened(config: Config) -> AbstractContextManager[InfoStore]:
     return prepared(backends.info_store())
 
 
-def pending(infos: InfoStore) -> Sequence[Event]:
+def pending(infos: EventStore) -> Sequence[Event]:
     """Return the events that are to be delivered, oldest first."""
     return infos.outbox(dead=False, limit=_MANY)
 
 
-def dead(infos: InfoStore) -> Sequence[Event]:
+def dead(infos: EventStore) -> Sequence[Event]:
     """Return the events that were given up, oldest first."""
     return infos.outbox(dead=True, limit=_MANY)
 
 
-def replay(infos: InfoStore, id: str | None = None) -> int:
+def replay(infos: EventStore, id: str | None = None) -> int:
     """Have dead events tried again, at once and as if they had never failed.
 
     :param id: only those of this event or upload.

@@ -24,7 +24,7 @@ from tuswsgi.datastores.base import (
     Readable,
     Source,
 )
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import RecordStore
 from tuswsgi.lockers.base import Hold, Locker
 
 #: The lock of the one who compares and promises.
@@ -44,7 +44,7 @@ class LimitedDataStore(DataStore):
     bounded = True
 
     inner: DataStore
-    infos: InfoStore
+    infos: RecordStore
     locker: Locker[Any]
     max_total_size: int | None = option(
         None,

@@ -1,14 +1,14 @@
-"""The contract of info stores: where the records of uploads are kept.
+"""The contract of info stores, which keep the records of uploads and their events.
 
-An info store owns what was promised about an upload and its state, and the events that
-are to be told to hooks. It never owns the number of bytes. The contract is tested by
-``tuswsgi.testing.infostores``.
+A record says what was promised about an upload and what state it is in, but not how many
+bytes there are: only the data store knows that. An event is a post-hook to be delivered. The
+contract is tested by ``tuswsgi.testing.infostores``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,87 +17,44 @@ from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State
 from tuswsgi.core.process import let_others_run
 
-
-@dataclass(frozen=True)
-class Census:
-    """How many uploads and events there are.
-
-    :param unfinished: uploads that wait for bytes or parts, expired ones included until they
-        are removed.
-    :param stalled: those of them that wait for bytes, and have waited for long.
-    :param pending: events that are to be delivered.
-    :param dead: events that were given up.
-    :param oldest: when the oldest event that is to be delivered was written, about.
-    """
-
-    unfinished: int = 0
-    stalled: int = 0
-    pending: int = 0
-    dead: int = 0
-    oldest: float | None = None
-
-
-#: More events than anybody counts.
-_MANY = 100_000
-
-#: The id of no upload.
-_NOBODY = "tuswsgi-check"
-
-#: How many records a scan reads before it lets others run.
+#: How many records a scan reads before it lets other greenlets run.
 _PAGE = 100
 
+#: More events than there ever are.
+_MANY = 100_000
 
-class InfoStore(ABC):
-    """Keeps one record per upload, and its events.
+#: An id that no upload has.
+_UNUSED_ID = "tuswsgi-check"
 
-    A record and the events that come with it are written in one transaction: after a
-    crash there are both or neither. What a write returned is what every process reads
-    from then on.
 
-    :ivar lifetime: for how long a record is kept after it was written last, in seconds, while
-        the bytes stay; ``None`` for ever.
+class RecordStore(ABC):
+    """Keeps one record per upload.
 
-    A store that cannot be reached or that is too busy raises ``Unavailable``.
+    A record and the events that are passed with it are written in one transaction: after a
+    crash both are there, or neither. Once a write has returned, every process reads what it
+    wrote. The methods raise ``Unavailable`` if the store cannot be reached or is too busy.
+
+    :ivar lifetime: how long a record is kept after its last write, in seconds, whether or not
+        the upload's bytes stay; ``None`` for ever.
     """
 
     lifetime: float | None = None
 
     @property
     def is_forgetful(self) -> bool:
-        """Whether records may go by themselves."""
+        """Whether records expire."""
         return self.lifetime is not None
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Make ready for use: create directories or tables. May be called again, and by
-        several processes at once.
-
-        :raises ConfigurationError: if the store cannot work as it is configured.
-        """
-
-    def close(self) -> None:
-        """Release what this process holds. The store may be used again afterwards."""
-
-    def check(self) -> None:
-        """Find out, at little cost, whether the store can be used now. May be called often.
-
-        :raises Exception: if it cannot.
-        """
-        try:
-            self.load(_NOBODY)
-        except UploadNotFound:
-            pass
 
     @abstractmethod
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
         """Write the record of a new upload and its `events`.
 
-        The two errors below are the only ones by which a caller knows that nothing was
-        written. After any other exception, ``Unavailable`` or the end of the greenlet, the
-        record may be there, now or in a moment: the answer to a commit may have got lost.
+        Only the two errors below tell the caller that nothing was written. After any other
+        exception the record may exist, or come to exist in a moment: the answer to a commit
+        may be lost, and the greenlet may be killed.
 
-        :raises UploadExists: if there is a record with this id, also a tombstone. A store that
-            tries again must not take for another's what its first attempt wrote.
+        :raises UploadExists: if there is a record or a tombstone with this id. A store that
+            retries must recognize what its own first attempt has written.
         :raises StorageFull: if there is no room for the record.
         """
 
@@ -106,24 +63,24 @@ class InfoStore(ABC):
         """Replace the record of an upload and add `events` to its events.
 
         :returns: `info` with the sequence that the next save must have.
-        :raises InfoConflict: if the record's sequence is not `info.sequence`: somebody
-            else has written it, and nothing is changed.
+        :raises InfoConflict: if the stored sequence is not `info.sequence`, because the record
+            was changed in the meantime. Nothing is written.
         :raises UploadNotFound: if there is no record.
         """
 
     @abstractmethod
     def load(self, id: str) -> FileInfo:
-        """Return the record of an upload or its tombstone.
+        """Return the record of an upload, or its tombstone.
 
-        :raises UploadNotFound: if there is none.
+        :raises UploadNotFound: if there is neither.
         """
 
     def delete(
         self, info: FileInfo, events: Sequence[Event], *, state: State, now: float
     ) -> FileInfo:
-        """Turn the record into a tombstone, by which "gone" is told from "never there".
+        """Replace the record by a tombstone, which tells "gone" from "never existed".
 
-        The tombstone keeps the events that nobody has delivered yet.
+        The tombstone keeps the undelivered events.
 
         :param state: ``TERMINATED`` or ``EXPIRED``.
         :param now: the time of the deletion.
@@ -132,12 +89,12 @@ class InfoStore(ABC):
 
     @abstractmethod
     def forget(self, info: FileInfo) -> bool:
-        """Remove a tombstone for good, so that its id was never there.
+        """Remove a tombstone, so that its id is unknown again.
 
-        That is done only if the record is still this one, by its sequence, is a tombstone,
+        Nothing is removed unless the stored record has the sequence of `info`, is a tombstone
         and has no events, not even dead ones.
 
-        :returns: whether it was done.
+        :returns: whether it was removed.
         """
 
     @abstractmethod
@@ -147,13 +104,13 @@ class InfoStore(ABC):
         """Return up to `limit` records in the order of their ids.
 
         :param states: the states to look for; ``None`` for all, tombstones included.
-        :param after: only ids greater than this one, to go on where a page ended.
+        :param after: only ids greater than this one, to continue after a page.
         """
 
     def scan(self, state: State) -> Iterator[FileInfo]:
-        """Yield all records in one state in the order of their ids, and let others run.
+        """Yield all records in a state in the order of their ids, and let other greenlets run.
 
-        A record that comes into the state or leaves it meanwhile may be among them or not.
+        Records that enter or leave the state meanwhile may be included or not.
         """
         after = ""
         while page := self.list({state}, after=after, limit=_PAGE):
@@ -162,9 +119,9 @@ class InfoStore(ABC):
             let_others_run()
 
     def usage(self) -> int:
-        """Return the sum of what all uploads promise, ``FileInfo.promised``, in bytes.
+        """Return the sum of ``FileInfo.promised`` of all uploads, in bytes.
 
-        Whatever is written before the call and stays counts; what is written meanwhile, may.
+        Records that are written meanwhile may count or not.
         """
         total = 0
         after = ""
@@ -176,45 +133,30 @@ class InfoStore(ABC):
 
     @abstractmethod
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
-        """Return up to `limit` ids of unfinished uploads whose ``expires_at`` has come.
+        """Return up to `limit` ids of unfinished uploads whose ``expires_at`` is not after `now`.
 
-        Tombstones are not among them.
+        Tombstones are not included.
         """
 
     @abstractmethod
     def finals_waiting_for(self, part: str) -> Sequence[str]:
         """Return the ids of ``WAITING`` final uploads that have `part` among their parts."""
 
-    def census(self, stalled_before: float) -> Census:
-        """Count uploads and events, for monitoring; other greenlets go on meanwhile.
 
-        A store that can count without reading all of them does.
+class EventStore(ABC):
+    """Keeps the events of uploads until they are delivered.
 
-        :param stalled_before: an upload is stalled whose last byte, or whose creation if there
-            was none, was not later than this.
-        """
-        unfinished = stalled = 0
-        after = ""
-        while page := self.list({State.RECEIVING, State.WAITING}, after=after):
-            unfinished += len(page)
-            stalled += sum(is_stalled(info, stalled_before) for info in page)
-            after = page[-1].id
-            let_others_run()
-        pending = self.outbox(dead=False, limit=_MANY)
-        dead = self.outbox(dead=True, limit=_MANY)
-        oldest = pending[0].created_at if pending else None
-        return Census(unfinished, stalled, len(pending), len(dead), oldest)
-
-    # Events are kept until somebody delivered them. Whoever is about to do so claims
-    # them for a while: a claim that ran out, because its process died, is nobody's.
+    A process that is about to deliver an event claims it for a while. The claims of a process
+    that has died expire, and others can claim the events.
+    """
 
     @abstractmethod
     def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
-        """Return the events of an upload that are not delivered yet, in their order.
+        """Return the undelivered events of an upload in the order of their delivery.
 
-        That is the order of their sequence, and where that is equal, of their writing.
+        That is the order of their sequence and, where that is equal, of their writing.
 
-        :param dead: those that were given up, instead of those that are to be delivered.
+        :param dead: return the dead letters instead.
         """
 
     @abstractmethod
@@ -230,52 +172,113 @@ class InfoStore(ABC):
     ) -> Sequence[Event]:
         """Claim events for `worker` until the time `until`, and return them.
 
-        Of each upload and transport only the first event that is not dead can be claimed,
-        and only if it is due and no claim on it holds: so an event is delivered after
-        those before it, and by one process at a time. Two processes that claim at once
-        get different events.
+        Of each upload and transport only the first event that is not dead can be claimed, if it
+        is due and not claimed already. So the events are delivered one after the other, each by
+        one process at a time. Workers that claim at the same time get different events.
 
-        :param upload: only events of this upload.
-        :param transport: only events of this transport, so that a slow one holds up no
-            other.
-        :param limit: how many events at most; the oldest first, about.
+        :param upload: claim only events of this upload.
+        :param transport: claim only events of this transport.
+        :param limit: the most events to claim; those that are due longest come first, roughly.
         """
 
     @abstractmethod
     def renew(self, worker: str, until: float) -> None:
-        """Let all claims of `worker` end at `until` instead, also those that ran out and that
-        nobody else has taken. A time that has passed gives them up; who gave up claims does
-        not renew by that name again.
+        """Extend all claims of `worker` until `until`, expired ones too unless another worker
+        has claimed the event since.
+
+        A time in the past releases the claims; the worker then never renews again.
         """
 
     @abstractmethod
     def settle(self, event: Event) -> None:
-        """Forget an event: it was delivered, or there is no need to. One that is not there
-        any more is no error.
-        """
+        """Remove an event that was delivered or is obsolete. An unknown one is ignored."""
 
     @abstractmethod
     def put_back(self, event: Event) -> None:
-        """Replace an event by itself with another ``due_at``, ``attempts``, ``error`` or
-        ``dead``, and give up the claim on it. One that is not there is no error.
+        """Update the ``due_at``, ``attempts``, ``error`` and ``dead`` of an event, and release
+        the claim on it. An unknown one is ignored.
         """
 
     @abstractmethod
     def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
-        """Return up to `limit` events of all uploads, oldest first.
+        """Return up to `limit` undelivered events of all uploads, oldest first.
 
-        :param dead: those that were given up, instead of those that are to be delivered.
+        :param dead: return the dead letters instead.
         """
 
 
+@dataclass(frozen=True)
+class Census:
+    """How many uploads and events there are.
+
+    :param unfinished: uploads that wait for bytes or parts, including expired ones that are
+        not removed yet.
+    :param stalled: those of them that have not received a byte for a long time.
+    :param pending: events to be delivered.
+    :param dead: dead letters.
+    :param oldest: when the oldest pending event was written, roughly.
+    """
+
+    unfinished: int = 0
+    stalled: int = 0
+    pending: int = 0
+    dead: int = 0
+    oldest: float | None = None
+
+
+class InfoStore(RecordStore, EventStore):
+    """Keeps the records of uploads and their events. Subclass it for a store of your own."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Get ready for use: create directories or tables. May be called again, and by several
+        processes at once.
+
+        :raises ConfigurationError: if the store cannot work as configured.
+        """
+
+    def close(self) -> None:
+        """Release what this process holds. The store may be used again afterwards."""
+
+    def check(self) -> None:
+        """Check that the store is usable. It is cheap and may be called often.
+
+        :raises Exception: if it is not.
+        """
+        try:
+            self.load(_UNUSED_ID)
+        except UploadNotFound:
+            pass
+
+    def census(self, stalled_before: float) -> Census:
+        """Count uploads and events for monitoring, and let other greenlets run.
+
+        A store should override this if it can count without reading everything.
+
+        :param stalled_before: an upload is stalled if its last byte (its creation if there is
+            none) came no later than this.
+        """
+        unfinished = stalled = 0
+        after = ""
+        while page := self.list({State.RECEIVING, State.WAITING}, after=after):
+            unfinished += len(page)
+            stalled += sum(is_stalled(info, stalled_before) for info in page)
+            after = page[-1].id
+            let_others_run()
+        pending = self.outbox(dead=False, limit=_MANY)
+        dead = self.outbox(dead=True, limit=_MANY)
+        oldest = pending[0].created_at if pending else None
+        return Census(unfinished, stalled, len(pending), len(dead), oldest)
+
+
 def is_stalled(info: FileInfo, before: float) -> bool:
-    """Whether an unfinished upload waits for bytes of which the last one came before a time."""
+    """Return whether an upload waits for bytes and got the last one no later than `before`."""
     return info.state is State.RECEIVING and (info.last_byte_at or info.created_at) <= before
 
 
 @contextmanager
 def prepared(infos: InfoStore) -> Iterator[InfoStore]:
-    """Prepare a store for the length of a ``with`` block, for who uses it beside a server.
+    """Prepare a store for a ``with`` block, and close it afterwards.
 
     :raises ConfigurationError: as ``prepare``.
     """
@@ -284,15 +287,3 @@ def prepared(infos: InfoStore) -> Iterator[InfoStore]:
         yield infos
     finally:
         infos.close()
-
-
-def first_events(events: Iterable[Event]) -> Iterator[Event]:
-    """Yield the first event of each transport that is not dead.
-
-    :param events: those of one upload, in their order.
-    """
-    seen = set()
-    for event in events:
-        if not event.dead and event.transport not in seen:
-            seen.add(event.transport)
-            yield event

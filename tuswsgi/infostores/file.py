@@ -1,8 +1,7 @@
-"""Records of uploads in files, one JSON file each, that people can read and copy.
+"""Records of uploads in JSON files, one per upload, that people can read and copy.
 
-This file owns the directory of records and the order of its writes: a file appears or is
-replaced as a whole, and processes that save the same record exclude each other by flock.
-Searching means reading everything; a store for many uploads is the SQL store's business.
+A file is created or replaced as a whole, and processes that write the same record exclude
+each other by flock. Searching reads all files, so many uploads belong in the SQL store.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from typing import TypeVar
 from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import (
     ConfigurationError,
-    InfoConflict,
     StorageFull,
     TusError,
     Unavailable,
@@ -40,8 +38,8 @@ from tuswsgi.core.paths import adopt, inside, why_unwritable
 from tuswsgi.core.process import let_others_run, run_in_thread
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.infostores.index import PendingMarkers, WaitingMarkers
-from tuswsgi.infostores.kept import Kept
+from tuswsgi.infostores.entry import Entry, oldest_events
+from tuswsgi.infostores.markers import PendingMarkers, WaitingMarkers
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +48,19 @@ T = TypeVar("T")
 _SUFFIX = ".info"
 _TEMPORARY = ".tmp"
 
-#: Seconds after which claims look again at a record that they could not read.
+#: Seconds after which ``claim`` tries again to read an unreadable record.
 _UNREADABLE = 60.0
 
-#: How many records a search reads before it lets others run.
+#: How many records a search reads before it lets other greenlets run.
 _SCAN = 100
 
-#: Seconds until somebody who waits for another writer of the same record gives up.
+#: The longest wait for another writer of the same record, in seconds.
 _PATIENCE = 10.0
 
-#: Between attempts to lock a record.
+#: The pauses between attempts to lock a record.
 _BACKOFF = Backoff(first=0.002, longest=0.005)
 
-#: Seconds after which a temporary file is surely nobody's any more.
+#: Seconds after which a temporary file or a marker without a record is left by a crash.
 _ABANDONED = 3600.0
 
 
@@ -70,10 +68,12 @@ _ABANDONED = 3600.0
 class FileInfoStore(InfoStore):
     """Records in a directory.
 
-    ``<id>.info`` holds a record and its events. ``.waiting/<part>/<final>`` says that a
-    final upload may wait for a part, ``.pending/<id>`` that an upload may have events: such a
-    marker is written before the record, so a crash can leave one too many and never one too
-    few.
+    ``<id>.info`` holds a record and its events. Two kinds of empty files, the markers, make
+    uploads easy to find: ``.waiting/<part>/<final>`` if a final upload may wait for a part,
+    ``.pending/<id>`` if an upload may have events. They are written before the record, so a
+    crash can leave a marker too many, but never one too few.
+
+    :param force_fsync: let writes survive a power loss.
     """
 
     info_dir: Path = option(
@@ -89,7 +89,7 @@ class FileInfoStore(InfoStore):
         self._directory = Path(self.info_dir).absolute()
         self._waiting = WaitingMarkers(self._directory / ".waiting")
         self._pending = PendingMarkers(self._directory / ".pending")
-        #: Which workers of this process have claimed events of which uploads.
+        #: The workers of this process that have claimed events, with the uploads' ids.
         self._claimed: set[tuple[str, str]] = set()
 
     def prepare(self) -> None:
@@ -112,31 +112,27 @@ class FileInfoStore(InfoStore):
 
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
         path = self._path(info.id)
-        kept = Kept(info)
-        kept.add(events)
-        with _trouble(path):
-            self._mark(kept)
-            with self._written(kept) as temporary:
+        entry = Entry.new(info, events)
+        with _errors_translated(path):
+            self._mark(entry)
+            with self._written(entry) as temporary:
                 try:
                     _link(temporary, path)
                 except BaseException:
                     os.unlink(temporary)
                     raise
-                # From here on it is not certain any more that nothing is written.
-                with _trouble(path, full=Unavailable):
+                # StorageFull would say that nothing was written.
+                with _errors_translated(path, full=Unavailable):
                     os.unlink(temporary)
                     self._sync(self._directory)
 
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
         path = self._path(info.id)
-        with _trouble(path), _locked(path) as text:
-            kept = _parse(info.id, text)
-            old = kept.info
-            if old.sequence != info.sequence:
-                raise InfoConflict
-            kept.info = saved = info.replace(sequence=info.sequence + 1)
-            kept.add(events)
-            self._replace(path, kept)
+        with _errors_translated(path), _locked(path) as text:
+            entry = _parse(info.id, text)
+            old = entry.info
+            saved = entry.save(info, events)
+            self._replace(path, entry)
             if old.state is State.WAITING and saved.state is not State.WAITING:
                 for part in dict.fromkeys(old.partial_uploads):
                     self._waiting.remove(check_id(part), old.id)
@@ -145,11 +141,10 @@ class FileInfoStore(InfoStore):
     def forget(self, info: FileInfo) -> bool:
         path = self._path(info.id)
         try:
-            with _trouble(path), _locked(path) as text:
-                if not _parse(info.id, text).is_over(info.sequence):
+            with _errors_translated(path), _locked(path) as text:
+                if not _parse(info.id, text).is_forgettable(info.sequence):
                     return False
-                # A marker stays: it may be that of a new upload with this id, whose record
-                # comes next.
+                # Markers stay: a new upload with this id may have set them before its record.
                 path.unlink()
                 self._sync(self._directory)
         except UploadNotFound:
@@ -169,7 +164,7 @@ class FileInfoStore(InfoStore):
         return [*islice(found, limit)]
 
     def scan(self, state: State) -> Iterator[FileInfo]:
-        # Page by page the directory would be read again and again.
+        # In pages, the directory would be read once per page.
         return (info for info in self._scan() if info.state is state)
 
     def usage(self) -> int:
@@ -200,14 +195,16 @@ class FileInfoStore(InfoStore):
         limit: int = 100,
     ) -> Sequence[Event]:
         claimed: list[Event] = []
-        with _trouble(self._directory):
+        with _errors_translated(self._directory):
             due = self._pending.due(now) if upload is None else [upload]
-        for kept in self._known(due):
-            if kept.free(now, transport):
-                wanted = partial(self._claim, worker, now, until, transport, limit - len(claimed))
-                claimed += self._change(kept.info.id, wanted) or []
-            elif upload is None and not kept.free(now):
-                self._correct(kept.info.id)
+        for entry in self._entries(due):
+            id = entry.info.id
+            if entry.free(now, transport):
+                left = limit - len(claimed)
+                claim = partial(self._claim, worker, now, until, transport, left)
+                claimed += self._change(id, claim) or []
+            elif upload is None and not entry.free(now):
+                self._correct(id)
             if len(claimed) >= limit:
                 break
         return claimed
@@ -215,51 +212,46 @@ class FileInfoStore(InfoStore):
     def renew(self, worker: str, until: float) -> None:
         for claim in tuple(self._claimed):
             holder, id = claim
-            if holder == worker and not self._change(id, lambda kept: kept.renew(worker, until)):
+            if holder == worker and not self._change(id, lambda entry: entry.renew(worker, until)):
                 self._claimed.discard(claim)
 
     def settle(self, event: Event) -> None:
-        self._change(event.upload, partial(self._finish, event, []))
+        self._change(event.upload, partial(self._release, lambda entry: entry.settle(event)))
 
     def put_back(self, event: Event) -> None:
-        self._change(event.upload, partial(self._finish, event, [event]))
+        self._change(event.upload, partial(self._release, lambda entry: entry.put_back(event)))
 
     def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
-        with _trouble(self._directory):
+        with _errors_translated(self._directory):
             marked = self._pending.all()
-        found = [
-            event for kept in self._known(marked) for event in kept.events if event.dead is dead
-        ]
-        return sorted(found, key=lambda event: event.created_at)[:limit]
+        return oldest_events(self._entries(marked), dead=dead, limit=limit)
 
     def _claim(
-        self, worker: str, now: float, until: float, transport: str | None, limit: int, kept: Kept
+        self, worker: str, now: float, until: float, transport: str | None, limit: int, entry: Entry
     ) -> Sequence[Event]:
-        events = kept.free(now, transport)[:limit]
-        kept.claim(events, worker, until)
+        events = entry.claim(worker, now, until, transport, limit)
         if events:
-            self._claimed.add((worker, kept.info.id))
+            self._claimed.add((worker, entry.info.id))
         return events
 
-    def _finish(self, event: Event, instead: Sequence[Event], kept: Kept) -> bool:
-        holder = kept.holder(event)
-        found = kept.replace(event, instead)
-        if holder is not None and not kept.is_held_by(holder):
-            self._claimed.discard((holder, event.upload))
-        return found
+    def _release(self, change: Callable[[Entry], bool], entry: Entry) -> bool:
+        before = entry.workers
+        changed = change(entry)
+        self._claimed -= {(worker, entry.info.id) for worker in before - entry.workers}
+        return changed
 
-    def _change(self, id: str, change: Callable[[Kept], T]) -> T | None:
-        """Change what is kept of an upload beside its record, and return what `change` did.
+    def _change(self, id: str, change: Callable[[Entry], T]) -> T | None:
+        """Change the events or claims of an upload, and return what `change` returns.
 
-        Nothing is written if that is nothing.
+        Nothing is written if that is false.
         """
         try:
             path = self._path(id)
-            with _trouble(path), _locked(path) as text:
-                kept = _parse(id, text)
-                result = change(kept)
+            with _errors_translated(path), _locked(path) as text:
+                entry = _parse(id, text)
+                result = change(entry)
                 if result:
-                    self._replace(path, kept)
+                    self._replace(path, entry)
                 return result
         except UploadNotFound:
             return None
@@ -268,26 +260,26 @@ class FileInfoStore(InfoStore):
             return None
 
     def _correct(self, id: str) -> None:
-        """Set a marker that is too early: a crash left it, or a claim came in between."""
+        """Set a marker that is too early, because of a crash or a claim in the meantime."""
         path = self._path(id)
         try:
-            with _trouble(path), _locked(path) as text:
+            with _errors_translated(path), _locked(path) as text:
                 self._set_marker(_parse(id, text))
         except (UploadNotFound, record.CorruptRecord):
-            pass  # the next one to look at it will see
+            pass  # the next claim finds it again
 
-    def _set_marker(self, kept: Kept) -> None:
-        if kept.events:
-            self._pending.set(kept.info.id, kept.free_at())
+    def _set_marker(self, entry: Entry) -> None:
+        if entry.events:
+            self._pending.set(entry.info.id, min(entry.free_at().values(), default=None))
         else:
-            self._pending.remove(kept.info.id)
+            self._pending.remove(entry.info.id)
 
     def _path(self, id: str) -> Path:
         return inside(self._directory, check_id(id) + _SUFFIX)
 
-    def _read(self, id: str) -> Kept:
+    def _read(self, id: str) -> Entry:
         path = self._path(id)
-        with _trouble(path):
+        with _errors_translated(path):
             try:
                 text = path.read_bytes()
             except (FileNotFoundError, IsADirectoryError):
@@ -295,19 +287,18 @@ class FileInfoStore(InfoStore):
             return _parse(id, text)
 
     def _scan(self, after: str = "") -> Iterator[FileInfo]:
-        with _trouble(self._directory):
+        with _errors_translated(self._directory):
             names = os.listdir(self._directory)
         ids = (name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
         return self._infos(sorted(id for id in ids if id > after))
 
     def _infos(self, ids: Iterable[str]) -> Iterator[FileInfo]:
-        return (kept.info for kept in self._known(ids))
+        return (entry.info for entry in self._entries(ids))
 
-    def _known(self, ids: Iterable[str]) -> Iterator[Kept]:
-        """Yield what is kept of `ids`, without those that are gone or not ours."""
+    def _entries(self, ids: Iterable[str]) -> Iterator[Entry]:
+        """Yield the entries of `ids`, without those that are missing or unreadable."""
         for count, id in enumerate(ids):
             if count % _SCAN == 0:
-                # Many small reads in a row: let other greenlets run.
                 let_others_run()
             try:
                 yield self._read(id)
@@ -320,21 +311,21 @@ class FileInfoStore(InfoStore):
         logger.warning("Skipping %s in %s: %s", id + _SUFFIX, self._directory, error)
         self._pending.postpone(id, time.time() + _UNREADABLE)
 
-    def _replace(self, path: Path, kept: Kept) -> None:
+    def _replace(self, path: Path, entry: Entry) -> None:
         """Replace a record that is locked, and set its marker."""
-        self._mark(kept)
-        with self._written(kept) as temporary:
+        self._mark(entry)
+        with self._written(entry) as temporary:
             os.replace(temporary, path)
             self._sync(self._directory)
-            self._set_marker(kept)
+            self._set_marker(entry)
 
     @contextmanager
-    def _written(self, kept: Kept) -> Iterator[Path]:
-        """Write a new file, to take the place of a record, and lock it for the length of a
-        ``with`` block: the lock on the old file excludes nobody once the new one is there.
+    def _written(self, entry: Entry) -> Iterator[Path]:
+        """Write a temporary file that is to replace a record, and lock it for a ``with`` block:
+        once it has replaced the record, a lock on the old file excludes no other writer.
         """
-        text = kept.encode() + "\n"
-        path = self._directory / f".{kept.info.id}.{secrets.token_hex(4)}{_TEMPORARY}"
+        text = entry.encode() + "\n"
+        path = self._directory / f".{entry.info.id}.{secrets.token_hex(4)}{_TEMPORARY}"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with open(fd, "w", encoding="ascii") as file:
             try:
@@ -349,10 +340,10 @@ class FileInfoStore(InfoStore):
                 raise
             yield path
 
-    def _mark(self, kept: Kept) -> None:
-        """Set the markers that what is about to be written needs."""
-        info = kept.info
-        if kept.events and self._pending.set(info.id, 0.0):
+    def _mark(self, entry: Entry) -> None:
+        """Set the markers of an entry that is about to be written."""
+        info = entry.info
+        if entry.events and self._pending.set(info.id, 0.0):
             self._sync(self._directory / ".pending")
         if info.state is State.WAITING:
             for part in dict.fromkeys(info.partial_uploads):
@@ -375,19 +366,19 @@ class FileInfoStore(InfoStore):
                 if path.stat().st_mtime < time.time() - _ABANDONED:
                     path.unlink()
             except FileNotFoundError:
-                pass  # another process removed it
+                pass  # another process has removed it
 
 
-def _parse(id: str, text: bytes) -> Kept:
-    kept = Kept.decode(text)
-    if kept.info.id != id:
-        raise record.CorruptRecord(f"The record of {kept.info.id} in the file of {id}.")
-    return kept
+def _parse(id: str, text: bytes) -> Entry:
+    entry = Entry.decode(text)
+    if entry.info.id != id:
+        raise record.CorruptRecord(f"The record of {entry.info.id} in the file of {id}.")
+    return entry
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bytes]:
-    """Exclude other writers of the record; yields its text."""
+    """Lock a record for a ``with`` block, and yield its text."""
     deadline = time.monotonic() + _PATIENCE
     attempts = 0
     while (fd := _try_lock(path)) is None:
@@ -406,13 +397,13 @@ def _try_lock(path: Path) -> int | None:
         raise UploadNotFound from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A writer that was faster replaced the file: this lock is one on the old record.
+        # Another writer may have replaced the file since: then the old file is locked.
         if os.path.samestat(os.fstat(fd), os.stat(path)):
             return fd
     except BlockingIOError:
         pass
     except FileNotFoundError:
-        pass  # it was forgotten a moment ago: the next attempt finds what is there now
+        pass  # it was forgotten a moment ago; the next attempt sees what is there now
     except BaseException:
         os.close(fd)
         raise
@@ -426,16 +417,16 @@ def _link(source: Path, target: Path) -> None:
     :raises UploadExists: if another one has it.
     """
     try:
-        # Unlike a rename this fails if there is such a file.
+        # Unlike a rename, this fails if the file exists.
         os.link(source, target)
     except FileExistsError:
-        # Over NFS a request that is sent again finds what it has done the first time.
+        # Over NFS, a request that is sent again fails on the link it made the first time.
         if os.stat(source).st_nlink < 2:
             raise UploadExists from None
 
 
 @contextmanager
-def _trouble(path: Path, full: type[TusError] = StorageFull) -> Iterator[None]:
+def _errors_translated(path: Path, full: type[TusError] = StorageFull) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,25 +1,25 @@
-"""Records of uploads in the memory of one process: for tests, and for trying things out.
+"""Records of uploads in the memory of one process, for tests and trials.
 
-Nothing survives the process, and no other process sees it.
+They are lost with the process, and no other process sees them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from tuswsgi.core.errors import InfoConflict, UploadExists, UploadNotFound
+from tuswsgi.core.errors import UploadExists, UploadNotFound
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.infostores.kept import Kept
+from tuswsgi.infostores.entry import Entry, oldest_events
 
 
 class MemoryInfoStore(InfoStore):
-    """Records in a dictionary. A record is frozen, so it is kept as it comes."""
+    """Records in a dictionary."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Kept] = {}
+        self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
@@ -27,56 +27,47 @@ class MemoryInfoStore(InfoStore):
 
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
         with self._lock:
-            if info.id in self._kept:
+            if info.id in self._entries:
                 raise UploadExists
-            kept = self._kept[info.id] = Kept(info)
-            kept.add(events)
+            self._entries[info.id] = Entry.new(info, events)
 
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
         with self._lock:
-            kept = self._of(info.id)
-            if kept.info.sequence != info.sequence:
-                raise InfoConflict
-            kept.info = info.replace(sequence=info.sequence + 1)
-            kept.add(events)
-            return kept.info
+            return self._entry(info.id).save(info, events)
 
     def forget(self, info: FileInfo) -> bool:
         with self._lock:
-            kept = self._kept.get(info.id)
-            if kept is None or not kept.is_over(info.sequence):
+            entry = self._entries.get(info.id)
+            if entry is None or not entry.is_forgettable(info.sequence):
                 return False
-            del self._kept[info.id]
+            del self._entries[info.id]
             return True
 
     def load(self, id: str) -> FileInfo:
-        return self._of(id).info
+        return self._entry(id).info
 
     def list(
         self, states: Collection[State] | None = None, *, after: str = "", limit: int = 1000
     ) -> Sequence[FileInfo]:
-        found = [
-            info
-            for info in self._infos()
-            if info.id > after and (states is None or info.state in states)
-        ]
+        found = self._find(
+            lambda info: info.id > after and (states is None or info.state in states)
+        )
         return sorted(found, key=lambda info: info.id)[:limit]
 
     def expired(self, now: float, limit: int = 1000) -> Sequence[str]:
-        found = [info.id for info in self._infos() if info.has_expired(now) and not info.is_gone]
-        return found[:limit]
+        found = self._find(lambda info: info.has_expired(now) and not info.is_gone)
+        return [info.id for info in found[:limit]]
 
     def finals_waiting_for(self, part: str) -> Sequence[str]:
-        return [
-            info.id
-            for info in self._infos()
-            if info.state is State.WAITING and part in info.partial_uploads
-        ]
+        found = self._find(
+            lambda info: info.state is State.WAITING and part in info.partial_uploads
+        )
+        return [info.id for info in found]
 
     def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
         with self._lock:
-            kept = self._kept.get(id)
-            return kept.undelivered(dead=dead) if kept else []
+            entry = self._entries.get(id)
+            return entry.undelivered(dead=dead) if entry else []
 
     def claim(
         self,
@@ -88,43 +79,38 @@ class MemoryInfoStore(InfoStore):
         transport: str | None = None,
         limit: int = 100,
     ) -> Sequence[Event]:
+        claimed: list[Event] = []
         with self._lock:
-            uploads = self._kept if upload is None else {upload}.intersection(self._kept)
-            free = [event for id in uploads for event in self._kept[id].free(now, transport)]
-            free.sort(key=lambda event: (event.due_at, event.created_at))
-            for event in free[:limit]:
-                self._kept[event.upload].claim([event], worker, until)
-        return free[:limit]
+            for id in self._entries if upload is None else {upload}.intersection(self._entries):
+                left = limit - len(claimed)
+                claimed += self._entries[id].claim(worker, now, until, transport, left)
+        return claimed
 
     def renew(self, worker: str, until: float) -> None:
         with self._lock:
-            for kept in self._kept.values():
-                kept.renew(worker, until)
+            for entry in self._entries.values():
+                entry.renew(worker, until)
 
     def settle(self, event: Event) -> None:
-        self._replace(event, [])
+        with self._lock:
+            if entry := self._entries.get(event.upload):
+                entry.settle(event)
 
     def put_back(self, event: Event) -> None:
-        self._replace(event, [event])
+        with self._lock:
+            if entry := self._entries.get(event.upload):
+                entry.put_back(event)
 
     def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
         with self._lock:
-            found = [
-                event for kept in self._kept.values() for event in kept.events if event.dead is dead
-            ]
-        return sorted(found, key=lambda event: event.created_at)[:limit]
+            return oldest_events(self._entries.values(), dead=dead, limit=limit)
 
-    def _of(self, id: str) -> Kept:
+    def _entry(self, id: str) -> Entry:
         try:
-            return self._kept[id]
+            return self._entries[id]
         except KeyError:
             raise UploadNotFound from None
 
-    def _infos(self) -> Sequence[FileInfo]:
+    def _find(self, condition: Callable[[FileInfo], bool]) -> Sequence[FileInfo]:
         with self._lock:
-            return [kept.info for kept in self._kept.values()]
-
-    def _replace(self, old: Event, new: Sequence[Event]) -> None:
-        with self._lock:
-            if (kept := self._kept.get(old.upload)) is not None:
-                kept.replace(old, new)
+            return [entry.info for entry in self._entries.values() if condition(entry.info)]

@@ -1,20 +1,17 @@
 """Records of uploads in Redis, which several hosts may share.
 
-This file owns the keys: a text for each upload with its record and its events, and sorted
-sets by which uploads are found. A text is replaced only where it is still the one that was
-read, and the sets change in the same script, so that they agree whoever dies when.
-Connections are the business of ``connections.redis``.
+Each upload has a key whose text is a version, followed by the upload's entry as JSON. Sorted
+sets index the uploads. One script replaces a text and updates the sets, if the text still has
+the version that was read, so the sets match the texts whatever crashes.
 """
 
 from __future__ import annotations
 
-import heapq
 import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 from marshmallow import ValidationError
@@ -23,24 +20,24 @@ from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.redis import RedisSettings, connect
 from tuswsgi.connections.redis_scripts import Script
 from tuswsgi.core.backoff import Backoff
-from tuswsgi.core.errors import InfoConflict, Unavailable, UploadExists, UploadNotFound
+from tuswsgi.core.errors import Unavailable, UploadExists, UploadNotFound
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State, check_id
 from tuswsgi.core.options import Duration, option
 from tuswsgi.infostores import record
 from tuswsgi.infostores.base import InfoStore
-from tuswsgi.infostores.kept import Kept
+from tuswsgi.infostores.entry import Entry, oldest_events
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Puts a text in the place of another one, and members into sorted sets or out of them.
-#: KEYS: the text's, and those of the sets. ARGV: the version that the text must have, its new
-#: version, the new text ('': it stays, '-': it goes), its time to live in milliseconds ('': for
-#: ever), whether this may have been run before (1), and for each set a score ('': out) and a
-#: member. It returns 1, or the text that is there instead, or 0 where that may have taken the
-#: place of the new one. A text begins with its version.
+#: Replaces a text, and adds members to sorted sets or removes them.
+#: KEYS: the key of the text and those of the sets. ARGV: the version that the text must have,
+#: its new version, the new text ('': keep the old one, '-': delete it), its time to live in
+#: milliseconds ('': for ever), whether the script may have run before (1), and for each set a
+#: score ('': remove) and a member. Returns 1 if it did so, or the text that is there instead,
+#: or 0 if that may have replaced the new text of an earlier run.
 _SWAP = Script("""
 local found = redis.call('GETRANGE', KEYS[1], 0, 15)
 if found == ARGV[2] then return 1 end
@@ -57,52 +54,52 @@ elseif ARGV[3] ~= '' then
         redis.call('SET', KEYS[1], ARGV[2] .. ARGV[3])
     end
 end
-for place = 2, #KEYS do
-    local score, member = ARGV[2 * place + 2], ARGV[2 * place + 3]
+for i = 2, #KEYS do
+    local score, member = ARGV[2 * i + 2], ARGV[2 * i + 3]
     if score ~= '' then
-        redis.call('ZADD', KEYS[place], score, member)
+        redis.call('ZADD', KEYS[i], score, member)
     else
-        redis.call('ZREM', KEYS[place], member)
+        redis.call('ZREM', KEYS[i], member)
     end
 end
 return 1
 """)
 
-#: Adds up the scores of a sorted set, below 2**53 exactly. KEYS: the set's. ARGV: what the keys
-#: of texts begin with if Redis may have forgotten some, whose members go, else ''.
+#: Adds up the scores of a sorted set, exactly below 2**53. KEYS: the key of the set. ARGV: the
+#: prefix of the keys of texts if those may have expired, to remove their members; otherwise ''.
 _SUM = Script("""
 local sum, found = 0, redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')
-for place = 1, #found, 2 do
-    if ARGV[1] == '' or redis.call('EXISTS', ARGV[1] .. found[place]) == 1 then
-        sum = sum + tonumber(found[place + 1])
+for i = 1, #found, 2 do
+    if ARGV[1] == '' or redis.call('EXISTS', ARGV[1] .. found[i]) == 1 then
+        sum = sum + tonumber(found[i + 1])
     else
-        redis.call('ZREM', KEYS[1], found[place])
+        redis.call('ZREM', KEYS[1], found[i])
     end
 end
 return string.format('%.0f', sum)
 """)
 
-#: The length of a version, and what is none.
+#: The length of a version, and a text that is none.
 _VERSION = 16
 _NO_VERSION = "-"
 
 #: How many texts are read at once.
 _PAGE = 100
 
-#: How often claims look for more where others were faster.
+#: How often ``claim`` looks again if other workers have claimed all events that it found.
 _ROUNDS = 10
 
-#: Seconds after which claims and the clean-up look again at a record that cannot be read.
+#: Seconds after which ``claim`` and ``expired`` try again to read an unreadable record.
 _UNREADABLE = 60.0
 
-#: Seconds until somebody gives up who always finds a text changed by others.
+#: How long a write is retried while other writers change the text, in seconds.
 _PATIENCE = 10.0
 
-#: Between attempts to replace such a text.
+#: The pauses between these attempts.
 _BACKOFF = Backoff(first=0.002, longest=0.02, jitter=1.0)
 
-#: Scores by the names of sorted sets, and with them what an upload is found by.
-_Found = dict[str, float]
+#: The sorted sets that index an upload, with its scores.
+_Index = dict[str, float]
 
 
 def _positive(value: float) -> None:
@@ -114,11 +111,11 @@ def _positive(value: float) -> None:
 class RedisInfoStore(InfoStore):
     """Records in a Redis that all hosts share (not in a Redis Cluster).
 
-    What this store promises is as good as Redis' memory. With ``appendonly yes`` an
-    acknowledged change survives the death of Redis, with ``appendfsync always`` also that of
-    its machine; otherwise the last second is lost with it. With ``maxmemory`` there must be
-    ``maxmemory-policy noeviction``: a full Redis then refuses (507), and else it drops records.
-    A replica that takes over may lack the latest changes.
+    It is as durable as Redis is configured. With ``appendonly yes`` an acknowledged change
+    survives a crash of Redis, and with ``appendfsync always`` also one of its machine, which
+    otherwise loses the last second. With ``maxmemory``, set ``maxmemory-policy noeviction``: a
+    full Redis then refuses writes (507), and with any other policy it drops records. A replica
+    that is promoted may lack the latest changes.
 
     :param info_db_dsn: the server, see ``connections.redis.connect``.
     """
@@ -126,8 +123,8 @@ class RedisInfoStore(InfoStore):
     info_db_dsn: str
     redis_info_expiration: float | None = option(
         None,
-        "How long Redis keeps a record after its last change, while no hook of it is to be "
-        "delivered. It forgets the upload then, and the bytes stay. Unset: for ever.",
+        "How long Redis keeps a record after its last change, once all of its hooks are "
+        "delivered. Then it forgets the upload, while the bytes stay. Unset: for ever.",
         kind=Duration,
         rustus="REDIS_INFO_EXPIRATION",
         validate=_positive,
@@ -142,29 +139,27 @@ class RedisInfoStore(InfoStore):
 
     def prepare(self) -> None:
         self._server.prepare()
-        # Whoever prepares may fork afterwards, and connections do not survive that.
+        # The process may fork now, and connections must not be shared.
         self._server.close()
 
     def close(self) -> None:
         self._server.close()
 
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
-        kept = Kept(info)
-        kept.add(events)
-        if self._swap(check_id(info.id), "", kept, {}) is not None:
+        if self._swap(check_id(info.id), "", Entry.new(info, events), {}) is not None:
             raise UploadExists
 
     def save(self, info: FileInfo, events: Sequence[Event] = ()) -> FileInfo:
-        return self._change(info.id, partial(self._run_save, info, events))
+        return self._change(info.id, lambda entry: entry.save(info, events))
 
     def forget(self, info: FileInfo) -> bool:
         text = self._server.call("GET", self._key_of(info.id))
         if text is None:
             return False
-        kept = _parse(text)
-        # A script that is run again after a broken connection finds what it left: nothing.
-        return kept.is_over(info.sequence) and not self._swap(
-            info.id, text[:_VERSION], None, _found_by(kept)
+        entry = _parse(text)
+        # A script that runs again after a broken connection finds no text, and returns ''.
+        return entry.is_forgettable(info.sequence) and not self._swap(
+            info.id, text[:_VERSION], None, _index(entry)
         )
 
     def load(self, id: str) -> FileInfo:
@@ -180,7 +175,7 @@ class RedisInfoStore(InfoStore):
         sets = {f"state:{state}": state for state in wanted}
         found: list[FileInfo] = []
         while pairs := self._page(sets, after, limit - len(found)):
-            found += self._right(pairs, lambda name, info: info.state is sets[name])
+            found += self._verified(pairs, lambda name, info: info.state is sets[name])
             after = pairs[-1][0]
         return found
 
@@ -192,8 +187,8 @@ class RedisInfoStore(InfoStore):
         found: list[str] = []
         while ids := self._ids("expires", now, offset=len(found), limit=limit - len(found)):
             pairs = [(id, "expires") for id in ids]
-            right = self._right(pairs, lambda _, info: _expiry(info) is not None, now)
-            found += [info.id for info in right]
+            verified = self._verified(pairs, lambda _, info: _expiry(info) is not None, now)
+            found += [info.id for info in verified]
         return found
 
     def finals_waiting_for(self, part: str) -> Sequence[str]:
@@ -202,7 +197,7 @@ class RedisInfoStore(InfoStore):
         except UploadNotFound:
             return []
         pairs = [(id, name) for id in self._ids(name)]
-        return [info.id for info in self._right(pairs, lambda _, info: part in _parts(info))]
+        return [info.id for info in self._verified(pairs, lambda _, info: part in _parts(info))]
 
     def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
         try:
@@ -223,10 +218,8 @@ class RedisInfoStore(InfoStore):
     ) -> Sequence[Event]:
         claimed: list[Event] = []
 
-        def claim(kept: Kept) -> Sequence[Event]:
-            events = kept.free(now, transport)[: limit - len(claimed)]
-            kept.claim(events, worker, until)
-            return events
+        def claim(entry: Entry) -> Sequence[Event]:
+            return entry.claim(worker, now, until, transport, limit - len(claimed))
 
         if upload is not None:
             return self._change_if_there(upload, claim) or []
@@ -248,46 +241,35 @@ class RedisInfoStore(InfoStore):
     def renew(self, worker: str, until: float) -> None:
         name = f"claims:{worker}"
         for id, text in self._texts(self._ids(name)):
-            if not self._change_if_there(id, lambda kept: kept.renew(worker, until), text):
+            if not self._change_if_there(id, lambda entry: entry.renew(worker, until), text):
                 self._remove(id, text, name)
 
     def settle(self, event: Event) -> None:
-        self._change_if_there(event.upload, lambda kept: kept.replace(event, []))
+        self._change_if_there(event.upload, lambda entry: entry.settle(event))
 
     def put_back(self, event: Event) -> None:
-        self._change_if_there(event.upload, lambda kept: kept.replace(event, [event]))
+        self._change_if_there(event.upload, lambda entry: entry.put_back(event))
 
     def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
         ids = self._ids("dead" if dead else "pending")
-        events = (event for kept in self._known(ids) for event in kept.events if event.dead is dead)
-        return heapq.nsmallest(limit, events, key=lambda event: event.created_at)
+        return oldest_events(self._entries(ids), dead=dead, limit=limit)
 
-    @staticmethod
-    def _run_save(info: FileInfo, events: Sequence[Event], kept: Kept) -> FileInfo:
-        if kept.info.sequence != info.sequence:
-            raise InfoConflict
-        kept.info = info.replace(sequence=info.sequence + 1)
-        kept.add(events)
-        return kept.info
+    def _change(self, id: str, change: Callable[[Entry], T], text: bytes | None = None) -> T:
+        """Change an entry, and return what `change` returns. Nothing is written if that is false.
 
-    def _change(self, id: str, change: Callable[[Kept], T], text: bytes | None = None) -> T:
-        """Change what is kept of an upload, and return what `change` did.
-
-        Nothing is written if that is nothing.
-
-        :param text: what was read of it a moment ago.
-        :raises UploadNotFound: if there is nothing.
+        :param text: the text of the entry, if it was read a moment ago.
+        :raises UploadNotFound: if there is no entry.
         """
         deadline = time.monotonic() + _PATIENCE
         pauses = iter(_BACKOFF)
         found = text or self._server.call("GET", self._key_of(id))
         while found:
-            kept = _parse(found)
-            before = _found_by(kept)
-            result = change(kept)
+            entry = _parse(found)
+            before = _index(entry)
+            result = change(entry)
             if not result:
                 return result
-            found = self._swap(id, found[:_VERSION], kept, before)
+            found = self._swap(id, found[:_VERSION], entry, before)
             if found is None:
                 return result
             if time.monotonic() >= deadline:
@@ -296,7 +278,7 @@ class RedisInfoStore(InfoStore):
         raise UploadNotFound
 
     def _change_if_there(
-        self, id: str, change: Callable[[Kept], T], text: bytes | None = None
+        self, id: str, change: Callable[[Entry], T], text: bytes | None = None
     ) -> T | None:
         try:
             return self._change(id, change, text)
@@ -304,16 +286,18 @@ class RedisInfoStore(InfoStore):
             return None
 
     def _swap(
-        self, id: str, version: bytes | str, kept: Kept | None, before: _Found
+        self, id: str, version: bytes | str, entry: Entry | None, before: _Index
     ) -> bytes | None:
-        """Write what is to be kept, if the version is still this one; else return the text
-        that is there, which may be empty.
+        """Replace the text of an upload if it has this version.
 
-        :param kept: ``None`` for nothing.
-        :raises Unavailable: also if nobody can tell whether it was written: the answer got
-            lost, and others have written since.
+        :param entry: ``None`` to delete the text.
+        :param before: the index of the old text.
+        :returns: ``None`` if the text was replaced; otherwise the text that is there, which
+            may be empty.
+        :raises Unavailable: also if the outcome is unknown, because the answer was lost and
+            other writers have replaced the text since.
         """
-        after = {} if kept is None else _found_by(kept)
+        after = {} if entry is None else _index(entry)
         keys = [self._key_of(id)]
         values = []
         for name in {**before, **after}:
@@ -321,22 +305,22 @@ class RedisInfoStore(InfoStore):
                 keys.append(self._prefix + name)
                 values += [after.get(name, ""), id]
         new = secrets.token_hex(_VERSION // 2)
-        text, life = ("-", "") if kept is None else (kept.encode(), self._life(kept))
-        texts = (version, new, text, life)
+        text = "-" if entry is None else entry.encode()
+        change = (version, new, text, self._time_to_live(entry))
         answer = self._server.call(
-            *_SWAP.on(keys, *texts, 0, *values), again=_SWAP.on(keys, *texts, 1, *values)
+            *_SWAP.on(keys, *change, 0, *values), again=_SWAP.on(keys, *change, 1, *values)
         )
         if answer == 0:
             raise Unavailable
         return None if answer == 1 else bytes(answer)
 
-    def _life(self, kept: Kept) -> int | str:
-        if self.redis_info_expiration is None or kept.events:
+    def _time_to_live(self, entry: Entry | None) -> int | str:
+        if self.redis_info_expiration is None or entry is None or entry.events:
             return ""
         return max(1, round(self.redis_info_expiration * 1000))
 
     def _remove(self, id: str, text: bytes, name: str) -> None:
-        """Take an upload out of a set where its text, or that it has none, says so."""
+        """Remove an upload from a set, unless its text was changed in the meantime."""
         keys = [self._key_of(id), self._prefix + name]
         self._server.call(*_SWAP.on(keys, text[:_VERSION], _NO_VERSION, "", "", 0, "", id))
 
@@ -367,14 +351,14 @@ class RedisInfoStore(InfoStore):
         return [id.decode() for id in ids]
 
     def _texts(self, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """Yield ids with what is kept of them, which may be empty."""
+        """Yield ids with their texts, which are empty if there is no entry."""
         for start in range(0, len(ids), _PAGE):
             some = ids[start : start + _PAGE]
             texts = self._server.call("MGET", *map(self._key_of, some))
             yield from zip(some, (text or b"" for text in texts), strict=True)
 
-    def _known(self, ids: Sequence[str]) -> Iterator[Kept]:
-        """Yield what is kept of `ids`, without what is gone or not ours."""
+    def _entries(self, ids: Sequence[str]) -> Iterator[Entry]:
+        """Yield the entries of `ids`, without those that are missing or unreadable."""
         for id, text in self._texts(ids):
             try:
                 if text:
@@ -382,17 +366,17 @@ class RedisInfoStore(InfoStore):
             except record.CorruptRecord as error:
                 self._skip(id, error)
 
-    def _right(
+    def _verified(
         self,
         pairs: Sequence[tuple[str, str]],
-        is_right: Callable[[str, FileInfo], bool],
+        belongs: Callable[[str, FileInfo], bool],
         now: float | None = None,
     ) -> Iterator[FileInfo]:
-        """Yield the records of uploads that are in the right set, and take the others out:
-        Redis has forgotten those, or their ids are others' now.
+        """Yield the records of uploads that belong in the set where they were found, and
+        remove the others from it: they have expired, or their ids are used anew.
 
-        :param pairs: ids, each with the name of the set where it was found.
-        :param now: the time, where scores are times.
+        :param pairs: ids with the names of the sets.
+        :param now: the time, if the scores are times.
         """
         for (id, text), (_, name) in zip(self._texts([id for id, _ in pairs]), pairs, strict=True):
             try:
@@ -402,48 +386,47 @@ class RedisInfoStore(InfoStore):
                 if now is not None:
                     self._postpone(id, name, now)
                 continue
-            if info is not None and is_right(name, info):
+            if info is not None and belongs(name, info):
                 yield info
             else:
                 self._remove(id, text, name)
 
     def _postpone(self, id: str, name: str, now: float) -> None:
-        """Look later again at what cannot be read, or it would always be the first."""
+        """Let an unreadable entry be found later: it would always be the first."""
         self._server.call("ZADD", self._prefix + name, "XX", now + _UNREADABLE, id)
 
     @staticmethod
     def _skip(id: str, error: record.CorruptRecord) -> None:
-        log.warning("Skipping what is kept of %s: %s", id, error)
+        log.warning("Skipping the record of %s: %s", id, error)
 
 
-def _parse(text: bytes) -> Kept:
-    return Kept.decode(text[_VERSION:])
+def _parse(text: bytes) -> Entry:
+    return Entry.decode(text[_VERSION:])
 
 
-def _found_by(kept: Kept) -> _Found:
-    """Return in which sets an upload is, with its scores."""
-    info = kept.info
-    found = {f"state:{info.state}": 0.0}
+def _index(entry: Entry) -> _Index:
+    """Return the sets that an upload is in, with its scores."""
+    info = entry.info
+    index = {f"state:{info.state}": 0.0}
     if (expiry := _expiry(info)) is not None:
-        found["expires"] = expiry
+        index["expires"] = expiry
     if info.promised:
-        found["promised"] = info.promised
-    found.update({f"waiting:{part}": 0.0 for part in _parts(info)})
-    if (free_at := kept.free_at()) is not None:
-        found["pending"] = free_at
-    for transport, free_at in kept.free_by_transport().items():
-        found[f"pending:{transport}"] = free_at
-    found.update({f"claims:{holder}": 0.0 for holder, _ in kept.claims.values()})
-    if dead := [event.created_at for event in kept.events if event.dead]:
-        found["dead"] = min(dead)
-    return found
+        index["promised"] = info.promised
+    index.update({f"waiting:{part}": 0.0 for part in _parts(info)})
+    if free_at := entry.free_at():
+        index["pending"] = min(free_at.values())
+        index.update({f"pending:{transport}": at for transport, at in free_at.items()})
+    index.update({f"claims:{worker}": 0.0 for worker in entry.workers})
+    if dead := entry.undelivered(dead=True):
+        index["dead"] = min(event.created_at for event in dead)
+    return index
 
 
 def _expiry(info: FileInfo) -> float | None:
-    """Return when the clean-up shall come, if ever."""
+    """Return when an unfinished upload expires."""
     return None if info.is_finished or info.is_gone else info.expires_at
 
 
 def _parts(info: FileInfo) -> Collection[str]:
-    """Return the parts for which a final upload waits."""
+    """Return the parts that a final upload waits for."""
     return info.partial_uploads if info.state is State.WAITING else ()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from uuid import uuid4
 
 from tuswsgi.core.events import Event
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import EventStore
 
 
 class Claims:
@@ -22,7 +22,7 @@ class Claims:
     :param lease: how long a claim lasts unless it is renewed, in seconds.
     """
 
-    def __init__(self, events: InfoStore, lease: float) -> None:
+    def __init__(self, events: EventStore, lease: float) -> None:
         self._events = events
         self._lease = lease
         self._worker = _new_worker()

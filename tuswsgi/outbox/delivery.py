@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from tuswsgi.core.backoff import Backoff, jitter
 from tuswsgi.core.events import Event
 from tuswsgi.hooks.base import Hook
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import EventStore
 from tuswsgi.outbox.claims import Claims
 from tuswsgi.outbox.queues import Job, OneShot, Queues
 from tuswsgi.outbox.sending import OnAnswer, Sender, describe, unexpected
@@ -47,7 +47,7 @@ class Delivery:
 
     def __init__(
         self,
-        events: InfoStore,
+        events: EventStore,
         hooks: Sequence[Hook],
         settings: DeliverySettings,
         on_answer: OnAnswer,

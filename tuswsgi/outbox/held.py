@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import EventStore
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class HeldPostCreate:
     :ivar holds: whether they are held back.
     """
 
-    def __init__(self, infos: InfoStore, events: Sequence[Event], silence: float) -> None:
+    def __init__(self, infos: EventStore, events: Sequence[Event], silence: float) -> None:
         self.holds = silence > 0
         self._infos = infos
         self._seconds = silence + 2 * _INTERVAL

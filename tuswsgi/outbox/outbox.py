@@ -16,7 +16,7 @@ from tuswsgi.core.info import FileInfo
 from tuswsgi.core.process import PerProcess
 from tuswsgi.hooks.base import Hook, HookRequest
 from tuswsgi.hooks.manager import HookManager
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import EventStore
 from tuswsgi.outbox.delivery import Delivery
 from tuswsgi.outbox.events import event_of
 from tuswsgi.outbox.queues import OneShot
@@ -39,7 +39,7 @@ class Outbox:
 
     def __init__(
         self,
-        infos: InfoStore,
+        infos: EventStore,
         hooks: HookManager,
         settings: DeliverySettings,
         on_answer: OnAnswer,

@@ -19,7 +19,7 @@ from tuswsgi.core.errors import TusError
 from tuswsgi.core.events import Event, HookType
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
 from tuswsgi.hooks.retries import LastingFailure
-from tuswsgi.infostores.base import InfoStore
+from tuswsgi.infostores.base import EventStore
 from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.outbox.claims import Claims
 from tuswsgi.outbox.events import request_of
@@ -49,7 +49,7 @@ class Sender:
 
     def __init__(
         self,
-        events: InfoStore,
+        events: EventStore,
         hooks: Sequence[Hook],
         settings: DeliverySettings,
         claims: Claims,

@@ -13,8 +13,9 @@ import pytest
 
 pytest.register_assert_rewrite(
     "tuswsgi.testing.datastores",
+    "tuswsgi.testing.eventstores",
     "tuswsgi.testing.infostores",
     "tuswsgi.testing.leases",
     "tuswsgi.testing.lockers",
-    "tuswsgi.testing.outbox",
+    "tuswsgi.testing.recordstores",
 )

@@ -1,7 +1,6 @@
-"""The contract of the outbox as tests: what ``InfoStore`` says of events and claims.
+"""The contract of ``EventStore`` as tests, a part of ``InfoStoreContract``.
 
-They are a part of ``InfoStoreContract`` and use its fixtures `store` and `other`. Times are
-made up: a store has no clock of its own.
+The times are made up: a store has no clock of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import pytest
 
 from tuswsgi.core.errors import InfoConflict, UploadExists
 from tuswsgi.core.events import Event, HookType
-from tuswsgi.core.info import FileInfo, State
+from tuswsgi.core.info import MAX_SIZE, FileInfo, State
 from tuswsgi.core.process import let_others_run
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.testing.records import event, together, upload
@@ -40,17 +39,50 @@ def created(
 
 
 def claim(store: InfoStore, now: float = NOW, until: float = UNTIL) -> Sequence[Event]:
-    """Claim whatever there is, as a worker that nobody hears of again."""
-    return store.claim("somebody", now, until)
+    """Claim all events that can be claimed, as a worker that then disappears."""
+    return store.claim("worker", now, until)
 
 
 def keys(events: Sequence[Event]) -> list[tuple[str, str]]:
-    """Return what tells events apart, sorted."""
+    """Return the ids and transports of events, sorted."""
     return sorted((event.id, event.transport) for event in events)
 
 
-class OutboxContract:
-    """Tests of an ``InfoStore``'s events."""
+class EventStoreContract:
+    """Tests of the events, with the fixtures of ``InfoStoreContract``."""
+
+    def test_events_come_back_as_they_were(self, store: InfoStore) -> None:
+        info = upload()
+        payload = {"text": "кошка \N{CAT FACE}", "n": MAX_SIZE, "none": None, "deep": [{"a": []}]}
+        first = event(info, HookType.POST_CREATE, payload=payload, created_at=1.25)
+        store.create(info, [first])
+        assert list(store.events(info.id)) == [first]
+
+    def test_events_are_told_in_order(self, store: InfoStore) -> None:
+        info = upload()
+        told = [event(info), event(info, HookType.POST_CREATE), event(info)]
+        store.create(info, told)
+        for _ in range(3):
+            more = [event(info, sequence=info.sequence + 1) for _ in "12"]
+            info = store.save(info, more)
+            told += more
+        store.save(info)
+        assert list(store.events(info.id)) == told
+
+    def test_an_upload_without_events_has_none(self, store: InfoStore) -> None:
+        info = upload()
+        neighbour = upload()
+        store.create(info)
+        store.create(neighbour, [event(neighbour)])
+        assert list(store.events(info.id)) == []
+
+    def test_dead_events_are_told_apart(self, store: InfoStore) -> None:
+        info = upload()
+        first, second = (event(info, sequence=n, transport="http") for n in range(2))
+        store.create(info, [first, second])
+        store.put_back(first := replace(first, dead=True))
+        assert list(store.events(info.id)) == [second]
+        assert list(store.events(info.id, dead=True)) == [first]
 
     def test_an_empty_outbox_has_nothing_to_claim(self, store: InfoStore) -> None:
         store.create(upload())
@@ -256,7 +288,7 @@ class OutboxContract:
         info, events = created(store, count=3)
         for told in events:
             assert list(claim(store)) == [told]
-            store.renew("somebody", LATER)
+            store.renew("worker", LATER)
             store.put_back(replace(told, attempts=1))
             assert list(claim(store)) == [replace(told, attempts=1)]
             store.settle(told)

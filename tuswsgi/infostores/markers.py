@@ -1,7 +1,7 @@
-"""Markers: empty files by which the file store finds uploads without reading all of them.
+"""Markers: empty files by which the file store finds uploads without reading all records.
 
-This file owns the markers. That a crash leaves one too many or too early, and never one too
-few or too late, is the business of the file store, which sets them before its records.
+The store sets a marker before it writes the record. So a crash can leave a marker too many or
+too early, but never one too few or too late.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from tuswsgi.core.paths import adopt, make_directory
 
-#: The time of what is never to be claimed. Every file system can tell it.
+#: The time of a marker that is never due; every file system can store it.
 _NEVER = float(2**32 - 1)
 
 
 class PendingMarkers:
-    """``<upload>``: it has events, and its time of change is when to look at them.
+    """Markers of uploads that have events: files with the names of the uploads.
 
-    That is the time from which on one of them can be claimed.
+    The modification time of a marker is the time from which on an event can be claimed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -30,17 +30,17 @@ class PendingMarkers:
         make_directory(self._directory)
 
     def set(self, id: str, at: float | None) -> bool:
-        """Mark an upload, to be looked at from the time `at` on.
+        """Mark an upload whose next event can be claimed from the time `at` on.
 
-        :param at: ``None`` for never.
-        :returns: whether it was not marked before.
+        :param at: ``None`` if all events are dead.
+        :returns: whether the marker is new.
         """
         at = _NEVER if at is None else min(at, _NEVER)
         path = self._directory / id
         try:
             os.utime(path, (at, at))
         except FileNotFoundError:
-            # By the descriptor: somebody else may remove it at once.
+            # By the descriptor: another process may remove the file at once.
             fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 adopt(fd, self._directory)
@@ -51,47 +51,49 @@ class PendingMarkers:
         return False
 
     def postpone(self, id: str, at: float) -> None:
-        """Set a marker, if there is one."""
+        """Set the time of a marker, if there is one."""
         try:
             os.utime(self._directory / id, (at, at))
         except FileNotFoundError:
-            pass  # there is nothing to postpone
+            pass
 
     def remove(self, id: str) -> None:
-        """Unmark an upload; one that has no marker is no error."""
+        """Remove a marker, if there is one."""
         (self._directory / id).unlink(missing_ok=True)
 
     def all(self) -> list[str]:
-        """Return the uploads that are marked."""
+        """Return the marked uploads."""
         return os.listdir(self._directory)
 
     def remove_abandoned(self, before: float, is_known: Callable[[str], bool]) -> None:
-        """Remove markers that were set before a time and whose uploads are not known: the
-        creation of the upload failed.
+        """Remove the markers of uploads whose creation failed.
+
+        :param before: only markers that were set before this time.
+        :param is_known: returns whether an upload has a record.
         """
         for id in self.all():
             try:
                 if os.stat(self._directory / id).st_ctime < before and not is_known(id):
                     self.remove(id)
             except FileNotFoundError:
-                pass  # somebody else removed it
+                pass  # another process has removed it
 
     def due(self, now: float) -> list[str]:
-        """Return the uploads that are to be looked at, those that have waited longest first."""
+        """Return the uploads that have an event to claim, those that are due longest first."""
         found = []
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 try:
                     at = entry.stat().st_mtime
                 except FileNotFoundError:
-                    continue  # somebody removed it in the meantime
+                    continue  # another process has removed it
                 if at <= now:
                     found.append((at, entry.name))
         return [id for _, id in sorted(found)]
 
 
 class WaitingMarkers:
-    """``<part>/<final>``: a final upload may wait for a part."""
+    """Markers of final uploads that may wait for a part: files ``<part>/<final>``."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -109,17 +111,17 @@ class WaitingMarkers:
                 path.touch()
                 adopt(path, path.parent)
             except FileNotFoundError:
-                continue  # somebody removed the empty directory in between
+                continue  # another process has removed the empty directory
             return
 
     def remove(self, part: str, final: str) -> None:
-        """Unmark what ``add`` marked."""
+        """Remove the marker that ``add`` made."""
         folder = self._directory / part
         (folder / final).unlink(missing_ok=True)
         try:
             folder.rmdir()
         except OSError:
-            pass  # another final waits for the part, or somebody was faster
+            pass  # another final waits for the part, or another process has removed it
 
     def finals(self, part: str) -> list[str]:
         """Return the final uploads that may wait for `part`, sorted."""
