@@ -12,8 +12,7 @@ from gunicorn.http.unreader import IterUnreader
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tuswsgi.transfer.chunks import LONGEST_TRAILERS, ChunkDecoder
-from tuswsgi.transfer.lines import TooLong
+from tuswsgi.transfer.framing import LONGEST_TRAILERS, ChunkDecoder, TooLong
 
 #: The payload, the lines of the trailers and what follows; ``None`` for both without an end.
 Outcome = tuple[bytes, "bytes | None", "bytes | None"]
@@ -33,6 +32,8 @@ def theirs(pieces: list[bytes]) -> Outcome:
     source, trailers, payload = IterUnreader(pieces), [b""], b""
 
     def keep(lines: bytes, from_trailer: bool) -> Any:
+        if b"\n" in lines.replace(b"\r\n", b""):
+            raise ValueError  # as gunicorn's method does
         trailers.append(lines)
 
     try:
@@ -69,6 +70,7 @@ PARTS = st.sampled_from([*SIZES, *SIGNS, *CHUNKS])
 @example(b"3\r\nabc\r\r\n0\r\n\r\n", [8])
 @example(b"\r\n3\r\nabc\r\n0\r\n\r\n", [])
 @example(b"0\r\n\n\r\n", [])
+@example(b"0\r\n\n0\r\n\r\n", [])
 @example(b"0\r\n\r\n\r\n", [4])
 def test_it_takes_what_gunicorn_takes(wire: bytes, places: list[int]) -> None:
     pieces = cut(wire, places)

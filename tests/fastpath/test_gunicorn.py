@@ -14,19 +14,34 @@ from gunicorn.http import body as bodies
 from gunicorn.http import unreader, wsgi
 
 from tuswsgi.core.errors import BodyIncomplete, BodyMalformed
-from tuswsgi.transfer.body import RequestBody
+from tuswsgi.transfer import gunicorn
+from tuswsgi.transfer.body import PlainBody, RequestBody
+from tuswsgi.transfer.exchange import body_of
 from tuswsgi.transfer.gunicorn import (
     ChunkedBody,
-    SocketBody,
+    LengthBody,
     is_read,
     missing_internals,
     take_over,
 )
-from tuswsgi.transfer.plain import PlainBody, body_of
 
 DATA = bytes(range(256)) * 200
 
 Environ = dict[str, Any]
+
+
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Change gunicorn, which is looked at once in each process."""
+
+    def look_again() -> None:
+        gunicorn.missing_internals.cache_clear()
+        gunicorn._readers.cache_clear()
+
+    look_again()
+    yield monkeypatch
+    monkeypatch.undo()
+    look_again()
 
 
 @pytest.fixture
@@ -76,10 +91,10 @@ def rest_of(source: unreader.Unreader) -> bytes:
 
 
 def test_this_gunicorn_is_as_expected(sock: socket.socket, chunked: socket.socket) -> None:
-    assert missing_internals() == []
+    assert missing_internals() == ()
     source = unreader.SocketUnreader(sock)
     body = body_of(with_length(bodies.Body(bodies.LengthReader(source, len(DATA))), sock))
-    assert type(body) is SocketBody
+    assert type(body) is LengthBody
     assert read(body) == DATA
     assert rest_of(source) == b"HEAD "
     source = unreader.SocketUnreader(chunked)
@@ -140,8 +155,8 @@ def test_another_reader(sock: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("name", ["take_buffered", "unread"])
-def test_another_unreader(sock: socket.socket, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.delattr(unreader.Unreader, name)
+def test_another_unreader(sock: socket.socket, changed: pytest.MonkeyPatch, name: str) -> None:
+    changed.delattr(unreader.Unreader, name)
     source = unreader.SocketUnreader(sock)
     body = body_of(with_length(bodies.Body(bodies.LengthReader(source, len(DATA))), sock))
     assert type(body) is PlainBody
@@ -157,23 +172,25 @@ def test_no_parser(chunked: socket.socket) -> None:
     assert rest_of(source) == b"HEAD "
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(unreader.Unreader, "take_buffered")
-    monkeypatch.delattr(bodies, "ChunkedReader")
-    monkeypatch.setattr(bodies, "LengthReader", OtherReader)
-    monkeypatch.delattr(wsgi.Response, "force_close")
-    assert missing_internals() == [
+def test_what_is_missing_is_named(changed: pytest.MonkeyPatch) -> None:
+    changed.delattr(unreader.Unreader, "take_buffered")
+    changed.delattr(bodies, "ChunkedReader")
+    changed.setattr(bodies, "LengthReader", OtherReader)
+    changed.delattr(wsgi.Response, "force_close")
+    changed.delattr(wsgi, "base_environ")
+    assert missing_internals() == (
+        "gunicorn.http.wsgi.base_environ",
         "gunicorn.http.unreader.SocketUnreader.take_buffered",
         "gunicorn.http.body.LengthReader",
         "gunicorn.http.body.ChunkedReader",
         "gunicorn.http.wsgi.Response.force_close",
-    ]
+    )
 
 
 @pytest.mark.parametrize("reader", [bodies.LengthReader, bodies.ChunkedReader])
-def test_objects_that_are_made_differently(monkeypatch: pytest.MonkeyPatch, reader: type) -> None:
-    monkeypatch.setattr(reader, "__init__", lambda self, one, two, three: None)
-    assert missing_internals() == [f"gunicorn.http.body.{reader.__name__}"]
+def test_objects_that_are_made_differently(changed: pytest.MonkeyPatch, reader: type) -> None:
+    changed.setattr(reader, "__init__", lambda self, one, two, three: None)
+    assert missing_internals() == (f"gunicorn.http.body.{reader.__name__}",)
 
 
 @pytest.fixture

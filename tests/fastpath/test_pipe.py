@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tuswsgi.transfer import splice as pipes
-from tuswsgi.transfer.splice import Pipe, Unsupported, pipe
+from tuswsgi.transfer import sockets
+from tuswsgi.transfer.sockets import Pipe, Unsupported, pipe
 
-if not pipes.IS_SUPPORTED:
+if not sockets.SPLICE_IS_SUPPORTED:
     pytest.skip("there is no splice here", allow_module_level=True)
 
 #: As much as the buffers of any socket take at once.
@@ -75,7 +75,7 @@ def test_bytes_go_where_they_are_wanted(ends: Ends, file: int) -> None:
 
 
 def test_a_small_pipe(ends: Ends, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipes, "CAPACITY", 4096)
+    monkeypatch.setattr(sockets, "PIPE_CAPACITY", 4096)
     client, server = ends
     client.sendall(DATA)
     small = Pipe()

@@ -19,8 +19,8 @@ from gunicorn.http import body as bodies
 from gunicorn.http import unreader
 
 from tuswsgi.core.errors import BodyIncomplete
-from tuswsgi.transfer.gunicorn import SocketBody
-from tuswsgi.transfer.plain import body_of
+from tuswsgi.transfer.exchange import body_of
+from tuswsgi.transfer.gunicorn import LengthBody
 
 #: What one record of TLS holds at most.
 RECORD = 16 * 1024
@@ -79,15 +79,15 @@ def send(ends: Ends, data: bytes) -> None:
     assert queued(server, termios.FIONREAD) >= before + len(data)
 
 
-def body(server: Any, length: int) -> SocketBody:
+def body(server: Any, length: int) -> LengthBody:
     source = bodies.Body(bodies.LengthReader(unreader.SocketUnreader(server), length))
     environ = {"wsgi.input": source, "gunicorn.socket": server, "CONTENT_LENGTH": str(length)}
     made = body_of(environ | {"REQUEST_METHOD": "PATCH"})
-    assert isinstance(made, SocketBody)
+    assert isinstance(made, LengthBody)
     return made
 
 
-def read(body: SocketBody) -> bytes:
+def read(body: LengthBody) -> bytes:
     received = b""
     while block := body.receive(1_000_000):
         received += bytes(block)
@@ -163,15 +163,21 @@ def test_what_came_before_a_broken_connection_is_kept(
     assert not some.ended
 
 
-class OtherObject:
-    """What a gevent to come may keep in the place of Python's TLS object."""
+class OtherSocket:
+    """What gevent's socket may become, with Python's TLS object elsewhere."""
+
+    def __init__(self, sock: Any) -> None:
+        self.context = sock.context
+        self.setsockopt = sock.setsockopt
+        self.recv_into = sock.recv_into
+
+
+OtherSocket.__module__ = "gevent.ssl"
 
 
 def test_a_gevent_that_keeps_it_elsewhere(ends: Ends) -> None:
     server = ends[1]
     send(ends, DATA)
-    tls, server._sslobj = server._sslobj, OtherObject()
-    some = body(server, len(DATA))
-    server._sslobj = tls
+    some = body(OtherSocket(server), len(DATA))
     assert len(some.receive(1_000_000)) == RECORD
     assert read(some) == DATA[RECORD:]

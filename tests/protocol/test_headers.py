@@ -25,8 +25,8 @@ from tuswsgi.core.errors import (
 )
 from tuswsgi.core.info import FileInfo, Metadata, State, check_id, made_at, new_id
 from tuswsgi.core.options import KiB
+from tuswsgi.transfer.body import content_length
 from tuswsgi.transfer.checksum import ALGORITHMS, Checksum
-from tuswsgi.transfer.framing import content_length
 from tuswsgi.web.headers import TusHeaders, describe, final_urls
 
 NO_NUMBERS = [

@@ -18,12 +18,12 @@ from gunicorn.http.body import Body, LengthReader
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
 from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import Response, base_environ
-from gunicorn.util import unquote_to_wsgi_str
+from gunicorn.util import is_hoppish, unquote_to_wsgi_str
 
 from tuswsgi.transfer.body import DRAIN_LIMIT
+from tuswsgi.transfer.fairness import RECEIVE, REQUEST, Budget
+from tuswsgi.transfer.framing import BareLF, FieldBuffer, TooLong
 from tuswsgi.transfer.gunicorn import is_read
-from tuswsgi.transfer.lines import BareLF, Lines, TooLong
-from tuswsgi.transfer.turns import Turns
 
 #: A head that is longer is not plain.
 LONGEST_HEAD = 8000
@@ -98,7 +98,7 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, cfg: Any, sock: Any, addr: Any, longest_head: int) -> None:
         super().__init__(cfg, sock, addr)
         self.scheme = "https" if cfg.is_ssl else "http"
-        self.turns = Turns()
+        self.budget = Budget()
         self._longest_head = longest_head
 
     def __next__(self) -> Any:
@@ -106,8 +106,8 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
             raise StopIteration
         # The next request may be here already: without this one client could send so many at
         # once that nobody else is served.
-        self.turns.give()
-        self.turns.began()
+        self.budget.share()
+        self.budget.spend(REQUEST)
         head, rest = self._read_head()
         request = plain_request(head, self) if head else None
         # gunicorn's parser, asked for the next request, looks after the last one again.
@@ -138,21 +138,21 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
 
     def _read_on(self, more: bytes) -> tuple[bytes, int]:
         """Return a head that did not come at once, and where its empty line is, or -1."""
-        lines = Lines(self._longest_head)
+        buffer = FieldBuffer(self._longest_head)
         end = -1
         try:
             while more and end < 0:
-                end = lines.add(more)
-                self.turns.received(len(more))
+                end = buffer.add(more)
+                self.budget.spend(len(more) + RECEIVE)
                 if end < 0:
-                    self._check_request_line(lines.data)
-                    self.turns.give()
+                    self._check_request_line(buffer.data)
+                    self.budget.share()
                     more = self._receive()
         except BareLF:
             pass  # gunicorn refuses it at once
         except TooLong as error:
-            raise self._too_long(bytes(lines.data)) from error
-        return bytes(lines.data), end
+            raise self._too_long(bytes(buffer.data)) from error
+        return bytes(buffer.data), end
 
     def _receive(self) -> bytes:
         data: bytes = self.unreader.sock.recv(self.unreader.mxchunk)
@@ -268,18 +268,6 @@ _NO_NAME = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]|^$")
 #: The names of a response's fields, as applications spell them, in lower case.
 _names: dict[str, str] = {}
 
-#: Fields that speak of the connection, which is the server's own (RFC 9110, 7.6.1).
-_OF_CONNECTION = {
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "te",
-    "trailers",
-    "transfer-encoding",
-    "upgrade",
-}
-
 
 class PlainResponse(Response):  # type: ignore[misc]
     """gunicorn's response, which sends head and body at once where it can.
@@ -353,7 +341,7 @@ class PlainResponse(Response):  # type: ignore[misc]
 def _plain_name(name: str) -> str | None:
     """Return a field's name in lower case, ``None`` if the field is not plain."""
     lower = name.lower()
-    if lower in _OF_CONNECTION or _NO_NAME.search(name) is not None:
+    if is_hoppish(lower) or _NO_NAME.search(name) is not None:
         return None
     if len(_names) < _MOST_KEYS:
         _names[name] = lower
@@ -370,38 +358,3 @@ def _date() -> str:
     if _now[0] != seconds:
         _now = (seconds, formatdate(seconds, usegmt=True))
     return _now[1]
-
-
-def works(cfg: Any) -> bool:
-    """Whether this gunicorn is as this file expects it: one request is parsed and answered."""
-    sock = _Rehearsal(b"HEAD /x?y HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-    request = next(PlainParser(cfg, sock, ("127.0.0.1", 1), LONGEST_HEAD))
-    environ = PlainEnviron(cfg, sock, ("127.0.0.1", 1), ("127.0.0.1", 2)).of(request)
-    response = PlainResponse(request, sock, cfg)
-    response.start_response("200 OK", [("X-Rehearsal", "yes")])
-    response.write(b"")
-    response.close()
-    return (
-        type(request) is PlainRequest
-        and (environ["PATH_INFO"], environ["QUERY_STRING"]) == ("/x", "y")
-        and not response.should_close()
-        and sock.sent.startswith(b"HTTP/1.1 200 OK\r\n")
-        and sock.sent.endswith(b"\r\nX-Rehearsal: yes\r\n\r\n")
-    )
-
-
-class _Rehearsal:
-    """A socket with one request."""
-
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self.sent = b""
-
-    def recv(self, n: int) -> bytes:
-        request = self._request
-        self._request = b""
-        return request
-
-    def send(self, data: bytes) -> int:
-        self.sent += data
-        return len(data)

@@ -19,7 +19,6 @@ from datetime import datetime
 from functools import partial
 from inspect import isroutine
 from ssl import SSLError
-from types import ModuleType
 from typing import Any
 
 import gevent
@@ -35,8 +34,8 @@ from tuswsgi.app import Tus
 from tuswsgi.core.errors import ConfigurationError, TusError
 from tuswsgi.core.options import KiB
 from tuswsgi.observing.logs import current_request
-from tuswsgi.transfer.body import linger
-from tuswsgi.transfer.gunicorn import finish, is_read, missing_internals, take_over
+from tuswsgi.transfer.gunicorn import drain, is_read, missing_internals, take_over
+from tuswsgi.transfer.sockets import linger
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +58,9 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         self._idle: dict[Any, float] = {}
         self._stopping = Event()
         self._servers: list[StreamServer] = []
-        #: The module ``http1``, ``None`` where everything is left to gunicorn.
-        self._plain: ModuleType | None = None
-        #: Whether gunicorn's bodies are as they are expected.
-        self._knows_bodies = False
+        #: Whether bodies and plain requests can be served past gunicorn.
+        self._knows_gunicorn = False
+        self._serves_plain = False
         #: Why uploads cannot be served, as the log has it.
         self._troubles: set[str] = set()
 
@@ -71,13 +69,11 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         # A call of an object costs each waiting connection one more frame of the C stack than a
         # call of its method.
         self._application = self.wsgi if isroutine(self.wsgi) else self.wsgi.__call__
-        self._plain = _plain_http(self.cfg)
         missing = missing_internals()
-        self._knows_bodies = not missing
-        if self._plain is None and not missing and _is_ordinary(self.cfg):
-            missing.append("gunicorn.http as it was expected")
         if missing:
             log.warning("This gunicorn lacks %s: it is slower than it could be", ", ".join(missing))
+        self._knows_gunicorn = not missing
+        self._serves_plain = not missing and _is_ordinary(self.cfg)
         self._tus = getattr(self.wsgi, "extensions", {}).get("tuswsgi")
         try:
             self._start_tus()
@@ -127,10 +123,10 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         if self.cfg.is_ssl and not self._shakes_hands(client):
             client.close()
-        elif self._plain is None:
-            super().handle(listener, client, addr)
+        elif self._serves_plain:
+            self._serve_requests(listener, client, addr)
         else:
-            self._converse(self._plain, listener, client, addr)
+            super().handle(listener, client, addr)
 
     def timeout_ctx(self) -> _Idle:
         # gunicorn waits for the next request of a connection inside of this, too.
@@ -143,7 +139,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         # Of a field that comes more than once the environ has one string. A request with one is
         # never plain.
         req.body.request_fields = req.headers
-        if not self._knows_bodies:
+        if not self._knows_gunicorn:
             super().handle_request(listener_name, req, sock, addr)
             return
         take_over(req.body.reader)
@@ -169,7 +165,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             return
         # Who gave a body up has seen to its client.
         if not request.body.failed:
-            if finish(request.body, sock):
+            if drain(request.body, sock):
                 return
             linger(sock)
         raise StopIteration
@@ -179,13 +175,15 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if not request.body.failed and not is_read(request.body):
             linger(sock)
 
-    def _converse(self, plain: Any, listener: Any, client: Any, addr: Any) -> None:
-        """Serve the requests of a connection, as gunicorn does it but for the plain ones."""
+    def _serve_requests(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve the requests of a connection, those that are not plain as gunicorn does it."""
+        from tuswsgi.serving import http1  # needs a gunicorn as expected
+
         request = None
         try:
             name = listener.getsockname()
-            parser = plain.PlainParser(self.cfg, client, addr, self.max_head_size)
-            environs = plain.PlainEnviron(self.cfg, client, addr, name)
+            parser = http1.PlainParser(self.cfg, client, addr, self.max_head_size)
+            environs = http1.PlainEnviron(self.cfg, client, addr, name)
             idle = self.timeout_ctx()
             while True:
                 request = None
@@ -193,8 +191,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
                     request = next(parser)
                 if request is None:
                     break
-                if type(request) is plain.PlainRequest:
-                    self._answer(request, plain.PlainResponse(request, client, self.cfg), environs)
+                if type(request) is http1.PlainRequest:
+                    self._answer(request, http1.PlainResponse(request, client, self.cfg), environs)
                 else:
                     self.handle_request(name, request, client, addr)
         except (StopIteration, NoMoreData) as end:
@@ -330,19 +328,6 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         # In the hub: a greenlet that is idle waits for its socket then and does nothing else.
         if self._idle.get(greenlet) == since:
             greenlet.throw(_Silence)
-
-
-def _plain_http(cfg: Any) -> ModuleType | None:
-    """Return the module ``http1`` if it gets on with this gunicorn and these settings."""
-    if not _is_ordinary(cfg):
-        return None
-    try:
-        from tuswsgi.serving import http1
-
-        return http1 if http1.works(cfg) else None
-    except Exception as error:
-        log.debug("gunicorn is not as expected: %r", error)
-        return None
 
 
 def _is_ordinary(cfg: Any) -> bool:

@@ -21,7 +21,7 @@ from tuswsgi.observing.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_reques
 from tuswsgi.observing.telemetry import report, request_answered
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.transfer.body import RequestBody
-from tuswsgi.transfer.plain import body_of
+from tuswsgi.transfer.exchange import body_of
 from tuswsgi.web.cors import Cors
 from tuswsgi.web.headers import TUS_RESUMABLE, VERSION, TusHeaders
 from tuswsgi.web.request_log import log_answer, log_failure

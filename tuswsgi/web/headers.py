@@ -22,8 +22,8 @@ from tuswsgi.core.errors import (
     UnsupportedVersion,
 )
 from tuswsgi.core.info import FileInfo, Metadata
+from tuswsgi.transfer.body import decimal
 from tuswsgi.transfer.checksum import Checksum
-from tuswsgi.transfer.framing import decimal
 
 VERSION = "1.0.0"
 OFFSET_OCTET_STREAM = "application/offset+octet-stream"

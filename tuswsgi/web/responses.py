@@ -6,7 +6,7 @@ sends, it looks after the rest of the request's body.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -24,6 +24,7 @@ from tuswsgi.core.errors import (
 from tuswsgi.core.info import FinalResponse
 from tuswsgi.hooks.base import HookResponse
 from tuswsgi.transfer.body import RequestBody
+from tuswsgi.transfer.exchange import send
 from tuswsgi.transfer.sendfile import Content
 from tuswsgi.web.headers import TUS_VERSION, UPLOAD_OFFSET, VERSION
 
@@ -74,9 +75,9 @@ class Answer:
         start_response(self.status_line, self.headers_for(environ))
         if environ["REQUEST_METHOD"] == "HEAD":
             # gunicorn would leave it out as well, and complain each time.
-            return _sent((), self.request_body, environ, start_response)
+            return send((), self.request_body, environ, start_response)
         content = (self.content,) if isinstance(self.content, bytes) else self.content
-        return _sent(content, self.request_body, environ, start_response)
+        return send(content, self.request_body, environ, start_response)
 
 
 class TusResponse(Response):
@@ -114,60 +115,7 @@ class TusResponse(Response):
                 content = ()
         else:
             content = super().__call__(environ, start_response)
-        return _sent(content, self.request_body, environ, start_response)
-
-
-def _sent(
-    content: Iterable[bytes],
-    body: RequestBody | None,
-    environ: dict[str, Any],
-    start_response: Callable[..., Any],
-) -> Iterable[bytes]:
-    """Return what the server is to send, and look after the rest of the request's body."""
-    if isinstance(content, Content):
-        content = content.through(environ, start_response)
-    if body is None or body.ended:
-        return content
-    # gunicorn takes no Connection header from applications; this is how it is told.
-    force_close = getattr(getattr(start_response, "__self__", None), "force_close", lambda: None)
-    is_kept = body.is_short()
-    if is_kept and body.ended:
-        return content
-    if not is_kept:
-        body.abandon()
-        force_close()
-    return _LingeringContent(content, body, force_close if is_kept else None)
-
-
-class _LingeringContent:
-    """Content after which the rest of the request is read: the next one may follow, or the client,
-    still sending, gets the chance to read this answer.
-
-    :param force_close: ends the connection if the rest is not read in time; ``None`` if it ends
-        anyway.
-    """
-
-    def __init__(
-        self, content: Iterable[bytes], body: RequestBody, force_close: Callable[[], None] | None
-    ) -> None:
-        self._content = content
-        self._body = body
-        self._force_close = force_close
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._content)
-
-    def close(self) -> None:
-        close = getattr(self._content, "close", None)
-        if close is not None:
-            close()
-        if self._force_close is not None:
-            self._body.drain()
-            if self._body.ended:
-                return
-            self._body.abandon()
-            self._force_close()
-        self._body.linger()
+        return send(content, self.request_body, environ, start_response)
 
 
 def error_response(error: TusError, common: Headers, body: RequestBody | None) -> Answer:

@@ -160,8 +160,8 @@ class Views:
         ]
         if wanted is not None:
             headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{info.offset}"))
-        patience = self._uploads.settings.network_timeout
-        content = Content(self._uploads.open(info, start), stop - start, patience)
+        timeout = self._uploads.settings.network_timeout
+        content = Content(self._uploads.open(info, start), stop - start, timeout)
         return Answer(206 if wanted else 200, headers, content, call.body)
 
     def _creation(self, call: Call) -> Creation:
