@@ -329,7 +329,7 @@ from gevent import monkey; monkey.patch_all()
 import sys, time
 import gevent
 from tuswsgi.connections.pool import PoolSettings
-from tuswsgi.connections.sql import connect
+from tuswsgi.connections.databases import connect
 
 dsn, sql = sys.argv[1:]
 connection = connect(dsn, pool=PoolSettings(4, 10.0))
@@ -361,7 +361,7 @@ connection.close()
 """
 
 
-@pytest.mark.parametrize("before", ["", "import peewee, tuswsgi.connections.sql; "])
+@pytest.mark.parametrize("before", ["", "import peewee, tuswsgi.connections.databases; "])
 def test_the_hub_is_not_blocked(dsn: str, before: str) -> None:
     sql = SLEEP[connect(dsn).kind].format(1.5)
     run_python(before + TICKING.strip(), dsn, sql)
