@@ -320,7 +320,7 @@ def test_the_configured_store_is_the_other_one(tmp_path: Path) -> None:
         ([], 2, "there and here are the same"),
         (["--from", "file:///there/is/nothing"], 1, "nothing to copy at /there/is/nothing"),
         (["--from", "sqlite:////there/is/nothing"], 1, "nothing to copy at /there/is/nothing"),
-        (["--from", "file://relative"], 1, "not written as file:///directory"),
+        (["--from", "file://relative"], 1, "has to look like file:///directory"),
         (["--from", "gopher://host"], 1, "not supported"),
         (["--from", "postgres://127.0.0.1:1/a"], 1, "Error: "),
         (["--from", "redis://127.0.0.1:1"], 1, "Error: "),

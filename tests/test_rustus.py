@@ -291,7 +291,7 @@ def test_other_keys_of_the_redis_are_left_alone(
     [
         ("rustus+redis://127.0.0.1:1", 1, "Error: rustus' Redis does not answer"),
         ("rustus+file:///there/is/nothing", 1, "/there/is/nothing cannot be read"),
-        ("rustus+file://relative", 1, "not written as file:///directory"),
+        ("rustus+file://relative", 1, "has to look like file:///directory"),
         ("rustus+mysql://127.0.0.1/db", 1, "The DSN of rustus' Redis is wrong"),
     ],
 )

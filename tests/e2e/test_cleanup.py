@@ -155,7 +155,7 @@ def test_an_operator_finds_the_locks_of_the_servers(serve: Serve, tmp_path: Path
             assert gc.returncode == 1
             assert output == (
                 f"A server on {server.data_dir} has its locks in the runtime directory "
-                f"{tmp_path / 'run'}, not {other}: say --runtime-dir {tmp_path / 'run'}.\n"
+                f"{tmp_path / 'run'}, not {other}: add --runtime-dir {tmp_path / 'run'}.\n"
             )
         connection.send(data[100_000:])
         assert connection.read().status == 204
@@ -170,7 +170,7 @@ def test_two_servers_with_different_locks_are_told_of(serve: Serve, tmp_path: Pa
     server = serve("--runtime-dir", str(tmp_path / "one"))
     server.client.create(5)
     other = serve("--runtime-dir", str(tmp_path / "two"))
-    other.wait_for("Another server on .* Give both the same runtime_dir")
+    other.wait_for("Another server on .* Set the same runtime_dir for both")
 
 
 def test_an_operator_removes_an_upload_that_is_received(serve: Serve) -> None:

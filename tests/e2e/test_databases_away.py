@@ -84,7 +84,7 @@ def test_a_database_that_is_away_at_boot(serve: Serve, database: str) -> None:
     port = free_port()
     dsn = f"postgres://postgres@127.0.0.1:{port}/{database}"
     server, data = serve("--info-db-dsn", dsn, "--locker", "file-locker"), content(10)
-    server.wait_for("no uploads are taken until it can")
+    server.wait_for("uploads are refused until it is")
     creation = server.client.request(
         "POST", "/files/", {"Tus-Resumable": "1.0.0", "Upload-Length": "10"}
     )

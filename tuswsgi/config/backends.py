@@ -1,7 +1,6 @@
-"""The backends that a configuration chooses, and what follows from several of its options.
+"""Makes the configured backends, and derives settings that depend on several options.
 
-The options stand beside the code that they set, and the names in ``registry``. This file makes
-backends of them. It knows nothing of how one works.
+The options are declared beside the code that they set, and ``registry`` names the classes.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Backends:
 
     @property
     def locker_name(self) -> LockerName:
-        """The configured locker, by default one that reaches as far as the records do."""
+        """The configured locker, by default one that all servers with the same records share."""
         if self._locks.locker is not None:
             return self._locks.locker
         if not self.is_shared:
@@ -95,7 +94,7 @@ class Backends:
 
     @property
     def in_memory(self) -> bool:
-        """Whether some state lives in the memory of a process, so that there can be only one."""
+        """Whether a backend keeps its state in memory, so that there can be one process only."""
         return (
             self._data.storage is DataStoreName.MEMORY
             or self.info_store_name is InfoStoreName.MEMORY
@@ -103,7 +102,7 @@ class Backends:
         )
 
     def check_data_dir(self) -> None:
-        """Check that the data directory exists, for a command that must not make an empty one.
+        """Check that the data directory exists: a command must not make an empty one.
 
         :raises ConfigurationError: if it does not.
         """
@@ -156,7 +155,7 @@ class Backends:
         return self._info_store(self.info_store_name)
 
     def info_store_at(self, dsn: str) -> InfoStore:
-        """Return an info store that may be another one than the configured.
+        """Return the info store at an address.
 
         :param dsn: ``file:///directory``, or as ``info_db_dsn`` takes it.
         :raises ConfigurationError: if there is no such kind of store.
@@ -174,7 +173,7 @@ class Backends:
         return store
 
     def locker(self) -> Locker[Any]:
-        """Return the locker; one on a server holds the locks of this host, too.
+        """Return the locker. One on a server takes the file lock of this host as well.
 
         :raises ConfigurationError: if its address is missing or wrong.
         """
@@ -206,7 +205,7 @@ class Backends:
 
     @property
     def _shared(self) -> dict[str, Any]:
-        """What every backend on a server may be given."""
+        """The settings of connections, for backends that take them."""
         return {
             "pool": self._config.build(PoolSettings),
             "settings": self._config.build(RedisSettings),
@@ -238,11 +237,12 @@ class Backends:
         return hooks
 
     def prepare(self) -> None:
-        """Make the backends ready for use, as the workers will, and close them.
+        """Prepare all backends as the workers will, and close them.
 
-        One that cannot be reached is logged: it may come back, and the workers wait for it.
+        A backend that cannot be reached is logged only: it may come back, and the workers wait
+        for it.
 
-        :raises ConfigurationError: if one of them cannot be used as it is configured.
+        :raises ConfigurationError: if a backend cannot work as it is configured.
         """
         backends: list[DataStore | InfoStore | Locker[Any] | Hook]
         backends = [self.data_store(), self.info_store(), self.locker(), *self.hooks()]
@@ -253,13 +253,13 @@ class Backends:
                 name = type(backend).__name__
                 why = error.__cause__ or "see above"
                 log.error(
-                    "The %s cannot be used yet (%s): no uploads are taken until it can", name, why
+                    "The %s is not available (%s): uploads are refused until it is", name, why
                 )
             finally:
                 backend.close()
         if self.is_shared and self.locker_name in _LOCAL:
             log.warning(
-                "The records are on a server and the locks are not (`locker = %s`): uploads are "
+                "The records are on a server, but the locks are local (`locker = %s`): uploads are "
                 "safe only while one host serves them",
                 self.locker_name.value,
             )
@@ -282,14 +282,13 @@ def directory_of(dsn: str) -> Path:
     """
     path = Path(dsn.removeprefix("file://"))
     if not path.is_absolute():
-        raise ConfigurationError("The directory of records is not written as file:///directory.")
+        raise ConfigurationError("The DSN of a directory has to look like file:///directory.")
     return path
 
 
 def _redis(dsn: str | None, option: str) -> str:
     if dsn is None:
         raise ConfigurationError(
-            f"[{MAIN}] {option}: Redis is to be used, and its address is missing, "
-            "e.g. redis://127.0.0.1:6379."
+            f"[{MAIN}] {option}: The address of Redis is missing, e.g. redis://127.0.0.1:6379."
         )
     return dsn

@@ -1,9 +1,7 @@
-"""The configuration: one value for each option, with where it came from.
+"""The configuration: the value of each option, and where it comes from.
 
-``Config.load`` merges the command line, the environment and an INI file, and lets the
-fields of the options turn text into values. It reports every mistake at once. It owns no
-option: what there is to be set stands beside the code that obeys it (``options``), and
-which of that counts is the registry's.
+``Config.load`` merges flags, the environment and an INI file, validates them and reports all
+mistakes at once. The options themselves are declared beside the code that they set.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from tuswsgi.core.options import Option, options_of
 
 G = TypeVar("G")
 
-#: Where the value of an option comes from that nobody set.
+#: The source of values that were not set.
 DEFAULT = "default"
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -34,7 +32,7 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class _Given:
-    """A value as somebody wrote it, and where."""
+    """A value as it was written, and where."""
 
     value: Any
     source: str
@@ -54,15 +52,14 @@ class Config:
         environ: Mapping[str, str] = _EMPTY,
         flags: Mapping[str, Any] = _EMPTY,
     ) -> Config:
-        """Return the configuration that these three give together.
+        """Return the configuration from flags, the environment and a file, in this precedence.
 
-        A flag wins over the environment, that over the file, and that over the default. An
-        empty text unsets an option that may be unset.
+        An empty text unsets an option that may be unset.
 
         :param file: an INI file.
-        :param environ: the environment; only the variables of options are looked at, and
-            those with ``_FILE`` behind their name, which name a file with the value.
-        :param flags: values by ``Option.key``, as text or as what the option holds.
+        :param environ: the environment, where the variable of an option with ``_FILE`` appended
+            names a file that holds the value.
+        :param flags: values by ``Option.key``, as text or as parsed values.
         :raises ConfigurationError: with one line for each mistake.
         """
         options = {option.key: option for option in all_options()}
@@ -81,7 +78,7 @@ class Config:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Config:
-        """Return the configuration of the environment and the file in ``TUSWSGI_CONFIG``.
+        """Return the configuration from the environment and the file that ``TUSWSGI_CONFIG`` names.
 
         :raises ConfigurationError: with one line for each mistake.
         """
@@ -97,10 +94,11 @@ class Config:
         return group(**self.values(group))
 
     def make(self, kind: type[G], **values: Any) -> G:
-        """Return an instance of a class that takes options without declaring them.
+        """Return an instance of a class, with the options that its constructor takes by name.
 
-        Its constructor gets what it names: of `values`, of the options that the class declares
-        itself, and of those in the section ``tuswsgi``, in this order of precedence.
+        :param values: more values for the constructor. A name that it does not take is ignored.
+            They win over the options that the class declares, and these over the options of
+            the section ``tuswsgi``.
         """
         own = self.values(kind) if is_dataclass(kind) else {}
         known = {**self._values, **own, **values}
@@ -116,11 +114,11 @@ class Config:
         return self._values[option.key]
 
     def replace(self, key: str, value: Any, source: str) -> Config:
-        """Return a configuration that differs in the value of one option, by its ``key``."""
+        """Return a copy with another value for the option with this ``key``."""
         return Config({**self._values, key: value}, {**self._sources, key: source})
 
     def source(self, option: Option) -> str:
-        """Say where a value came from: a flag, a variable, a file or ``DEFAULT``."""
+        """Return where a value comes from: a flag, a variable, a file or ``DEFAULT``."""
         return self._sources.get(option.key, DEFAULT)
 
 
@@ -153,7 +151,7 @@ def _from_file(
 
 
 def _read_ini(file: Path, problems: list[str]) -> dict[str, dict[str, str]]:
-    # No interpolation, since DSNs contain %, and no section that fills all the others.
+    # DSNs contain %, so there is no interpolation. No section has defaults for all others.
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
         parser.read_string(file.read_text("utf-8-sig"), str(file))
@@ -224,12 +222,12 @@ def _convert(
 
 def _complaint(option: Option, given: _Given, messages: Iterable[str]) -> str:
     value = MASK if option.secret else f"{given.value!s}"
-    place = f"[{option.section}] {option.name} = {value} (from {given.source})"
-    return without_secrets(f"{place}: {' '.join(messages)}")
+    setting = f"[{option.section}] {option.name} = {value} (from {given.source})"
+    return without_secrets(f"{setting}: {' '.join(messages)}")
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """Yield what is wrong with options that are right by themselves: the groups know it."""
+    """Yield the problems of options that are valid by themselves but not together."""
     for group in option_groups():
         if hasattr(group, "contradictions"):
             yield from config.build(group).contradictions()

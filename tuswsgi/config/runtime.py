@@ -1,8 +1,8 @@
-"""Which runtime directory the servers of a data directory use, for commands beside them.
+"""Tells commands which runtime directory the servers of a data directory use.
 
-A command that looks for locks elsewhere than the servers finds every upload free. So each server
-says in the data directory where its locks are, and for how long: it keeps what it wrote locked
-while it lives. This concerns locks in files only; the others are found by their server.
+A command that looked for locks in another directory than the servers would find every upload
+unlocked. So each server registers its runtime directory in the data directory, in a file that
+it keeps locked while it runs. Only locks in files need this.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from tuswsgi.lockers.settings import LockerName
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which one that nobody uses is forgotten: there is a new one after each boot.
+#: Seconds after which an unused registration is removed; each boot of a host makes a new one.
 _OLD = 30 * 86_400.0
 
 
 class Known(NamedTuple):
-    """A runtime directory that servers use or have used.
+    """A registered runtime directory.
 
-    :param file: where that is written.
-    :param scope: that of its locks, by which it is known under whatever path it is seen.
-    :param since: when the last one of them began.
+    :param file: the registration.
+    :param scope: identifies the directory, whatever path a process sees it under.
+    :param since: when the last server registered it, as Unix time.
     """
 
     file: Path
@@ -47,7 +47,7 @@ class Known(NamedTuple):
 
 
 class Presence:
-    """A process says that it takes its locks in a runtime directory, for as long as this lives."""
+    """The registration of this process; it lasts as long as this object."""
 
     def __init__(self, config: Config) -> None:
         backends = Backends(config)
@@ -60,14 +60,14 @@ class Presence:
                 known.file.unlink(missing_ok=True)
             elif known.is_in_use and known.scope != scope:
                 log.error(
-                    "Another server on %s has its locks in %s, and this one in %s: they write the "
-                    "same uploads at once. Give both the same runtime_dir",
+                    "Another server on %s has its locks in %s, and this one in %s: both can write "
+                    "an upload at the same time. Set the same runtime_dir for both",
                     *(backends.data_dir, known.path, path),
                 )
         name = hashlib.blake2b(f"{path}\n{scope}".encode(), digest_size=8).hexdigest()
         self._fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         adopt(self._fd, directory)
-        # Somebody may look just now whether it is locked.
+        # A command may be testing the lock at this moment.
         run_in_thread(fcntl.flock, self._fd, fcntl.LOCK_SH)
         os.pwrite(self._fd, f"{path}\n{scope}\n".encode(), 0)
         os.utime(self._fd)
@@ -78,15 +78,16 @@ class Presence:
 
 
 def is_told(config: Config) -> bool:
-    """Whether servers with this configuration are to say where their locks are."""
+    """Whether servers with this configuration register their runtime directory."""
     backends = Backends(config)
     return backends.locker_name is LockerName.FILE and not backends.in_memory
 
 
 def as_servers_have_it(config: Config) -> Config:
-    """Return the configuration of a command, with the runtime directory of the servers.
+    """Return the configuration of a command with the runtime directory of the servers.
 
-    :raises ConfigurationError: if it names another one, or theirs cannot be used from here.
+    :raises ConfigurationError: if the configuration names another one, or if that of the servers
+        cannot be reached from here.
     """
     if not is_told(config):
         return config
@@ -95,10 +96,10 @@ def as_servers_have_it(config: Config) -> Config:
         known = sorted(_known(_directory(backends)), key=lambda one: one.since)
     except OSError as error:
         raise ConfigurationError(
-            f"Where the locks of the servers are cannot be read: {error}"
+            f"The runtime directories of the servers cannot be read: {error}"
         ) from error
     if config["runtime_dir"] is None and known:
-        # None of them runs now, but one that begins in a moment is like the last one.
+        # If no server runs now, the next one most likely uses the directory of the last one.
         last = next((one for one in known if one.is_in_use), known[-1])
         config = _with(config, last.path, backends)
     scope = _scope(config)
@@ -121,10 +122,10 @@ def _with(config: Config, path: Path, backends: Backends) -> Config:
 
 def _refusal(data_dir: Path, path: Path, here: Path) -> str:
     where = (
-        f"which is another directory from here: run this where the server runs, or set [{MAIN}] "
+        f"which is another directory here: run this where the server runs, or set [{MAIN}] "
         "runtime_dir to the same one."
         if path == here
-        else f"not {here}: say --runtime-dir {path}."
+        else f"not {here}: add --runtime-dir {path}."
     )
     return f"A server on {data_dir} has its locks in the runtime directory {path}, {where}"
 
@@ -150,8 +151,8 @@ def _known(directory: Path) -> Iterator[Known]:
                 since = os.fstat(file.fileno()).st_mtime
                 is_in_use = _is_locked(file.fileno())
         except FileNotFoundError:
-            continue  # somebody has forgotten it a moment ago
-        if scope:  # else its server was killed before it wrote, or is about to
+            continue  # removed a moment ago
+        if scope:  # else its server has not written it yet, or was killed before
             yield Known(directory / name, Path(path), scope, since, is_in_use)
 
 

@@ -47,43 +47,49 @@ _PATH = (
 class ServerSettings:
     """How the server listens, works and logs."""
 
-    host: str = option("0.0.0.0", "The address to listen at.", rustus="SERVER_HOST")
+    host: str = option(
+        "0.0.0.0",
+        "The address to listen on; `0.0.0.0` stands for all addresses of the host.",
+        rustus="SERVER_HOST",
+    )
     port: int = option(
         1081,
-        "The port to listen at; 0 for any.",
+        "The port to listen on; 0 for any free one.",
         rustus="SERVER_PORT",
         validate=Range(0, 65535, error="Not a port between 0 and 65535."),
     )
-    url: str = option("/files", "The path of uploads.", rustus="URL", validate=_PATH)
-    unix_sock: Path | None = option(
-        None, "The path of a unix socket to listen at, instead of host and port."
+    url: str = option(
+        "/files", "The path below which uploads are served.", rustus="URL", validate=_PATH
     )
-    certfile: Path | None = option(None, "A certificate (PEM) to serve https with.")
+    unix_sock: Path | None = option(
+        None, "The path of a unix socket to listen on instead of host and port."
+    )
+    certfile: Path | None = option(None, "A certificate (PEM); with it the server speaks https.")
     keyfile: Path | None = option(
-        None, "The private key of the certificate, unless `certfile` has it too."
+        None, "The private key of the certificate (PEM). Unset: it is in `certfile`."
     )
     workers: int | None = option(
         None,
-        "How many processes serve. Unset: one for each processor, or one alone if a backend "
-        "keeps its state in memory.",
+        "The number of worker processes. Unset: one for each processor, or a single one if a "
+        "backend keeps its state in memory.",
         rustus="WORKERS",
         short="w",
         validate=_AT_LEAST_ONE,
     )
     worker_connections: int = option(
-        10_000, "How many connections one worker may have at once.", validate=_AT_LEAST_ONE
+        10_000, "The maximum number of connections of one worker.", validate=_AT_LEAST_ONE
     )
     max_head_size: int = option(
         128 * KiB,
-        "The most bytes of a request's head, its first line and all header fields together; a "
-        "longer one is refused (431). One field alone may have half of that, "
-        "which is enough for an `Upload-Concat` with 1,000 parts.",
+        "The maximum size of a request's first line and headers together; a longer head is "
+        "refused (431). A single header may take half of it, which is enough for an "
+        "`Upload-Concat` with 1,000 parts.",
         kind=Size,
         validate=Range(2 * LONGEST_LINE, MiB, error="Not a size between 16380 bytes and 1MiB."),
     )
     graceful_timeout: float = option(
         30.0,
-        "How long a worker that was told to stop may take to end its requests.",
+        "How long a worker may take to finish its requests when it is stopped.",
         kind=Duration,
         validate=_AT_LEAST_ONE,
     )
@@ -91,14 +97,14 @@ class ServerSettings:
         False, "Give each worker a listening socket of its own (SO_REUSEPORT)."
     )
     log_level: LogLevel = option(
-        LogLevel.INFO, "How much is logged (also rustus' `WARN`).", rustus="LOG_LEVEL"
+        LogLevel.INFO, "The lowest level that is logged (also rustus' `WARN`).", rustus="LOG_LEVEL"
     )
     log_format: LogFormat = option(
-        LogFormat.TEXT, "Lines of text, or one JSON object on each line."
+        LogFormat.TEXT, "Whether a line of the log is text or a JSON object."
     )
-    access_log: bool = option(False, "Log a line for each request to the standard output.")
+    access_log: bool = option(False, "Log each request to the standard output.")
     disable_health_access_log: bool = option(
         False,
-        "Log no such line for requests to `/health`, `/ready` and `/metrics`.",
+        "Leave requests to `/health`, `/ready` and `/metrics` out of the access log.",
         rustus="DISABLE_HEALTH_ACCESS_LOG",
     )

@@ -1,22 +1,22 @@
-"""Other people's text, as it may be shown in a line of the log or on a terminal.
+"""Escapes untrusted text and hides secrets before text reaches a log or a terminal.
 
-Clients choose names, programs and servers write errors, operators write URLs with passwords.
-This file owns what of that is shown in another way and what is hidden. It shows nothing itself.
+Clients choose file names, other programs write error messages, operators write URLs with
+passwords.
 """
 
 from __future__ import annotations
 
 import re
 
-#: What stands for a secret.
+#: Printed instead of a secret.
 MASK = "********"
 
 _WORD = re.compile(r"\S+")
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, with escapes such as ``\\x1b`` for what cannot be printed: what
-    a terminal would obey, and what turns the direction of writing.
+    """Return a text on one line, with escapes such as ``\\x1b`` for characters that are not
+    printable: control sequences of terminals, marks of the writing direction.
     """
     if text.isprintable():
         return text
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def without_controls(text: str) -> str:
-    """As ``printable``, but line ends and tabs stay: a text of ours, with texts of others in it."""
+    """Do as ``printable``, but keep line ends and tabs: for our own text that quotes others'."""
     if text.isprintable():
         return text
     return "".join(
@@ -33,8 +33,8 @@ def without_controls(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text in which URLs have lost their credentials: what stands before an ``@``, and
-    the values of their queries. It hides too much rather than too little.
+    """Return a text with the secrets of URLs masked: everything before an ``@`` and the values of
+    queries. It errs on the side of hiding too much.
     """
     if "@" not in text and "?" not in text:
         return text

@@ -1,12 +1,10 @@
-"""Every error that a client can be told about, with its status, code and sentence.
+"""Every error that a client can see, with its status, code and message.
 
-This file owns the status, code and text of errors; ``web/responses.py`` turns
-them into HTTP. Codes are tusd's ``ERR_*`` where tusd has one, so that clients and
-log filters written for tusd keep working.
+``web/responses.py`` turns them into HTTP. Codes are tusd's ``ERR_*`` where tusd has
+one, so that clients and log filters written for tusd keep working.
 
-Clients of the tus family retry 409, 423, 429 and 5xx, and drop the stored URL of
-an upload on any other 4xx. Trouble that passes by itself is therefore never a
-plain 4xx here.
+tus clients retry 409, 423, 429 and 5xx, and forget the URL of an upload after any other
+4xx. A temporary error is therefore never one of these other 4xx.
 """
 
 from __future__ import annotations
@@ -15,16 +13,16 @@ import errno
 from collections.abc import Mapping
 from typing import ClassVar
 
-#: Seconds after which a client that met passing trouble may come back.
+#: The ``Retry-After`` of temporary errors, in seconds.
 RETRY_AFTER = 1
 
 
 class TusError(Exception):
-    """An error that is answered to the client.
+    """An error that is sent to the client.
 
     :cvar status: the HTTP status.
     :cvar code: a stable name for programs, in tusd's form.
-    :cvar message: one plain sentence for people; an instance may say it better.
+    :cvar message: one sentence for people; an instance may have a more precise one.
     :cvar retry_after: seconds for the ``Retry-After`` header; ``None`` sends none.
     """
 
@@ -40,7 +38,7 @@ class TusError(Exception):
 
 
 class BadRequest(TusError):
-    """A header or a combination of headers that cannot be understood."""
+    """A header, or a combination of headers, is invalid."""
 
     status = 400
     code = "ERR_INVALID_REQUEST"
@@ -88,7 +86,7 @@ class InvalidChecksum(BadRequest):
 
 
 class ExtensionDisabled(BadRequest):
-    """A header of an extension that is switched off or that the store lacks."""
+    """The request uses an extension that is switched off or that the data store lacks."""
 
     code = "ERR_EXTENSION_DISABLED"
     message = "The request needs an extension that this server does not offer."
@@ -107,7 +105,7 @@ class InvalidContentType(TusError):
 
 
 class MethodNotAllowed(TusError):
-    """:param allowed: the methods that the URL does take, for ``Allow``."""
+    """:param allowed: the methods that the URL supports, for ``Allow``."""
 
     status = 405
     code = "ERR_METHOD_NOT_ALLOWED"
@@ -125,7 +123,7 @@ class UploadNotFound(TusError):
 
 
 class UploadGone(TusError):
-    """The upload existed; its tombstone says that it was deleted or expired."""
+    """The upload existed: its tombstone says that it was deleted or has expired."""
 
     status = 410
     code = "ERR_UPLOAD_GONE"
@@ -139,7 +137,7 @@ class FinalUploadUnmodifiable(TusError):
 
 
 class OffsetMismatch(TusError):
-    """:param offset: the right offset in bytes, for ``Upload-Offset``."""
+    """:param offset: the upload's actual offset in bytes, for ``Upload-Offset``."""
 
     status = 409
     code = "ERR_MISMATCHED_OFFSET"
@@ -151,7 +149,7 @@ class OffsetMismatch(TusError):
 
 
 class UploadExists(TusError):
-    """An id or a path that is to be created is taken already."""
+    """The id or the path of a new upload is taken."""
 
     status = 409
     code = "ERR_UPLOAD_EXISTS"
@@ -177,7 +175,7 @@ class BodyTooLarge(TusError):
 
 
 class RangeNotSatisfiable(TusError):
-    """:param size: the size of the whole in bytes, for ``Content-Range``."""
+    """:param size: the complete size in bytes, for ``Content-Range``."""
 
     status = 416
     code = "ERR_RANGE_NOT_SATISFIABLE"
@@ -201,7 +199,7 @@ class ChecksumMismatch(TusError):
 
 
 class HookRefusal(TusError):
-    """A hook refused the request; its own answer goes to the client.
+    """A hook refused the request; the client gets the hook's own answer.
 
     :param status: the HTTP status that the hook chose (400 to 599).
     :param body: the text for the client.
@@ -220,7 +218,7 @@ class HookRefusal(TusError):
 
 
 class UploadStopped(HookRefusal):
-    """A post-receive hook ended the upload while its bytes arrived."""
+    """A post-receive hook stopped the upload while it was being received."""
 
     code = "ERR_UPLOAD_STOPPED"
 
@@ -235,7 +233,7 @@ class UploadLocked(TusError):
 
 
 class UploadInterrupted(UploadLocked):
-    """This request held the upload and let it go for another one."""
+    """This request held the upload's lock and released it for another request."""
 
     code = "ERR_UPLOAD_INTERRUPTED"
     message = "Another request for this upload took over."
@@ -254,29 +252,30 @@ class ServerShutdown(Unavailable):
 
 
 class InfoConflict(Unavailable):
-    """Another writer saved the upload's info in between."""
+    """The record has changed since it was read."""
 
     code = "ERR_INFO_CONFLICT"
     message = "The upload was changed by another request; try again."
 
 
 class LockLost(Unavailable):
-    """The lock ran out while it was held: another request may have it now."""
+    """The lease of the lock ran out: another request may hold the lock by now."""
 
     code = "ERR_LOCK_LOST"
     message = "The server lost its hold on the upload; resume it."
 
 
 class HookFailed(Unavailable):
-    """A blocking hook could not be reached or broke."""
+    """A blocking hook could not be reached, or failed."""
 
     code = "ERR_HOOK_FAILED"
     message = "The server could not ask its application about this request."
 
 
 class HookBroken(HookFailed):
-    """A blocking hook answered what cannot be obeyed, or that it failed: to come back would
-    hardly help before somebody has mended it.
+    """A blocking hook gave an invalid answer, or reported an error of its own.
+
+    A retry would not help until the application is repaired.
     """
 
     status = 500
@@ -293,11 +292,11 @@ class BodyIncomplete(Unavailable):
 class UnsupportedTransferCoding(TusError):
     status = 501
     code = "ERR_UNSUPPORTED_TRANSFER_CODING"
-    message = "The only transfer coding that is understood here is chunked."
+    message = "The only supported transfer coding is chunked."
 
 
 class BodyMalformed(BadRequest):
-    """The chunked encoding of a body is broken: where it ends is unknown."""
+    """The chunked encoding of a body is broken, so that its end is unknown."""
 
     code = "ERR_INVALID_BODY"
     message = "The request's body is not correctly chunked."
@@ -309,7 +308,7 @@ class ReadTimeout(Unavailable):
 
 
 class StorageFull(TusError):
-    """No room for the upload; what arrived so far is kept."""
+    """The disk or the quota is full; the bytes received so far are kept."""
 
     status = 507
     code = "ERR_STORAGE_FULL"
@@ -318,23 +317,22 @@ class StorageFull(TusError):
 
 
 class LimitReached(StorageFull):
-    """All uploads together would take more room than they may; clients may come back when others
-    are gone.
+    """The upload exceeds the limit for all uploads together.
 
-    :param limit: the bytes that all uploads may take.
-    :param used: the bytes that are promised to others.
-    :param asked: the bytes that this one wants.
+    :param limit: of all uploads together, in bytes.
+    :param used: reserved by other uploads, in bytes.
+    :param asked: requested for this one, in bytes.
     """
 
     def __init__(self, limit: int, used: int, asked: int) -> None:
         super().__init__(
-            f"The server has no room for this upload: it keeps up to {limit} bytes, of which "
-            f"{used} are taken, and {asked} are asked for."
+            f"The server has no room for this upload: {used} of {limit} bytes are in use, and the "
+            f"upload needs {asked}."
         )
         self.left = max(0, limit - used)
 
 
-#: What a file system says when it may work again by itself, or after somebody has looked at it.
+#: The errors of a file system that are temporary, or that an operator can end.
 _PASSING = {
     errno.EROFS,
     errno.EIO,
@@ -354,17 +352,17 @@ _PASSING = {
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether an error of a file is trouble that may pass, and nobody's mistake."""
+    """Whether an error of a file system is temporary, and not a wrong configuration."""
     return error.errno in _PASSING
 
 
 class ConfigurationError(Exception):
-    """The server cannot start as it is configured."""
+    """The server cannot start with its configuration."""
 
 
 def unusable(text: str, error: OSError) -> ConfigurationError | Unavailable:
-    """Return what to raise from `error` where a file that the server needs cannot be used.
+    """Return the exception to raise from `error` if a file that the server needs is unusable.
 
-    :param text: a sentence for the operator; where the trouble may pass, `error` tells enough.
+    :param text: a sentence for the operator, for an error that is not temporary.
     """
     return Unavailable() if may_pass(error) else ConfigurationError(text)

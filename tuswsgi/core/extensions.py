@@ -1,8 +1,4 @@
-"""The tus extensions by name, and nothing else.
-
-They stand at the bottom because data stores declare which of them they can serve
-and the configuration switches them one by one.
-"""
+"""The tus extensions by name, and which of them need each other or the data store."""
 
 from __future__ import annotations
 
@@ -12,8 +8,7 @@ from enum import Enum
 class Extension(str, Enum):
     """An extension of tus 1.0.0, by the name in ``Tus-Extension``.
 
-    ``GETTING`` (downloads) is not in the specification: the name is rustus', which
-    announces it too.
+    ``GETTING`` (downloads) is not in the specification; the name is rustus'.
     """
 
     CREATION = "creation"
@@ -42,7 +37,7 @@ REQUIRES: dict[Extension, Extension] = {
     Extension.CONCATENATION_UNFINISHED: Extension.CONCATENATION,
 }
 
-#: The extensions that need a data store's help; the others need nothing of it.
+#: The extensions that a data store has to support; the others do not concern it.
 OF_STORES: frozenset[Extension] = frozenset(
     {
         Extension.CHECKSUM,

@@ -1,9 +1,8 @@
-"""Options: how a setting is declared, once, beside the code that obeys it.
+"""Options: a setting is declared once, beside the code that it sets.
 
-A backend or a group of settings is a dataclass whose fields are made with ``option()``.
-From that one declaration come the INI key, the environment variable, the command line's
-flag, the validation and the row in the reference (``config``, ``cli`` and ``reference``
-read it). This file owns the declaration, the kinds of values and the naming rule:
+A group of options is a dataclass whose fields are made with ``option()``. From that one
+declaration come the INI key, the environment variable, the flag, the validation and the
+row in the reference. This file defines the declaration, the types of values and the names:
 
     [s3] part_size = TUSWSGI_S3_PART_SIZE = --s3-part-size = S3DataStore(part_size=...)
 
@@ -31,7 +30,7 @@ KiB = 1024
 MiB = 1024 * KiB
 GiB = 1024 * MiB
 
-#: Is called with a value, and raises marshmallow's ``ValidationError``.
+#: Called with a value; raises marshmallow's ``ValidationError``.
 Validator = Callable[[Any], Any]
 
 #: The section whose options have no prefix.
@@ -39,7 +38,7 @@ MAIN = "tuswsgi"
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGTP", start=1):
-    # As in dd and in most configuration files: K and KiB are 1,024, KB is 1,000.
+    # As in dd: K and KiB are 1,024, KB is 1,000.
     _UNITS |= {
         _letter: 1024**_power,
         f"{_letter}IB": 1024**_power,
@@ -122,9 +121,9 @@ class PathName(fields.Field[Path]):
 
 
 class Choice(fields.Field[Enum]):
-    """One of the values of an enum, in lower or upper case.
+    """One of the values of an enum, in any case.
 
-    The enum's ``_missing_`` may know more names for its members.
+    The enum's ``_missing_`` may accept more names.
     """
 
     def __init__(self, enum: type[Enum], **kwargs: Any) -> None:
@@ -178,11 +177,11 @@ class Items(fields.Field["tuple[Any, ...]"]):
 
 @dataclass(frozen=True)
 class Option:
-    """One option, as it was declared.
+    """A declared option.
 
     :param section: the section of the INI file.
     :param name: the key in the section, and the field of the dataclass.
-    :param field: turns text into the value and back, and validates it.
+    :param field: parses, validates and prints the value.
     :param rustus: rustus' environment variable without its prefix ``RUSTUS_``.
     :param aliases: more flags that mean this option, without their dashes.
     """
@@ -199,20 +198,20 @@ class Option:
 
     @property
     def words(self) -> list[str]:
-        """The naming rule: the section's words, unless it is the main one, and the key's."""
+        """The words of the section, unless it is the main one, and of the name."""
         prefix = [] if self.section == MAIN else re.split(r"[._]", self.section)
         return prefix + self.name.split("_")
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The command line's flags, ours first; a switch has ``--no-`` besides."""
+        """The flags, ours first; a switch also has one with ``--no-``."""
         own = "--" + "-".join(self.words)
         short = (f"-{self.short}",) if self.short else ()
         return (own, *short, *(f"--{alias}" for alias in self.aliases))
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """The environment variables, the one that wins first."""
+        """The environment variables in their order of precedence."""
         own = "TUSWSGI_" + "_".join(self.words).upper()
         if self.rustus is None:
             return (own,)
@@ -221,24 +220,22 @@ class Option:
 
     @property
     def key(self) -> str:
-        """The name among all options: flags, keyword arguments and messages use it."""
+        """The unique name among all options, also that of the keyword argument of ``Tus``."""
         return "_".join(self.words)
 
     @property
     def kind(self) -> str:
-        """What is to be written: ``size``, ``a|b`` for a choice, ``text,...`` for a list."""
+        """The type for the reference: ``size``, ``a|b`` for a choice, ``text,...`` for a list."""
         if isinstance(self.field, Items):
             return f"{_kind(self.field.item)},..."
         return _kind(self.field)
 
     def show(self, value: Any) -> str:
-        """Return a value as it would stand in the INI file; nothing for an unset one."""
+        """Return a value as the INI file has it, an empty text if it is unset."""
         return "" if value is None else str(self.field._serialize(value, self.name, None))
 
     def show_masked(self, value: Any) -> str:
-        """Return a value as an operator may see it: nothing of a secret, and URLs without their
-        credentials, whatever the option is.
-        """
+        """Return a value as ``show``, with secrets masked, also those in URLs."""
         if self.secret and value is not None:
             return MASK
         if isinstance(self.field, Items):
@@ -257,15 +254,15 @@ def option(
     secret: bool = False,
     validate: Validator | Iterable[Validator] | None = None,
 ) -> Any:
-    """Declare an option: a dataclass field with all that is to be known about it.
+    """Declare an option as a field of a dataclass.
 
-    :param default: the value of an option that nobody set; ``None`` for "unset".
+    :param default: ``None`` for "unset".
     :param help: one or two sentences for the reference and ``--help``.
-    :param kind: ``Size`` or ``Duration`` where the type does not say it.
+    :param kind: the field's class if the annotation does not tell it, e.g. ``Size``.
     :param rustus: rustus' environment variable without its prefix ``RUSTUS_``.
     :param short: the letter of a short flag.
     :param aliases: more flags that mean this option, without their dashes.
-    :param secret: never to be shown. What URLs hold of secrets is hidden in any case.
+    :param secret: mask the value wherever it is printed. Secrets in URLs are always masked.
     :param validate: one or more of ``marshmallow.validate``, or functions like these.
     """
     declared = {
@@ -283,7 +280,7 @@ def option(
 def options_of(group: type) -> Iterator[Option]:
     """Yield the options that a dataclass declares, in their order.
 
-    The class says its section in ``section`` (``MAIN`` if it does not).
+    Its attribute ``section`` names the section, ``MAIN`` by default.
     """
     section = getattr(group, "section", MAIN)
     hints = typing.get_type_hints(group)
@@ -293,8 +290,7 @@ def options_of(group: type) -> Iterator[Option]:
             continue
         default = None if field.default is MISSING else field.default
         kind = _field_for(hints[field.name], declared["kind"], declared["validate"])
-        # An option without a default may be unset, also where the class, which gets one
-        # from the registry, says otherwise.
+        # The class may be annotated as if it always had a value: ``config`` computes one.
         kind.allow_none = kind.allow_none or default is None
         yield Option(
             section=section,
@@ -310,7 +306,7 @@ def options_of(group: type) -> Iterator[Option]:
 
 
 def title(group: type) -> str:
-    """Return what a group of options is about: the first line of its documentation."""
+    """Return the title of a group of options: the first line of its docstring."""
     return (group.__doc__ or group.__name__).partition("\n")[0].rstrip(".")
 
 

@@ -1,6 +1,4 @@
-"""The one place that decides whether a path stays inside its directory, whether that
-directory takes files, and whose they are that root makes there.
-"""
+"""Paths below the server's directories: which are safe, which can be written, and who owns them."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from tuswsgi.core.errors import UploadNotFound
 #: The flag of ``os.open`` for a file without a name in a directory; 0 where there are none.
 UNNAMED: int = getattr(os, "O_TMPFILE", 0)
 
-#: How systems and file systems say that they know no files without a name.
+#: The errors of systems and file systems without ``O_TMPFILE``.
 NO_UNNAMED = (errno.EISDIR, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -24,17 +22,17 @@ def inside(directory: Path, name: str) -> Path:
     """Return `directory`/`name` if that lies in `directory`.
 
     `name` is a relative path of segments joined by ``/``. No segment may be empty, too
-    long for a file system, or begin with a dot: names with dots are the server's own
-    (and ``..``). Symbolic links inside of `directory` are the operator's business.
+    long for a file system, or begin with a dot: such names are ``..`` or the server's own.
+    Symbolic links in `directory` are followed.
 
-    :raises UploadNotFound: if it is not such a path.
+    :raises UploadNotFound: if `name` is not such a path.
     """
     return directory / contained(name)
 
 
-@lru_cache(maxsize=1024)  # one request asks several times
+@lru_cache(maxsize=1024)  # called several times for each request
 def contained(name: str) -> str:
-    """Return `name` if ``inside`` takes it: for who puts paths together as text.
+    """Return `name` if ``inside`` accepts it.
 
     :raises UploadNotFound: as ``inside``.
     """
@@ -51,10 +49,10 @@ def contained(name: str) -> str:
 
 
 def adopt(file: int | str | Path, directory: str | Path) -> None:
-    """Let a new file or directory belong to those whose the directory is that it is in.
+    """Give a new file or directory the owner, group and mode of the directory that it is in.
 
-    An operator runs commands as root beside a server that is somebody else: owner, group and
-    rights of what root makes follow the directory's. What others make is theirs as it is.
+    An operator may run commands as root beside a server that runs as another user, which must
+    be able to use what root creates. For other users than root it does nothing.
     """
     if os.geteuid() != 0:
         return
@@ -67,9 +65,9 @@ def adopt(file: int | str | Path, directory: str | Path) -> None:
 
 
 def make_directory(directory: str | Path) -> None:
-    """Make a directory, and those above it, if it is missing; see ``adopt``.
+    """Make a directory and its parents, unless it exists; see ``adopt`` for their owner.
 
-    :raises OSError: if that is impossible.
+    :raises OSError: if it cannot be made.
     """
     directory = Path(directory)
     if directory.is_dir():
@@ -78,14 +76,14 @@ def make_directory(directory: str | Path) -> None:
     try:
         directory.mkdir()
     except FileExistsError:
-        if directory.is_dir():  # somebody else was faster
+        if directory.is_dir():  # another process was faster
             return
         raise
     adopt(directory, directory.parent)
 
 
 def why_unmakeable(directory: Path) -> OSError | None:
-    """Return why `directory` cannot be made, ``None`` if it can or exists. Nothing stays behind."""
+    """Return why `directory` cannot be made, ``None`` if it can or exists. It leaves nothing."""
     made: list[Path] = []
     try:
         for path in (*reversed(directory.absolute().parents), directory):
@@ -102,12 +100,12 @@ def why_unmakeable(directory: Path) -> OSError | None:
 
 
 def why_unwritable(directory: Path) -> OSError | None:
-    """Return why no files can be made in `directory`, ``None`` if they can.
+    """Return why files cannot be created in `directory`, ``None`` if they can.
 
-    It leaves none behind. On a network it may take long.
+    It leaves no file. On a network file system it may take long.
     """
     try:
-        # A file that never has a name: nobody sees it, also not after a crash.
+        # Without a name the file is gone when it is closed, even after a crash.
         fd = os.open(directory, os.O_RDWR | UNNAMED, 0o600)
     except OSError as error:
         if error.errno not in NO_UNNAMED:

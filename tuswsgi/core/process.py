@@ -1,9 +1,9 @@
-"""State that lives and dies with one process, and work that would stop all of it.
+"""State that belongs to one process, and calls that would block all of its greenlets.
 
 A server imports the application and then forks its workers. Connections, sockets and
-greenlets do not survive that, so whatever owns one keeps it in a ``PerProcess``, which
-makes it at its first use in each process. And where all requests share one thread, a call
-that the kernel takes long for belongs elsewhere: ``run_in_thread`` runs it there.
+greenlets do not survive a fork, so their owner keeps them in a ``PerProcess``, which makes
+them at their first use in each process. ``run_in_thread`` keeps slow system calls from
+blocking the greenlets that share a thread.
 """
 
 from __future__ import annotations
@@ -43,25 +43,24 @@ class PerProcess(Generic[T]):
         return held[1]
 
     def peek(self) -> T | None:
-        """Return this process' value, ``None`` if none was made."""
+        """Return the value of this process, ``None`` if there is none yet."""
         held = self._held
         return held[1] if held is not None and held[0] is _process else None
 
     def pop(self) -> T | None:
-        """Forget this process' value and return it, ``None`` if none was made."""
+        """Remove the value of this process and return it, ``None`` if there is none yet."""
         value = self.peek()
         self._held = None
         return value
 
     def _process_lock(self) -> threading.Lock:
-        # A lock of the parent may have been held, or be of the kind that gevent had
-        # not patched yet.
+        # A lock of the parent may be held for ever, or was made before gevent patched locks.
         if self._lock is None or self._lock[0] is not _process:
             self._lock = (_process, threading.Lock())
         return self._lock[1]
 
 
-#: Stands for this process. Asking the kernel for the pid would cost a call each time.
+#: Identifies this process. ``os.getpid`` would cost a system call each time.
 _process = object()
 
 
@@ -74,10 +73,10 @@ os.register_at_fork(after_in_child=_renew)
 
 
 def let_others_run() -> None:
-    """Give every other greenlet its turn, those that wait for sockets too.
+    """Yield to every other greenlet, including those that wait for sockets.
 
-    To sleep for 0 seconds does not do that: gevent resumes such sleepers up to 50 times
-    before it looks at a socket.
+    ``sleep(0)`` would not do: gevent resumes such sleepers up to 50 times before it looks at
+    a socket.
     """
     if not is_cooperative():
         time.sleep(0)
@@ -90,11 +89,11 @@ def let_others_run() -> None:
 
 
 def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what blocks in the kernel for long (an fsync, a copy) and return its result.
+    """Run a function that blocks in the kernel (an fsync, a copy) and return its result.
 
-    Under gevent that is in a thread of its pool, so that other greenlets go on; elsewhere
-    it is a plain call. It costs some 50 microseconds. `function` must not touch what belongs
-    to greenlets: locks, events, sockets.
+    Under gevent it runs in the hub's thread pool, so that other greenlets go on; elsewhere
+    it is a plain call. The detour costs some 50 microseconds. `function` must not use
+    objects that belong to greenlets: locks, events, sockets.
     """
     if not is_cooperative():
         return function(*args, **kwargs)
@@ -104,7 +103,7 @@ def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
     try:
         result: T = running.get()
     except BaseException:
-        # It still uses what belongs to this greenlet, which may be struck more than once.
+        # The function still uses objects of this greenlet, which may be killed more than once.
         while not running.ready():
             with suppress(GreenletExit, Timeout):
                 running.wait()

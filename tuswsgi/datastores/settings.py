@@ -1,4 +1,4 @@
-"""The options that all data stores have in common: which one it is, and where."""
+"""The options that choose the data store, and that all data stores share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuswsgi.core.options import option
 
 
 class DataStoreName(str, Enum):
-    """Where the bytes of uploads can be kept."""
+    """The data stores."""
 
     FILE = "file-storage"
     MEMORY = "memory-storage"
@@ -28,11 +28,12 @@ class DataStoreSettings:
     )
     data_dir: Path = option(
         Path("./data"),
-        "The directory of uploads. What the server needs besides is in `.tuswsgi` below it.",
+        "The directory of uploads. The server keeps its own files in `.tuswsgi` below it.",
         rustus="DATA_DIR",
     )
     force_fsync: bool = option(
         False,
-        "Acknowledge bytes only when they would survive a power loss.",
+        "Write bytes and records to the disk (fsync) before they are acknowledged, so that they "
+        "survive a power loss.",
         rustus="FORCE_FSYNC",
     )

@@ -1,4 +1,4 @@
-"""The options that all info stores have in common: which one it is, and at which address."""
+"""The options that choose the info store and its server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tuswsgi.core.options import option
 
 
 class InfoStoreName(str, Enum):
-    """Where the records of uploads can be kept."""
+    """The info stores."""
 
     SQL = "db-info-storage"
     REDIS = "redis-info-storage"
@@ -23,22 +23,22 @@ class InfoStoreSettings:
 
     info_storage: InfoStoreName = option(
         InfoStoreName.SQL,
-        "Where the records of uploads are kept. Without `info_db_dsn` the database is a "
-        "SQLite file below the data directory. What Redis acknowledged survives its death only "
-        "with `appendonly yes` (that of its machine: `appendfsync always`), and it keeps what it "
-        "has only with `maxmemory-policy noeviction`.",
+        "Where the records of uploads are kept. Redis must be configured with `appendonly yes`, "
+        "or it loses records when it restarts (with `appendfsync always`, or it loses the last "
+        "second when its machine crashes), and with `maxmemory-policy noeviction`, or it drops "
+        "records when its memory is full.",
         rustus="INFO_STORAGE",
         short="i",
     )
     info_db_dsn: str | None = option(
         None,
-        "The database of the info store: `sqlite:////absolute/path`, `sqlite:///relative/path`, "
-        "`postgres://user:password@host/database` or `mysql://user:password@host/database`; "
-        "special characters are percent-encoded, and what stands behind a `?` is for the driver, "
-        "e.g. `sslmode=require`. Missing tables are created and older ones upgraded at the start. "
-        "Unset: a SQLite file beside the data. Of `redis-info-storage`: "
-        "`redis://[user:password@]host[:6379][/0]`, `rediss://...`, `unix:///path` or "
-        "`redis+sentinel://host:26379,host2:26379/service/0`.",
+        "The address of the info store. For `db-info-storage`: `sqlite:////absolute/path`, "
+        "`sqlite:///relative/path`, `postgres://user:password@host/database` or "
+        "`mysql://user:password@host/database`; percent-encode special characters, and add "
+        "parameters of the driver behind a `?`, e.g. `sslmode=require`. Tables are created and "
+        "upgraded at the start. Unset: a SQLite file in `.tuswsgi` below the data directory. For "
+        "`redis-info-storage`: `redis://[user:password@]host[:6379][/0]`, `rediss://...`, "
+        "`unix:///path` or `redis+sentinel://host:26379,host2:26379/service/0`.",
         rustus="INFO_DB_DSN",
         secret=True,
     )

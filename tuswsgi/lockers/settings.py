@@ -1,4 +1,4 @@
-"""The options that all lockers have in common: which one it is, where, and how long it waits."""
+"""The options that choose the locker and its server, and that all lockers share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuswsgi.core.options import Duration, option
 
 
 class LockerName(str, Enum):
-    """What can keep two requests from writing one upload."""
+    """The lockers."""
 
     FILE = "file-locker"
     MEMORY = "memory-locker"
@@ -22,37 +22,36 @@ class LockerName(str, Enum):
 
 @dataclass(frozen=True)
 class LockerSettings:
-    """What keeps two requests from writing one upload."""
+    """How uploads are locked, so that one request at a time writes each of them."""
 
     locker: LockerName | None = option(
         None,
-        "What keeps two requests from writing one upload: `file-locker` works between all "
-        "workers of one host, `memory-locker` within one worker, and the others between all "
-        "hosts that share a server. Unset: that of the server that has the records, else "
-        "`file-locker`.",
+        "Where the locks of uploads are kept. `memory-locker` works within one worker, "
+        "`file-locker` between all workers of a host, and the others between all hosts that use "
+        "the same server. Unset: `redis-locker` or `db-locker` if the records are on such a "
+        "server, else `file-locker`.",
     )
     locker_dsn: str | None = option(
         None,
-        "The server of the locker. `redis-locker`: as in `info_db_dsn` (unset: that one). "
-        "`db-locker`: a database as for `info_db_dsn` (unset: that "
-        "one). `etcd-locker`: `http://host:2379` or `https://user:password@host:2379`, several "
-        "addresses separated by commas (unset: this host). `consul-locker`: "
-        "`http://:token@host:8500`, likewise.",
+        "The address of the locker's server. For `redis-locker` and `db-locker` it is written as "
+        "in `info_db_dsn` (unset: the server of the records). For `etcd-locker`: "
+        "`http://host:2379` or `https://user:password@host:2379`, several addresses separated by "
+        "commas (unset: this host). For `consul-locker`: `http://:token@host:8500`, likewise.",
         secret=True,
     )
     lock_lease: float = option(
         10.0,
-        "After how long a lock on a server is free when its host died. etcd takes a quarter "
-        "more, and Consul takes at least 10 s and up to two and a half times that.",
+        "How long a lock on a server outlives a host that died. With etcd it is a quarter "
+        "longer; with Consul it is at least 10 s, and up to two and a half times as long.",
         kind=Duration,
     )
     lock_timeout: float = option(
         20.0,
-        "How long a request waits for another one to let go of its upload (423 after that).",
+        "How long a request waits for the lock of an upload before it is refused (423).",
         kind=Duration,
     )
     runtime_dir: Path | None = option(
         None,
-        "The directory for the locks and sockets of this host, on a disk of its own. Unset: "
+        "The directory of this host's locks and sockets, on a local file system. Unset: "
         "`.tuswsgi` below the data directory.",
     )

@@ -1,7 +1,6 @@
-"""Looks at something that may hang, without hanging with it.
+"""Calls a function that may hang, with a timeout, and caches its result for a moment.
 
-Whoever asks waits for a bounded time, all who ask at once share one look, and for a moment
-its result is good for those who come later: however often somebody asks, little is done.
+Concurrent callers share one call, so that frequent health checks cost little.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class _Look(Generic[T]):
-    """One look, and when it began and ended, on the monotonic clock."""
+class _Call(Generic[T]):
+    """One call, with its begin and end on the monotonic clock."""
 
     future: futures.Future[T] = field(default_factory=futures.Future)
     began: float = field(default_factory=time.monotonic)
@@ -29,19 +28,19 @@ class _Look(Generic[T]):
 
 @dataclass(eq=False)
 class _State(Generic[T]):
-    """What one process knows."""
+    """The last call of this process."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    last: _Look[T] | None = None
+    last: _Call[T] | None = None
 
 
 class Probe(Generic[T]):
-    """A function whose result is wanted soon and need not be new.
+    """A function with a timeout and a cached result.
 
-    :param function: is called in a thread (a greenlet where gevent has patched) of its own;
-        while a call of it hangs, there is no other one.
-    :param patience: how long a call may take, in seconds.
-    :param fresh: for how many seconds a result is good.
+    :param function: called in a thread of its own (a greenlet if gevent has patched threads),
+        one call at a time, even if that one hangs.
+    :param patience: seconds until ``get`` gives up.
+    :param fresh: seconds for which a result is reused.
     """
 
     def __init__(self, function: Callable[[], T], patience: float, fresh: float) -> None:
@@ -51,23 +50,23 @@ class Probe(Generic[T]):
         self._state: PerProcess[_State[T]] = PerProcess(_State)
 
     def begin(self) -> None:
-        """Call the function now, if that is needed, without waiting for it."""
-        self._look()
+        """Call the function unless there is a fresh result, without waiting for it."""
+        self._call()
 
     def get(self) -> T:
-        """Return what the function returned a moment ago.
+        """Return the result of the last call.
 
         :raises TimeoutError: if it takes too long.
         :raises Exception: what the function raised.
         """
-        look = self._look()
-        left = look.began + self._patience - time.monotonic()
+        call = self._call()
+        left = call.began + self._patience - time.monotonic()
         try:
-            return look.future.result(max(0.0, left))
+            return call.future.result(max(0.0, left))
         except futures.TimeoutError:
             raise TimeoutError from None
 
-    def _look(self) -> _Look[T]:
+    def _call(self) -> _Call[T]:
         state = self._state.get()
         with state.lock:
             last = state.last
@@ -75,14 +74,14 @@ class Probe(Generic[T]):
                 last.ended is None or time.monotonic() - last.ended < self._fresh
             ):
                 return last
-            look = state.last = _Look()
-        threading.Thread(target=self._run, args=(look,), name="tuswsgi-probe", daemon=True).start()
-        return look
+            call = state.last = _Call()
+        threading.Thread(target=self._run, args=(call,), name="tuswsgi-probe", daemon=True).start()
+        return call
 
-    def _run(self, look: _Look[T]) -> None:
+    def _run(self, call: _Call[T]) -> None:
         try:
-            look.future.set_result(self._function())
+            call.future.set_result(self._function())
         except BaseException as error:
-            look.future.set_exception(error)
+            call.future.set_exception(error)
         finally:
-            look.ended = time.monotonic()
+            call.ended = time.monotonic()

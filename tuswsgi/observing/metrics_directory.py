@@ -1,8 +1,8 @@
-"""The directory in which the workers of a server put their numbers together.
+"""The directory in which the workers of a server keep their metrics, for prometheus_client.
 
-It belongs to one master process: a new one begins to count at 0, and a worker that is made
-anew, also by a reload, goes on with what those before it have counted. Nothing here imports
-Prometheus' library before the directory is known, since that decides then where it counts.
+It belongs to one master process: a new master starts at 0, and a new worker, also after a
+reload, continues the files of its predecessor. prometheus_client decides at its import where
+it keeps values, so nothing here imports it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from tuswsgi.core.process import PerProcess
 
 log = logging.getLogger(__name__)
 
-#: Names the directory to Prometheus' library.
+#: The variable from which prometheus_client takes the directory.
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
-
-#: What the names of the library's files begin with, by the kinds of metrics that we have.
+#: The prefixes of prometheus_client's files, by the kinds of metrics that we have.
 _KINDS = ("counter", "gauge_livesum", "histogram")
 
-#: The bytes of a file at first, as the library makes it; it makes it longer where needed.
+#: The initial size of prometheus_client's files in bytes.
 _FILE_SIZE = 65536
 
 
 class _Own(NamedTuple):
-    """The directory that this process has made; it is locked for as long as it is used."""
+    """The directory that this process has made, locked while it is used."""
 
     path: Path
     fd: int
@@ -51,8 +50,7 @@ _is_open = False
 
 
 def check_installed() -> None:
-    """Find out whether there is what metrics need, without importing it: that must not be
-    done before the directory of all processes is known.
+    """Check that prometheus_client is installed, without importing it.
 
     :raises ConfigurationError: if it is missing.
     """
@@ -63,13 +61,13 @@ def check_installed() -> None:
 
 
 def open_directory(parent: Path, *, is_successor: bool = False) -> None:
-    """Name a directory to this process and to those that it forks, unless that was done.
+    """Set the directory of this process and of those that it forks, unless it is set.
 
-    What the environment names is emptied; otherwise it is a new one in `parent`, and those
-    are removed there that servers of this host have left behind.
+    A directory that the environment names is emptied. Otherwise a new one is made in
+    `parent`, and abandoned ones of this host are removed there.
 
-    :param is_successor: whether another master still uses what the environment names.
-    :raises OSError: if there is no such place.
+    :param is_successor: whether another master still uses the directory of the environment.
+    :raises OSError: if the directory cannot be made.
     """
     global _own, _is_open
     if _is_open:
@@ -84,13 +82,13 @@ def open_directory(parent: Path, *, is_successor: bool = False) -> None:
         return
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{socket.gethostname()}-"
-    # Otherwise another server might remove the new one before it is locked.
+    # Without it another server could remove the new directory before it is locked.
     with _locked(parent):
         for old in parent.glob(f"{prefix}*"):
             _remove_abandoned(old)
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).absolute()
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        # Workers inherit it: it ends with the last one of them.
+        # Workers inherit the lock: it lasts until the last of them ends.
         fcntl.flock(fd, fcntl.LOCK_EX)
     _own = _Own(path, fd)
     os.environ[DIRECTORY_VARIABLE] = str(path)
@@ -108,32 +106,32 @@ def close_directory() -> None:
 
 
 def use_slots() -> bool:
-    """Whether this process is to count by ``slot``: the directory is our own.
+    """Whether this process keeps its metrics by ``slot``, in the common directory.
 
-    One that cannot write there now counts for itself alone.
+    A process that cannot write there keeps them for itself.
     """
     if not _is_open or DIRECTORY_VARIABLE not in os.environ:
         return False
     try:
         slot()
     except OSError as error:
-        log.error("What this process counts is missing in the sums of the metrics: %s", error)
+        log.error("The metrics of this worker are missing in the sums: %s", error)
         del os.environ[DIRECTORY_VARIABLE]
         return False
     return True
 
 
 def slot() -> int:
-    """Return the number by which this process counts, and no other one that lives.
+    """Return the number of this process' files, which no other live process has.
 
-    A process that is made anew takes over the number of one that died, and its files: there
-    are never more of them than processes at once.
+    A new process takes over the number and the files of a dead one, so that there are never
+    more files than there were processes at the same time.
     """
     return _slot.get()
 
 
 def forget_the_dead() -> None:
-    """Take out of the sums what was true of processes only while they lived."""
+    """Remove the gauges of dead processes from the sums."""
     for file in _directory().glob("gauge_live*.db"):
         number = file.stem.rpartition("_")[2]
         if number.isdecimal() and (fd := _try_slot(int(number))) is not None:
@@ -142,19 +140,21 @@ def forget_the_dead() -> None:
 
 
 def _take_slot() -> int:
-    # The descriptor stays open for as long as the process lives.
+    # The descriptor, and with it the lock, stays open while the process lives.
     number = next(number for number in count() if _try_slot(number) is not None)
     for kind in _KINDS:
         file = _directory() / f"{kind}_{number}.db"
-        # What was true of the process before is no more; what it has counted stays.
+        # A dead process' gauges no longer hold; its counters go on.
         if kind.startswith("gauge_live") or not file.exists():
             _make_empty(file)
     return number
 
 
 def _make_empty(file: Path) -> None:
-    """Make a file without numbers, all at once: the library opens it first and then makes it
-    long enough, and in between nobody else could read the metrics.
+    """Make a file without values in one step.
+
+    prometheus_client would create it first and extend it then, and reading the metrics fails
+    in between.
     """
     new = file.with_suffix(".new")
     with new.open("wb") as empty:
@@ -166,7 +166,7 @@ _slot = PerProcess(_take_slot)
 
 
 def _try_slot(number: int) -> int | None:
-    """Lock a number and return the descriptor that holds it, ``None`` if it is taken."""
+    """Lock a number and return the descriptor that holds the lock, ``None`` if it is taken."""
     fd = os.open(_directory() / f"{number}.slot", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,4 +195,4 @@ def _remove_abandoned(directory: Path) -> None:
         with _locked(directory, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(directory, ignore_errors=True)
     except OSError:
-        pass  # somebody uses it, or has removed it
+        pass  # in use, or removed by another server

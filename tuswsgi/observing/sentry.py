@@ -1,8 +1,7 @@
-"""Reports of errors to Sentry: what the log tells at ERROR, and every traceback in it.
+"""Reports errors to Sentry: what is logged at ERROR, and every traceback in the log.
 
-Each worker has a client of its own, made after the fork. A report says which request and which
-upload it is about and where in the code it happened; it carries no body, no header and no
-values of variables.
+Each worker has its own client, made after the fork. A report has the ids of the request and
+the upload and a traceback, and neither bodies nor headers nor values of variables.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from tuswsgi.observing.logs import request_fields
 if TYPE_CHECKING:
     from sentry_sdk.types import Event, Hint
 
-#: How long a worker that ends waits for its last reports (seconds).
+#: How long a worker waits for its last reports when it stops (seconds).
 _FLUSH_TIME = 5.0
 
-#: Loggers that pass nothing on to the root logger.
+#: The root logger, and the one that does not propagate to it.
 _LOGGERS = (None, "gunicorn.error")
 
 
@@ -38,22 +37,22 @@ class SentrySettings:
 
     dsn: str | None = option(
         None,
-        "The project at Sentry that errors are reported to. Needs `tuswsgi[sentry]`.",
+        "The Sentry project that errors are reported to. Needs `tuswsgi[sentry]`.",
         rustus="SENTRY_DSN",
         secret=True,
     )
     sample_rate: float = option(
         1.0,
-        "The share of errors that are reported, between 0 and 1.",
+        "The fraction of errors that are reported, from 0 to 1.",
         rustus="SENTRY_SAMPLE_RATE",
         validate=Range(0, 1, error="Not a number between 0 and 1."),
     )
 
 
 def check(settings: SentrySettings) -> None:
-    """Look whether reports could be sent.
+    """Check that reports could be sent.
 
-    :raises ConfigurationError: if sentry-sdk is missing or the DSN is none.
+    :raises ConfigurationError: if sentry-sdk is missing or the DSN is invalid.
     """
     if settings.dsn is None:
         return
@@ -65,12 +64,12 @@ def check(settings: SentrySettings) -> None:
     try:
         Dsn(settings.dsn)
     except BadDsn:
-        # What it says may quote the DSN.
-        raise ConfigurationError("[sentry] dsn: Not a DSN of Sentry's.") from None
+        # Its message may quote the DSN, which is a secret.
+        raise ConfigurationError("[sentry] dsn: Not a Sentry DSN.") from None
 
 
 def start(settings: SentrySettings) -> None:
-    """Begin to report what this process logs."""
+    """Report the errors that this process logs from now on, if a DSN is set."""
     if settings.dsn is None:
         return
     import sentry_sdk
@@ -85,7 +84,7 @@ def start(settings: SentrySettings) -> None:
         dsn=settings.dsn,
         sample_rate=settings.sample_rate,
         release=f"tuswsgi@{_version()}",
-        # Others would look into requests, and into calls of every library.
+        # The others would read requests, and trace calls of libraries.
         default_integrations=False,
         auto_enabling_integrations=False,
         integrations=[DedupeIntegration()],
@@ -100,7 +99,7 @@ def start(settings: SentrySettings) -> None:
 
 
 def stop() -> None:
-    """Send what has not been sent yet, for a moment. Nothing happens if nothing was begun."""
+    """Send the remaining reports, for up to ``_FLUSH_TIME``."""
     if "sentry_sdk" in sys.modules:
         import sentry_sdk
 
