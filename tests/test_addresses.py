@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from tuswsgi.connections.address import Address
 from tuswsgi.connections.databases import connect
+from tuswsgi.connections.dsn import Dsn
 from tuswsgi.core.errors import ConfigurationError
 
 
 def test_a_dsn_is_decoded() -> None:
-    address = Address.of("mysql://us%40er:p%2Fa%3As%23%25@[::1]:1234/my%2Fdb?ssl-mode=required")
-    assert (address.host, address.port, address.database) == ("::1", 1234, "my/db")
-    assert (address.user, address.password) == ("us@er", "p/a:s#%")
-    assert address.parameters == {"ssl-mode": "required"}
-    assert "p/a" not in repr(address) + str(address)
+    dsn = Dsn.parse("mysql://us%40er:p%2Fa%3As%23%25@[::1]:1234,b/my%2Fdb?ssl-mode=required")
+    assert (dsn.scheme, dsn.hosts, dsn.path) == ("mysql", (("::1", 1234), ("b", None)), "my/db")
+    assert (dsn.user, dsn.password) == ("us@er", "p/a:s#%")
+    assert dsn.parameters == {"ssl-mode": "required"}
+    assert str(dsn) == "mysql://[::1]:1234,b/my/db"
+    assert "p/a" not in repr(dsn)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ def test_a_dsn_is_decoded() -> None:
         "mysql://me:sec#ret@host/db",
         "mysql://me:secret@host/db?secret",
         "mysql://me:secret@[host/db",
+        "mysql://me:secret@one,two/db",
     ],
 )
 def test_a_dsn_that_is_wrong_is_said_without_secrets(dsn: str) -> None:

@@ -298,7 +298,7 @@ def test_a_server_that_is_not_there_is_told_once(
     with pytest.raises(Unavailable):
         numbers(connection)
     (line,) = caplog.records
-    assert f"db on 127.0.0.1:{port} failed" in line.getMessage()
+    assert f"127.0.0.1:{port}/db failed" in line.getMessage()
     assert "secret" not in caplog.text
     assert "\n" not in line.getMessage()
     connection.close()

@@ -63,7 +63,7 @@ def wait_until(condition):
 
 def test_commands_are_answered_in_their_order(server, key):
     commands = [("SET", key, "1"), ("GET", key), ("INCR", key), ("GET", key)]
-    assert server.calls(commands) == [b"OK", b"1", 2, b"2"]
+    assert server.calls(commands) == [True, b"1", 2, b"2"]
 
 
 def test_a_script_is_sent_where_it_is_not_known(server, key):
@@ -89,7 +89,7 @@ def test_everybody_shares_the_connections_of_a_server(line):
 
 
 def test_a_connection_that_was_closed_is_replaced(server, line, key):
-    assert server.call("SET", key, "1") == b"OK"
+    assert server.call("SET", key, "1") is True
     line.drop()
     assert server.call("GET", key) == b"1"
     assert line.accepted == 2
@@ -102,7 +102,7 @@ def test_a_connection_that_is_closed_in_the_middle_is_replaced(server, line, key
         line.drop()
         wait_until(lambda: line.accepted == 2)
         other.rpush(key, "late")
-        assert answer.result() == [key.encode(), b"late"]
+        assert answer.result() == (key.encode(), b"late")
 
 
 def test_one_line_tells_of_a_server_that_is_away(server, line, key, caplog):
@@ -161,7 +161,7 @@ def test_redis_may_start_again(private):
 
 def answers(server):
     try:
-        return server.call("PING") == b"PONG"
+        return server.call("PING") is True
     except Unavailable:
         return False
 
@@ -182,26 +182,26 @@ def test_a_full_server_is_told_from_one_that_is_away(private):
 
 def test_messages_are_heard_again_after_a_break(server, line, key):
     subscription = server.subscribe(key)
-    assert subscription.hear(0.0) == []
+    assert subscription.messages(0.0) == []
     server.calls([("PUBLISH", key, "one"), ("PUBLISH", key, "two")])
     heard = []
-    wait_until(lambda: heard.extend(subscription.hear(0.1)) or len(heard) == 2)
+    wait_until(lambda: heard.extend(subscription.messages(0.1)) or len(heard) == 2)
     assert heard == [b"one", b"two"]
     line.drop()
     with pytest.raises(Unavailable):
-        wait_until(lambda: subscription.hear(0.1))
-    assert subscription.hear(0.0) == []
+        wait_until(lambda: subscription.messages(0.1))
+    assert subscription.messages(0.0) == []
     wait_until(lambda: server.call("PUBLISH", key, "three") == 1)
-    wait_until(lambda: b"three" in subscription.hear(0.1))
+    wait_until(lambda: b"three" in subscription.messages(0.1))
     subscription.close()
 
 
 def test_a_channel_without_anybody_at_the_other_end_is_noticed(server, line, key):
     subscription = server.subscribe(key)
-    assert subscription.hear(0.0) == []
+    assert subscription.messages(0.0) == []
     line.block()
     with pytest.raises(Unavailable):
-        wait_until(lambda: subscription.hear(0.1))
+        wait_until(lambda: subscription.messages(0.1))
     line.unblock()
     subscription.close()
 
@@ -210,7 +210,7 @@ def test_a_quiet_channel_stays_open(server, line, key):
     subscription = server.subscribe(key)
     end = time.monotonic() + 4 * PATIENCE
     while time.monotonic() < end:
-        assert subscription.hear(0.1) == []
+        assert subscription.messages(0.1) == []
     assert line.accepted == 1
     subscription.close()
 
@@ -324,7 +324,7 @@ def test_the_master_is_found_through_sentinels():
 
 def writes(server):
     try:
-        return server.call("SET", "b", "2") == b"OK"
+        return server.call("SET", "b", "2") is True
     except Unavailable:
         return False
 
@@ -374,9 +374,9 @@ def wait():
 
 server.call("PING")
 subscription = server.subscribe(sys.argv[2])
-subscription.hear(0)
+subscription.messages(0)
 ticker = gevent.spawn(tick)
-gevent.joinall([gevent.spawn(wait) for _ in range(6)] + [gevent.spawn(subscription.hear, 0.5)])
+gevent.joinall([gevent.spawn(wait) for _ in range(6)] + [gevent.spawn(subscription.messages, 0.5)])
 assert len(gaps) > 50
 assert max(gaps) < 0.4, max(gaps)
 """
@@ -399,6 +399,34 @@ assert os.waitpid(child, 0)[1] == 0
 assert server.call("CLIENT", "ID") in ids
 """
     subprocess.run([sys.executable, "-c", code, redis_service.url()], check=True, timeout=60)
+
+
+KILLED = """
+from gevent import monkey; monkey.patch_all()
+import sys
+import gevent
+from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.connections.redis import connect
+
+server = connect(sys.argv[1], PoolSettings(1, 5.0))
+server.call("PING")
+waiter = gevent.spawn(server.call, "BLPOP", sys.argv[2], "0.3")
+gevent.sleep(0.1)
+waiter.kill()
+assert server.call("ECHO", "hello") == b"hello"
+assert server.calls([("ECHO", "a"), ("ECHO", "b")]) == [b"a", b"b"]
+"""
+
+
+def test_the_answer_to_a_killed_greenlet_is_not_taken_for_another(key):
+    master = PrivateRedis()
+    sentinel = PrivateSentinel(master.port)
+    try:
+        for dsn in (redis_service.url(), f"redis+sentinel://127.0.0.1:{sentinel.port}/tuswsgi"):
+            subprocess.run([sys.executable, "-c", KILLED, dsn, key], check=True, timeout=60)
+    finally:
+        sentinel.remove()
+        master.remove()
 
 
 def test_help_does_not_load_the_client():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from tuswsgi.connections.address import Address
+from tuswsgi.connections.dsn import Dsn
 from tuswsgi.connections.pool import PoolSettings
 from tuswsgi.connections.sql import SqlConnection
 from tuswsgi.core.errors import ConfigurationError
@@ -61,12 +61,27 @@ def _make_server(dsn: str, pool: PoolSettings) -> SqlConnection:
         if extra == "mysql":
             from tuswsgi.connections.mysql import MysqlConnection
 
-            return MysqlConnection(Address.of(dsn), pool)
+            return MysqlConnection(_parsed(dsn), pool)
         from tuswsgi.connections.postgres import PostgresConnection
 
-        return PostgresConnection(Address.of(dsn), pool)
+        return PostgresConnection(_parsed(dsn), pool)
     except ImportError as error:
         raise ConfigurationError(
             f"The database needs a library that is missing ({error.name}): "
             f"pip install 'tuswsgi[{extra}]'"
         ) from error
+
+
+def _parsed(dsn: str) -> Dsn:
+    try:
+        parsed = Dsn.parse(dsn)
+        if not parsed.path:
+            raise ValueError("no database")
+        if len(parsed.hosts) > 1 and parsed.scheme == "mysql":
+            raise ValueError("several hosts")
+        return parsed
+    except ValueError:
+        raise ConfigurationError(
+            "The database DSN is not like scheme://user:password@host:port/database. "
+            "Special characters of the user and the password must be percent-encoded."
+        ) from None

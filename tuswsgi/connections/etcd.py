@@ -183,7 +183,7 @@ class EtcdConnection:
         return _parsed(self._server.request("POST", path, body, self._headers()).body)
 
     def _new_token(self) -> str:
-        request = {"name": self._addresses.user, "password": self._addresses.password}
+        request = {"name": self._addresses.user, "password": self._addresses.password or ""}
         body = json.dumps(request).encode()
         answer = _parsed(self._server.request("POST", "/v3/auth/authenticate", body).body)
         if _NO_AUTHENTICATION in str(answer.get("message")):

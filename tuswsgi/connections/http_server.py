@@ -12,8 +12,8 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
 
+from tuswsgi.connections.dsn import Dsn
 from tuswsgi.connections.http import HttpAnswer, HttpClient
 from tuswsgi.connections.pool import Pool, PoolSettings
 from tuswsgi.core.errors import ConfigurationError, Unavailable
@@ -39,31 +39,27 @@ class Addresses:
     def parse(cls, dsn: str, default_port: int) -> Addresses:
         """Read ``http://[user[:password]@]host[:port][,http://host2...]``.
 
-        :raises ConfigurationError: if it is something else. The message does not tell what
-            the DSN is, which may be a secret.
+        :raises ConfigurationError: if it is something else. The message does not repeat the
+            DSN, which may contain a password.
         """
-        urls = []
-        user = None
-        password = None
-        for address in dsn.split(","):
-            try:
-                parts = urlsplit(address.strip())
-                host = parts.hostname
-                port = parts.port or default_port
-            except ValueError:
-                host = None
-                port = 0
-            if not host or parts.scheme not in ("http", "https") or parts.path.strip("/"):
-                raise ConfigurationError(
-                    "The DSN is not understood. Supported: http://host:port and "
-                    "https://user:password@host:port, several separated by commas."
-                )
-            host = f"[{host}]" if ":" in host else host
-            urls.append(f"{parts.scheme}://{host}:{port}")
-            if user is None and parts.username is not None:
-                user = unquote(parts.username)
-                password = unquote(parts.password or "")
-        return cls(tuple(urls), user, password)
+        try:
+            dsns = [Dsn.parse(one.strip()) for one in dsn.split(",")]
+            urls = tuple(_url(one, default_port) for one in dsns)
+        except ValueError:
+            raise ConfigurationError(
+                "The DSN is not understood. Supported: http://host:port and "
+                "https://user:password@host:port, several separated by commas."
+            ) from None
+        login = next((one for one in dsns if one.user or one.password), dsns[0])
+        return cls(urls, login.user, login.password)
+
+
+def _url(dsn: Dsn, default_port: int) -> str:
+    if dsn.scheme not in ("http", "https") or len(dsn.hosts) != 1 or dsn.path.strip("/"):
+        raise ValueError("not the address of an HTTP server")
+    (host,) = dsn.hosts
+    name = f"[{host.name}]" if ":" in host.name else host.name
+    return f"{dsn.scheme}://{name}:{host.port or default_port}"
 
 
 class HttpServer:

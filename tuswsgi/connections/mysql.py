@@ -13,7 +13,7 @@ import pymysql
 from peewee import MySQLDatabase, OperationalError, PeeweeException
 from pymysql.constants import CLIENT, CR, ER
 
-from tuswsgi.connections.address import Address
+from tuswsgi.connections.dsn import Dsn
 from tuswsgi.connections.pooled import PooledConnection, Trouble
 from tuswsgi.connections.sql import Database
 from tuswsgi.core.errors import ConfigurationError
@@ -63,10 +63,10 @@ class MysqlConnection(PooledConnection):
     now = "(UNIX_TIMESTAMP(SYSDATE(6)) + 0e0)"
 
     def prepare(self) -> None:
-        _parameters(self._address)
+        _parameters(self._dsn)
 
     def _database(self, timeout: float) -> Database:
-        return cast(Database, _Mysql(self._address, timeout))
+        return cast(Database, _Mysql(self._dsn, timeout))
 
     def _trouble(self, error: PeeweeException, database: Database) -> Trouble:
         code: Any = error.args[0] if error.args else None
@@ -88,17 +88,17 @@ class MysqlConnection(PooledConnection):
 class _Mysql(MySQLDatabase):
     """A database with one connection, for one user at a time."""
 
-    def __init__(self, address: Address, timeout: float) -> None:
-        super().__init__(address.database, thread_safe=False)
+    def __init__(self, dsn: Dsn, timeout: float) -> None:
+        super().__init__(dsn.path, thread_safe=False)
         self._timeout = timeout
         self._known: dict[str, Any] = {
-            "host": address.host,
-            "port": address.port or 3306,
-            "user": address.user,
-            # The driver would take a string for one of Latin-1.
-            "password": (address.password or "").encode(),
-            "database": address.database,
-            **_parameters(address),
+            "host": dsn.hosts[0].name if dsn.hosts else None,
+            "port": (dsn.hosts[0].port if dsn.hosts else None) or 3306,
+            "user": dsn.user,
+            # The driver encodes a string as Latin-1.
+            "password": (dsn.password or "").encode(),
+            "database": dsn.path,
+            **_parameters(dsn),
         }
 
     def _connect(self) -> pymysql.Connection[Any]:
@@ -131,13 +131,13 @@ class _Mysql(MySQLDatabase):
         return connection
 
 
-def _parameters(address: Address) -> dict[str, Any]:
+def _parameters(dsn: Dsn) -> dict[str, Any]:
     """Return what the parameters of a DSN are for the driver.
 
     :raises ConfigurationError: if it does not know one of them.
     """
     parameters: dict[str, Any] = {}
-    for given, value in address.parameters.items():
+    for given, value in dsn.parameters.items():
         name = given.replace("-", "_").lower()
         mode = value.lower().replace("-", "_")
         if name in {"ssl_mode", "sslmode"} and mode in _TLS:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from peewee import InterfaceError, OperationalError, PeeweeException
 
-from tuswsgi.connections.address import Address
+from tuswsgi.connections.dsn import Dsn
 from tuswsgi.connections.pool import Pool, PoolSettings
 from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.core.backoff import Backoff
@@ -66,15 +66,15 @@ class PooledConnection(SqlConnection):
     placeholder = "%s"
     for_update = " FOR UPDATE"
 
-    def __init__(self, address: Address, settings: PoolSettings) -> None:
-        self._address = address
+    def __init__(self, dsn: Dsn, settings: PoolSettings) -> None:
+        self._dsn = dsn
         self._settings = settings
         self._pool: PerProcess[Pool[Database]] = PerProcess(self._make_pool)
         #: Why the server could not be used when it was asked last.
         self._away: str | None = None
 
     def __str__(self) -> str:
-        return str(self._address)
+        return str(self._dsn)
 
     def prepare(self) -> None:
         """There is nothing to do but for the tables."""

@@ -15,7 +15,7 @@ import psycopg
 from peewee import InternalError, PeeweeException, PostgresqlDatabase
 from psycopg import waiting
 
-from tuswsgi.connections.address import Address
+from tuswsgi.connections.dsn import Dsn
 from tuswsgi.connections.pooled import PooledConnection, Trouble
 from tuswsgi.connections.sql import Database
 from tuswsgi.core.process import is_cooperative
@@ -52,7 +52,7 @@ class PostgresConnection(PooledConnection):
     now = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
 
     def _database(self, timeout: float) -> Database:
-        return cast(Database, _Postgres(self._address, timeout))
+        return cast(Database, _Postgres(self._dsn, timeout))
 
     def _trouble(self, error: PeeweeException, database: Database) -> Trouble:
         code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
@@ -77,9 +77,9 @@ class PostgresConnection(PooledConnection):
 class _Postgres(PostgresqlDatabase):
     """A database with one connection, for one user at a time."""
 
-    def __init__(self, address: Address, timeout: float) -> None:
-        super().__init__(address.database, thread_safe=False, prefer_psycopg3=True)
-        self._address = address
+    def __init__(self, dsn: Dsn, timeout: float) -> None:
+        super().__init__(dsn.path, thread_safe=False, prefer_psycopg3=True)
+        self._dsn = dsn
         self._timeout = timeout
 
     def is_broken(self) -> bool:
@@ -88,17 +88,18 @@ class _Postgres(PostgresqlDatabase):
 
     def _connect(self) -> _Connection:
         known = {
-            "host": self._address.host,
-            "port": self._address.port,
-            "user": self._address.user,
-            "password": self._address.password,
+            # libpq tries several hosts in turn.
+            "host": ",".join(host.name for host in self._dsn.hosts) or None,
+            "port": ",".join(str(host.port or "") for host in self._dsn.hosts) or None,
+            "user": self._dsn.user,
+            "password": self._dsn.password,
         }
         parameters: dict[str, Any] = {
             "application_name": "tuswsgi",
             "connect_timeout": math.ceil(self._timeout),
             **{name: value for name, value in known.items() if value is not None},
-            **self._address.parameters,
-            "dbname": self._address.database,
+            **self._dsn.parameters,
+            "dbname": self._dsn.path,
             "client_encoding": "utf8",
         }
         connection = _Connection.connect(autocommit=True, **parameters)

@@ -1,8 +1,6 @@
-"""Redis as stores and lockers see it: by its DSN, with the scripts that they run there.
+"""Redis servers by DSN: callers that pass the same DSN share its connections.
 
-This file owns the settings and that everybody shares one pool for each server. It does not
-import redis-py, which takes longer than all of ``--help``: what uses it is in
-``redis_server`` beside this one.
+This module does not import redis-py, which would take longer than all of ``--help``.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ _servers: WeakValueDictionary[str, RedisServer] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class RedisSettings:
-    """How records and locks are kept in Redis."""
+    """Options for records and locks in Redis."""
 
     redis_prefix: str = option(
         "tuswsgi:",
@@ -31,15 +29,16 @@ class RedisSettings:
 
 
 def connect(dsn: str, pool: PoolSettings | None = None) -> RedisServer:
-    """Return the server of `dsn`, the same for everybody who asks. Nothing is opened.
+    """Return the shared server for `dsn`. Nothing is opened yet.
 
     :param dsn: ``redis://[user:password@]host[:6379][/database]``, ``rediss://`` for TLS,
         ``unix://[user:password@]/path[?db=0]``, or
-        ``redis+sentinel://[user:password@]host[:26379][,host...]/service[/database]`` with
-        ``?sentinel_username=`` and ``sentinel_password=`` where the Sentinels want them
-        (``rediss+sentinel://`` for TLS). Other parameters are those of redis-py's connections.
-    :param pool: how many connections there are; whoever asks first decides.
-    :raises ConfigurationError: if that is no DSN of Redis.
+        ``redis+sentinel://[user:password@]host[:26379][,host...]/service[/database]``
+        (``rediss+sentinel://`` for TLS), with ``?sentinel_username=`` and
+        ``sentinel_password=`` if the Sentinels need them. Other parameters are those of
+        redis-py's connections.
+    :param pool: the size of the pool; the first caller decides.
+    :raises ConfigurationError: if the DSN is wrong.
     """
     server = _servers.get(dsn)
     if server is None:

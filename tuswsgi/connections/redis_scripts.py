@@ -1,4 +1,4 @@
-"""Commands and scripts for Redis, as values."""
+"""Commands and Lua scripts for Redis."""
 
 from __future__ import annotations
 

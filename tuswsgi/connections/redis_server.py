@@ -1,263 +1,230 @@
-"""Connections to a Redis server: a bounded pool of them, and one for each channel.
+"""Redis through redis-py's client: its errors become ours, and a broken connection is replaced.
 
-This file owns who waits how long for what, what is repeated after a connection broke, and
-what becomes of Redis' errors. It uses redis-py's connections without its clients, which take
-half as long again and repeat what they like. Keys and scripts belong to those who use it.
+Keys and scripts belong to the modules that use them.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import redis
-from redis.connection import Connection
+from redis.client import PubSub
 
-from tuswsgi.connections.pool import Pool, PoolSettings
-from tuswsgi.connections.redis_address import address_of
+from tuswsgi.connections.dsn import Dsn
+from tuswsgi.connections.pool import PoolSettings
+from tuswsgi.connections.redis_pool import make_pool
 from tuswsgi.connections.redis_scripts import Command, Script
-from tuswsgi.core.errors import ConfigurationError, StorageFull, Unavailable
-from tuswsgi.core.process import PerProcess
+from tuswsgi.core.errors import ConfigurationError, StorageFull, TusError, Unavailable
 
 log = logging.getLogger(__name__)
 
-#: What a connection says when it is broken, or leads to a server that is not the master.
-_BROKEN = (redis.ConnectionError, redis.ReadOnlyError, OSError)
+T = TypeVar("T")
 
 
 class RedisServer:
-    """A server for all greenlets or threads of a process, and for its forks.
+    """A Redis server, shared by all greenlets or threads of a process and usable after a fork.
 
-    Its trouble raises ``Unavailable``, or ``StorageFull`` if its memory is full; what it
-    said is in the log.
+    Commands raise ``Unavailable`` if Redis fails, and ``StorageFull`` if its memory is full;
+    the log has the reason.
 
-    Commands are sent once more where the connection broke before they were answered, as all
-    do when the server starts again: whoever uses this must not mind that a command is run
-    twice.
+    A command is sent a second time if the connection breaks before the answer arrives, as all
+    do when Redis restarts. So Redis may run it twice.
     """
 
     def __init__(self, dsn: str, settings: PoolSettings) -> None:
-        self._address = address_of(dsn, settings.pool_timeout)
-        self._settings = settings
-        self._looked = False
-        #: Why it could not be used when it was asked last.
-        self._away: str | None = None
-        self._finder = PerProcess(self._address.finder)
-        self._pool: PerProcess[Pool[Line]] = PerProcess(self._make_pool)
+        self._dsn = dsn
+        self._timeout = settings.pool_timeout
+        self._client = self._make_client(settings.pool_size)
+        self._name = str(Dsn.parse(dsn))
+        self._warned = False
+        #: The message of the last failure, until a command succeeds.
+        self._failure: str | None = None
 
     def prepare(self) -> None:
-        """Look whether the server can be used, and tell in the log what its settings lack.
+        """Check that the server can be used, and warn once of settings that lose data.
 
-        :raises ConfigurationError: if it will never do what it is used for.
+        :raises ConfigurationError: if it cannot be used as it is configured.
         :raises Unavailable: if it cannot be reached.
         """
-        told = self._info()
-        if told.get("cluster_enabled") == "1":
+        info = self._info()
+        if info.get("cluster_enabled"):
             raise ConfigurationError(
-                f"{self._address.shown} is a node of a Redis Cluster, which is not supported."
+                f"{self._name} is a node of a Redis Cluster, which is not supported."
             )
-        if not self._looked:
-            self._looked = True
-            self._tell_what_is_lacking(told)
+        if not self._warned:
+            self._warned = True
+            self._warn(info)
 
     def call(self, *command: Any, again: Command | None = None) -> Any:
-        """Run a command or a script and return its answer: text as bytes.
+        """Run a command or a script and return its answer, texts as bytes.
 
-        :param again: what to send instead where a connection broke before the answer came, for
-            who wants to tell both times apart.
+        :param again: what to send instead after the connection broke, for callers that must
+            tell the two attempts apart.
         """
-        with self._trouble():
-            return self._run([command], [again or command])[0]
+        return self._guarded(self._send, command, again or command)
 
     def calls(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands together, no scripts among them, and return their answers."""
-        with self._trouble():
-            return self._run(commands, commands)
+        """Send commands in one pipeline, no scripts among them, and return their answers."""
+        answers: list[Any] = self._guarded(self._send_together, commands, commands)
+        return answers
 
     def subscribe(self, channel: str) -> Subscription:
-        """Return what hears the messages of a channel, by a connection of its own."""
-        return Subscription(self, channel, self._settings.pool_timeout)
+        """Return a subscription to a channel, which has a connection of its own."""
+        return Subscription(self, self._make_client(1).pubsub(), channel, self._timeout)
 
     def close(self) -> None:
-        """Close this process' connections; they are opened again when they are needed."""
-        pool = self._pool.pop()
-        if pool is not None:
-            pool.close()
+        """Close the idle connections of this process; commands open new ones."""
+        self._client.connection_pool.disconnect(inuse_connections=False)
 
-    def connection(self) -> Connection:
-        """Return a new connection that is not open yet."""
-        return self._finder.get()()
+    def tus_error(self, error: Exception) -> TusError:
+        """Log an error of redis-py, and return the one that stands for it."""
+        if isinstance(error, redis.OutOfMemoryError):
+            log.error("%s: %s", self._name, error)
+            return StorageFull()
+        # Every request fails alike while the server is down: one line is enough.
+        level = logging.DEBUG if str(error) == self._failure else logging.ERROR
+        self._failure = str(error)
+        log.log(level, "%s: %s", self._name, error, exc_info=None if _expected(error) else error)
+        return Unavailable()
 
-    def _tell_what_is_lacking(self, told: dict[str, str]) -> None:
-        if told.get("aof_enabled") == "0":
-            log.warning(
-                "%s has `appendonly no`: it forgets what it acknowledged when it stops",
-                self._address.shown,
-            )
-        if (policy := told.get("maxmemory_policy", "noeviction")) != "noeviction":
-            log.warning(
-                "%s has `maxmemory-policy %s`: only with `noeviction` it keeps what it has",
-                self._address.shown,
-                policy,
-            )
+    def recovered(self) -> None:
+        """Log that the server answers again after a failure."""
+        if self._failure is not None:
+            self._failure = None
+            log.warning("%s answers again", self._name)
 
-    def _info(self) -> dict[str, str]:
-        with self._trouble():
-            try:
-                (text,) = self._run([("INFO", "everything")], [("INFO", "everything")])
-            except redis.exceptions.NoPermissionError:
-                return {}
-            except redis.AuthenticationError as error:
-                raise ConfigurationError(
-                    f"{self._address.shown} cannot be used: {error}"
-                ) from error
-        lines = text.decode(errors="replace").splitlines()
-        return dict(line.split(":", 1) for line in lines if ":" in line)
-
-    def _run(self, commands: Sequence[Command], again: Sequence[Command]) -> list[Any]:
-        with self._pool.get().connection() as line:
-            return line.run(commands, again)
-
-    def _make_pool(self) -> Pool[Line]:
-        return Pool(self._settings, lambda: Line(self.connection), Line.close)
-
-    @contextmanager
-    def _trouble(self) -> Iterator[None]:
-        """Say what Redis says as errors of ours."""
+    def _guarded(self, send: Callable[[T], Any], first: T, second: T) -> Any:
+        """Send `first`, and `second` if the connection broke."""
         try:
-            yield
-            if self._away is not None:
-                self._away = None
-                log.warning("%s answers again", self._address.shown)
-        except redis.OutOfMemoryError as error:
-            log.error("%s: %s", self._address.shown, error)
-            raise StorageFull from None
-        except (*_BROKEN, redis.TimeoutError) as error:
-            # One sentence says it all, and every request meets it.
-            level = logging.DEBUG if str(error) == self._away else logging.ERROR
-            self._away = str(error)
-            log.log(level, "%s: %s", self._address.shown, error)
-            raise Unavailable from None
-        except redis.RedisError as error:
-            log.error("%s: %s", self._address.shown, error)
-            raise Unavailable from error
+            answer = self._send_twice(send, first, second)
+        except (redis.RedisError, OSError) as error:
+            raise self.tus_error(error) from None
+        self.recovered()
+        return answer
 
-
-class Line:
-    """A connection that is replaced when it broke."""
-
-    def __init__(self, make: Callable[[], Connection]) -> None:
-        self._make = make
-        self._connection: Connection | None = None
-
-    def run(self, commands: Sequence[Command], again: Sequence[Command]) -> list[Any]:
+    def _send_twice(self, send: Callable[[T], Any], first: T, second: T) -> Any:
         try:
-            return self._try(commands)
+            return send(first)
         except redis.AuthenticationError:
             raise
-        except _BROKEN:
-            return self._try(again)
+        except redis.ReadOnlyError:
+            # The master has become a replica.
+            self._client.connection_pool.disconnect(inuse_connections=False)
+        except (redis.ConnectionError, OSError):
+            pass
+        return send(second)
 
-    def close(self) -> None:
-        connection = self._connection
-        self._connection = None
-        if connection is not None:
-            connection.disconnect()
-
-    def _try(self, commands: Sequence[Command]) -> list[Any]:
+    def _send(self, command: Command) -> Any:
+        name, *args = command
+        if not isinstance(name, Script):
+            return self._client.execute_command(*command)
         try:
-            answers = self._exchange([_packed(command) for command in commands])
-            if isinstance(answers[0], redis.exceptions.NoScriptError):
-                script, *args = commands[0]
-                answers = self._exchange([("EVAL", script.text, *args)])
-        except BaseException:
-            # Whatever it was, an answer may come that nobody waits for any more.
-            self.close()
-            raise
+            return self._client.execute_command("EVALSHA", name.sha, *args)
+        except redis.exceptions.NoScriptError:
+            return self._client.execute_command("EVAL", name.text, *args)
+
+    def _send_together(self, commands: Sequence[Command]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        answers = pipeline.execute(raise_on_error=False)
         for answer in answers:
-            if isinstance(answer, redis.ReadOnlyError):
-                self.close()
             if isinstance(answer, redis.RedisError):
                 raise answer
         return answers
 
-    def _exchange(self, commands: Sequence[Command]) -> list[Any]:
-        if self._connection is None:
-            self._connection = self._make()
-        connection = self._connection
-        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-        return [_answer(connection) for _ in commands]
+    def _info(self) -> dict[str, Any]:
+        try:
+            return dict(self._send_twice(self._client.info, "everything", "everything"))
+        except redis.exceptions.NoPermissionError:
+            return {}
+        except redis.AuthenticationError as error:
+            raise ConfigurationError(f"{self._name} cannot be used: {error}") from error
+        except (redis.RedisError, OSError) as error:
+            raise self.tus_error(error) from None
+
+    def _warn(self, info: dict[str, Any]) -> None:
+        if info.get("aof_enabled") == 0:
+            log.warning(
+                "%s has `appendonly no`: it loses acknowledged uploads when it stops", self._name
+            )
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            log.warning(
+                "%s has `maxmemory-policy %s`: it may delete records; only `noeviction` keeps all",
+                self._name,
+                policy,
+            )
+
+    def _make_client(self, size: int) -> redis.Redis:
+        return redis.Redis(connection_pool=make_pool(self._dsn, size, self._timeout))
 
 
 class Subscription:
-    """The messages of one channel. It must be used by one greenlet or thread."""
+    """The messages of one channel, for one greenlet or thread at a time.
 
-    def __init__(self, server: RedisServer, channel: str, patience: float) -> None:
+    :param timeout: seconds that the server may take to answer a PING.
+    """
+
+    def __init__(self, server: RedisServer, pubsub: PubSub, channel: str, timeout: float) -> None:
         self._server = server
-        self._patience = patience
+        self._pubsub = pubsub
         self._channel = channel
-        self._connection: Connection | None = None
-        #: When the server was asked whether it is there, until it answers.
-        self._asked_at: float | None = None
+        self._timeout = timeout
+        #: When the PING was sent that has no answer yet.
+        self._pinged_at: float | None = None
 
-    def hear(self, timeout: float) -> list[bytes]:
+    def messages(self, timeout: float) -> list[bytes]:
         """Wait up to `timeout` seconds for messages and return them.
 
-        Messages that are sent while there is no connection are lost.
+        Messages that are sent while the connection is broken are lost.
 
         :raises Unavailable: if the server cannot be reached.
         """
         try:
-            with self._server._trouble():
-                return self._hear(timeout)
+            found = self._messages(timeout)
+        except (redis.RedisError, OSError) as error:
+            self.close()
+            raise self._server.tus_error(error) from None
         except BaseException:
             self.close()
             raise
+        self._server.recovered()
+        return found
 
     def close(self) -> None:
-        connection = self._connection
-        self._connection = None
-        self._asked_at = None
-        if connection is not None:
-            connection.disconnect()
+        """Close the connection; ``messages`` opens another one."""
+        self._pinged_at = None
+        self._pubsub.close()
+        pool = self._pubsub.connection_pool
+        pool.disconnect()
 
-    def _hear(self, timeout: float) -> list[bytes]:
-        if self._connection is None:
-            self._connection = self._server.connection()
-            self._connection.send_command("SUBSCRIBE", self._channel)
-            self._connection.read_response()
-        connection = self._connection
-        heard = []
-        while connection.can_read(timeout):
-            kind, *_, text = connection.read_response()
+    def _messages(self, timeout: float) -> list[bytes]:
+        if not self._pubsub.subscribed:
+            self._pubsub.subscribe(self._channel)
+        found = []
+        while (message := self._pubsub.get_message(timeout=timeout)) is not None:
             timeout = 0
-            if kind == b"message":
-                heard.append(text)
-            self._asked_at = None
-        self._look_after(connection)
-        return heard
+            self._pinged_at = None
+            if message["type"] == "message":
+                found.append(message["data"])
+        self._check_alive()
+        return found
 
-    def _look_after(self, connection: Connection) -> None:
-        """Find out whether there is still somebody at the other end, who may never speak."""
+    def _check_alive(self) -> None:
+        """Notice a server that has gone without closing the connection."""
         now = time.monotonic()
-        if self._asked_at is None:
-            connection.send_command("PING")
-            self._asked_at = now
-        elif now - self._asked_at > self._patience:
+        if self._pinged_at is None:
+            self._pubsub.ping()
+            self._pinged_at = now
+        elif now - self._pinged_at > self._timeout:
             raise redis.TimeoutError("No answer to a PING in a channel")
 
 
-def _packed(command: Command) -> Command:
-    script, *args = command
-    return ("EVALSHA", script.sha, *args) if isinstance(script, Script) else command
-
-
-def _answer(connection: Connection) -> Any:
-    """Return an answer, also if it is that a command failed: others come after it."""
-    try:
-        return connection.read_response()
-    except redis.ResponseError as error:
-        return error
+def _expected(error: Exception) -> bool:
+    """Whether the message is enough, without a traceback: the server is down."""
+    down = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OSError)
+    return isinstance(error, down)

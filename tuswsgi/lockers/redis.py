@@ -124,7 +124,7 @@ class RedisLocker(LeaseLocker):
         if subscription is None:
             subscription = self._server.subscribe(self._channel(worker))
             self._subscriptions[worker] = subscription
-        return [token.decode("ascii", "replace") for token in subscription.hear(timeout)]
+        return [token.decode("ascii", "replace") for token in subscription.messages(timeout)]
 
     def _hear_no_more(self, worker: str) -> None:
         subscription = self._subscriptions.pop(worker, None)
