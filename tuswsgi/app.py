@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import flask
 
 from tuswsgi.config import runtime
-from tuswsgi.config.backends import Backends, limited
+from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.config.server import ServerSettings
 from tuswsgi.core.errors import ConfigurationError, TusError, Unavailable
@@ -34,6 +34,7 @@ from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.settings import LockerName
 from tuswsgi.outbox.outbox import Outbox
 from tuswsgi.outbox.settings import DeliverySettings
+from tuswsgi.protocol.quota import QuotaSettings
 from tuswsgi.protocol.readiness import Readiness
 from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
@@ -101,7 +102,6 @@ class Tus:
         is_own = locker is None
         locker = locker or backends.locker()
         data = data_store or backends.data_store()
-        data = limited(config, data, infos, locker)
         self.hooks = self._make_hooks(own_hooks, data)
         self._outbox = Outbox(
             infos,
@@ -116,6 +116,7 @@ class Tus:
             self.hooks,
             self._outbox,
             config.build(UploadSettings),
+            config.build(QuotaSettings),
             sender=self,
         )
         self._sweeper = PerProcess(lambda: Sweeper(self.uploads, config.build(CleanUpSettings)))

@@ -16,7 +16,6 @@ import pytest
 
 from tuswsgi.core.errors import (
     ConfigurationError,
-    LimitReached,
     OffsetMismatch,
     StorageFull,
     UploadGone,
@@ -24,15 +23,10 @@ from tuswsgi.core.errors import (
 )
 from tuswsgi.core.info import FileInfo, Metadata, Storage
 from tuswsgi.core.paths import inside
-from tuswsgi.datastores.base import DataStore
 from tuswsgi.datastores.file import FileDataStore
-from tuswsgi.datastores.limited import LimitedDataStore
 from tuswsgi.datastores.memory import MemoryDataStore
-from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.lockers.base import SURE
-from tuswsgi.lockers.memory import MemoryLocker
 from tuswsgi.testing.datastores import LARGE, Blocks, DataStoreContract, content, created
-from tuswsgi.testing.records import upload
 
 #: A time after which nothing was changed.
 LATER = 1e11
@@ -46,39 +40,6 @@ class TestMemoryDataStore(DataStoreContract):
         store = MemoryDataStore()
         store.prepare()
         return store
-
-
-class TestLimitedDataStore(DataStoreContract):
-    """A store behind a limit is the store itself, but for its room."""
-
-    @pytest.fixture
-    def store(self, tmp_path):
-        return self.make(tmp_path)
-
-    @pytest.fixture
-    def other(self, store, tmp_path):
-        return self.make(tmp_path)
-
-    def make(self, tmp_path):
-        files, infos = FileDataStore(tmp_path / "data"), MemoryInfoStore()
-        store = LimitedDataStore(files, infos, MemoryLocker(), max_total_size=1000)
-        store.prepare()
-        return store
-
-    def test_it_passes_on_all_that_it_does_not_do_itself(self):
-        methods = {name for name, value in vars(DataStore).items() if callable(value)}
-        assert {name for name in methods if not name.startswith("_")} <= set(vars(LimitedDataStore))
-
-    def test_room_is_held_while_it_is_promised(self, store):
-        def promise(size):
-            with store.reserve(info := upload(size=size), 0, lambda missing, info: 0):
-                store.infos.create(info)
-
-        for size in (300, 301, 302):
-            promise(size)
-        with pytest.raises(LimitReached, match=r"1000 bytes.* 903 are taken.* 303 are asked"):
-            promise(303)
-        promise(97)
 
 
 class TestFileDataStore(DataStoreContract):

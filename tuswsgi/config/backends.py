@@ -265,16 +265,6 @@ class Backends:
             )
 
 
-def limited(config: Config, store: DataStore, infos: InfoStore, locker: Locker[Any]) -> DataStore:
-    """Return a data store with the configured limit in front, itself if there is none."""
-    from tuswsgi.datastores.limited import LimitedDataStore
-
-    values = config.values(LimitedDataStore)
-    if values["max_total_size"] is None:
-        return store
-    return LimitedDataStore(store, infos, locker, **values)
-
-
 def directory_of(dsn: str) -> Path:
     """Return the directory that is written as ``file:///directory``.
 

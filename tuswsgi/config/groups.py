@@ -12,13 +12,13 @@ def option_groups() -> list[type]:
     from tuswsgi.config.server import ServerSettings
     from tuswsgi.connections.pool import PoolSettings
     from tuswsgi.connections.redis import RedisSettings
-    from tuswsgi.datastores.limited import LimitedDataStore
     from tuswsgi.datastores.settings import DataStoreSettings
     from tuswsgi.hooks.settings import EnabledHooks, HookSettings
     from tuswsgi.infostores.settings import InfoStoreSettings
     from tuswsgi.lockers.settings import LockerSettings
     from tuswsgi.observing.sentry import SentrySettings
     from tuswsgi.outbox.settings import DeliverySettings
+    from tuswsgi.protocol.quota import QuotaSettings
     from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
     from tuswsgi.web.settings import MonitoringSettings, WebSettings
 
@@ -33,7 +33,7 @@ def option_groups() -> list[type]:
         PoolSettings,
         RedisSettings,
         UploadSettings,
-        LimitedDataStore,
+        QuotaSettings,
         WebSettings,
         MonitoringSettings,
         EnabledHooks,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,12 +98,7 @@ class Quarantined:
     moved_at: float
 
 
-#: Removes what may go until so many bytes of room are free, for an upload that wants them;
-#: returns how many it freed.
-MakeRoom = Callable[[int, FileInfo], int]
-
-
-class OpenPlace:
+class OpenUpload:
     """The empty place of a new upload, ready for its first bytes.
 
     :ivar storage: where it is, as ``DataStore.create`` says it.
@@ -149,10 +143,6 @@ class DataStore(ABC):
     #: need nothing of a store.
     extensions: frozenset[Extension] = frozenset()
 
-    #: Whether all uploads together are bounded, so that room must be promised to an upload by
-    #: its record before bytes come.
-    bounded: bool = False
-
     @abstractmethod
     def prepare(self) -> None:
         """Make ready for use: create directories, check access. May be called again.
@@ -169,7 +159,7 @@ class DataStore(ABC):
         :raises Exception: if they cannot.
         """
 
-    def place(self, info: FileInfo) -> Storage:
+    def storage_for(self, info: FileInfo) -> Storage:
         """Return where ``create`` will keep a new upload: at its path, if that was chosen.
 
         Nothing is made yet, and who asks twice may hear two places.
@@ -188,7 +178,7 @@ class DataStore(ABC):
         :raises UploadExists: if the place is taken.
         """
 
-    def create_open(self, info: FileInfo) -> OpenPlace:
+    def create_open(self, info: FileInfo) -> OpenUpload:
         """Do as ``create`` for who goes on with ``append`` at once; to be closed by the caller.
 
         The id must be a new one, that nobody ever had: nothing can be left of an upload
@@ -196,7 +186,7 @@ class DataStore(ABC):
 
         :raises UploadExists: as ``create``.
         """
-        return OpenPlace(self, info)
+        return OpenUpload(self, info)
 
     @abstractmethod
     def offset(self, info: FileInfo) -> int:
@@ -327,17 +317,6 @@ class DataStore(ABC):
     def location(self, info: FileInfo) -> str | None:
         """Return where an operator finds the bytes: an absolute path or a URL."""
         return info.storage.path
-
-    def reserve(
-        self, info: FileInfo, before: int, make_room: MakeRoom
-    ) -> AbstractContextManager[None]:
-        """Hold room for what `info` promises while its record is written in a ``with`` block.
-
-        :param before: how much its record promises already.
-        :param make_room: to be called where the room is not enough.
-        :raises LimitReached: if there is no room.
-        """
-        return nullcontext()
 
     def free_space(self) -> int | None:
         """Return how many bytes more fit; ``None`` where nobody knows."""

@@ -50,7 +50,7 @@ from tuswsgi.core.process import run_in_thread
 from tuswsgi.datastores import quarantine, scan
 from tuswsgi.datastores.base import (
     DataStore,
-    OpenPlace,
+    OpenUpload,
     Place,
     Quarantined,
     Readable,
@@ -108,7 +108,7 @@ class FileDataStore(DataStore):
                 f"The data directory {self.data_dir} is not writable: {trouble.strerror}.", trouble
             ) from trouble
         try:
-            self.place(FileInfo(id="id"))
+            self.storage_for(FileInfo(id="id"))
         except UploadNotFound:
             raise ConfigurationError(
                 f"dir_structure leads out of the data directory or to a hidden one: "
@@ -120,18 +120,18 @@ class FileDataStore(DataStore):
         if error is not None:
             raise Unavailable from error
 
-    def place(self, info: FileInfo) -> Storage:
+    def storage_for(self, info: FileInfo) -> Storage:
         return Storage(self.type, contained(info.storage.path or self._relative_path(info)))
 
     def create(self, info: FileInfo) -> Storage:
-        storage = self.place(info)
+        storage = self.storage_for(info)
         close(self._make(storage))
         # The path may have been another upload's, who died while it was removed.
         _unlink(*scan.beside(f"{self.data_dir}/{storage.path}"))
         return storage
 
-    def create_open(self, info: FileInfo) -> OpenPlace:
-        storage = self.place(info)
+    def create_open(self, info: FileInfo) -> OpenUpload:
+        storage = self.storage_for(info)
         return _OpenFile(self, info.replace(storage=storage), self._make(storage))
 
     def offset(self, info: FileInfo) -> int:
@@ -496,7 +496,7 @@ class _Opened:
         close(self._fd)
 
 
-class _OpenFile(OpenPlace):
+class _OpenFile(OpenUpload):
     """The file of a new upload. What is new has no marker, so none is looked for."""
 
     def __init__(self, store: FileDataStore, info: FileInfo, fd: int) -> None:

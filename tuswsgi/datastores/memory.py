@@ -34,7 +34,7 @@ class MemoryDataStore(DataStore):
         pass
 
     def create(self, info: FileInfo) -> Storage:
-        storage = self.place(info)
+        storage = self.storage_for(info)
         key = _key(info.replace(storage=storage))
         if key in self._uploads:
             raise UploadExists

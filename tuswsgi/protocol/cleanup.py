@@ -245,7 +245,7 @@ class CleanUp:
             return _changed_at(info)
         try:
             # Bytes that arrive at its parts are bytes of the final upload.
-            return max(map(_changed_at, [info, *self._uploads.finisher.parts_of(info)]))
+            return max(map(_changed_at, [info, *self._uploads.concatenation.parts_of(info)]))
         except UploadGone:
             return _changed_at(info)
 
@@ -277,7 +277,7 @@ class CleanUp:
                 age = time.time() - _changed_at(info)
                 removal = Removal(reason, id, age, self._kept(info) or 0)
                 if not self._dry_run:
-                    self._uploads.finisher.remove(info, State.EXPIRED, _NOBODY, hold)
+                    self._uploads.context.remove(info, State.EXPIRED, _NOBODY, hold)
                     self._tell(removal)
         if removal is not None:
             yield removal
@@ -494,7 +494,7 @@ class CleanUp:
         if removal.reason is Reason.QUARANTINE:
             self._report_change("discarded")
         if removal.bytes and bytes_reclaimed.receivers:
-            report(bytes_reclaimed, self._uploads.finisher.sender, size=removal.bytes)
+            report(bytes_reclaimed, self._uploads.context.sender, size=removal.bytes)
         log.info(
             "Removed %s (%s): %.0f s old, %d bytes",
             removal.id,
@@ -505,7 +505,7 @@ class CleanUp:
 
     def _report_change(self, action: str) -> None:
         if quarantine_changed.receivers:
-            report(quarantine_changed, self._uploads.finisher.sender, action=action)
+            report(quarantine_changed, self._uploads.context.sender, action=action)
 
 
 class _Known(NamedTuple):

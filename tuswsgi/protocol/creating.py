@@ -1,10 +1,11 @@
-"""How a new upload gets a place for its bytes and a record.
+"""Creates uploads, in one of two orders.
 
-Usually nobody can know of the upload before its POST is answered: bytes first, then one
-record that tells how it ended. Where a hook chose the id or the path, a POST that comes
-again chooses the same, and must find what the first one left; and where the room is bounded,
-it must be promised before it is taken. There the record comes before the bytes, and everything
-happens under the upload's lock.
+Bytes first: a random id is known to no one until its POST is answered. The bytes are stored
+without a lock, and one record tells how the POST ended.
+
+Record first: if a hook chose the id or the path, a repeated POST gets the same one and has to
+find what the first POST left. If there is a quota, the record must promise the bytes before
+they arrive. The upload is locked meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from tuswsgi.core.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
@@ -21,15 +22,14 @@ from tuswsgi.core.info import FileInfo, Metadata, State, Storage
 from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.observing.signals import tell, upload_created
 from tuswsgi.outbox.held import HeldPostCreate
+from tuswsgi.protocol.context import Context
 from tuswsgi.protocol.finishing import Finisher
-from tuswsgi.protocol.reception import Reception
+from tuswsgi.protocol.quota import Limit, Quota
+from tuswsgi.protocol.receiving import Incoming, Reception, take_over
 
 log = logging.getLogger(__name__)
 
 _UNFINISHED = (State.RECEIVING, State.WAITING)
-
-#: ``InfoStore.create``, or what promises room besides.
-_Create = Callable[[FileInfo, Sequence[Event]], None]
 
 
 @dataclass(frozen=True)
@@ -49,292 +49,287 @@ class Creation:
 
 @dataclass(frozen=True)
 class Creator:
-    """Writes new uploads."""
+    """Creates the files and records of new uploads."""
 
+    context: Context
+    quota: Quota
     finisher: Finisher
 
-    def create(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
-        """Write an upload with an id that nobody else has.
+    def create(self, info: FileInfo, post: Incoming, limit: Limit, *, is_chosen: bool) -> FileInfo:
+        """Create an upload with the bytes that its POST brings.
 
-        Bytes come first: a crash in between leaves bytes that nobody knows of, to be
-        cleaned up, and never a record of bytes that are not there.
+        :param limit: of these bytes.
+        :param is_chosen: a hook chose the id or the path.
+        :raises UploadExists: if a chosen id or path is another upload's.
+        :raises StorageFull: if there is not enough space, or the quota is used up.
         """
-        self.finisher.check_space(info)
-        data = self.finisher.data
-        hooks = self.finisher.hooks
-        outbox = self.finisher.outbox
-        place = data.create_open(info)
-        empty = info = info.replace(storage=place.storage)
+        self.context.check_free_space(info)
+        if is_chosen:
+            return self._record_first(info, post, limit)
+        if not self.quota.is_limited:
+            return self._bytes_first(info, post, limit)
+        try:
+            return self._record_first(info, post, limit)
+        except Exception:
+            self._remove_unknown(info.id, post.request)
+            raise
+
+    def _bytes_first(self, info: FileInfo, post: Incoming, limit: Limit) -> FileInfo:
+        """If the process dies meanwhile, bytes without a record are left to the clean-up, and never
+        a record without bytes.
+        """
+        context = self.context
+        hooks = context.hooks
+        upload = context.data.create_open(info)
+        empty = info = info.replace(storage=upload.storage)
         events: Sequence[Event] = ()
         try:
             try:
                 if not info.is_final:
-                    info, events = reception.receive_first(info, place, request)
+                    reception = Reception(context, self.quota, info, 0, post, limit)
+                    info = reception.receive_first(upload)
             finally:
-                place.close()
-            # tusd tells of a creation before its bytes have come, rustus after that.
+                upload.close()
+            if info.offset == info.size and not info.is_final:
+                info, events = self.finisher.prepare(info, post.request, SURE)
+            # tusd reports a creation before its bytes arrive, rustus afterwards.
             created = empty if hooks.follows_tusd else info
-            if self._is_told(info):
-                events = [*outbox.record(HookType.POST_CREATE, created, request), *events]
+            if self._is_reported(info):
+                events = [
+                    *context.outbox.record(HookType.POST_CREATE, created, post.request),
+                    *events,
+                ]
         except Exception:
-            # No record was written, so nobody can know of it.
-            data.delete(info)
+            # There is no record yet, so no one can know of the upload.
+            context.data.delete(info)
             raise
-        self._write(self.finisher.infos.create, info, events, SURE)
-        if self._is_told(info):
-            outbox.tell(HookType.POST_CREATE, created, request)
-        tell(upload_created, self.finisher.sender, info)
-        self.finisher.tell_finished(info, request)
+        self._write_record(info, events, SURE)
+        if self._is_reported(info):
+            context.outbox.tell(HookType.POST_CREATE, created, post.request)
+        tell(upload_created, context.sender, info)
+        self.finisher.announce(info, post.request)
         return info
 
-    def create_chosen(self, info: FileInfo, reception: Reception, request: RequestInfo) -> FileInfo:
-        """Write an upload whose id or path a hook chose, or go on with the one that is there.
-
-        That is so where an unfinished upload is the same in length, metadata and owner:
-        the answer to its POST was lost. It is given no bytes of this request.
-
-        :raises UploadExists: if the id or the path is another upload's.
+    def _record_first(self, info: FileInfo, post: Incoming, limit: Limit) -> FileInfo:
+        """If there is such an upload already, unfinished and with the same length, metadata and
+        owner, the answer to its POST was lost: it is returned, and gets no bytes of this POST.
         """
-        self.finisher.check_space(info)
-        locker = self.finisher.locker
-        let_go = reception.reader.interrupt
-        known = self._record_of(info.id)
+        context = self.context
+        known = context.find(info.id)
         if known is not None:
-            self._check_access(info, known, request)
-        with locker.lock(info.id, let_go) as hold:
-            reception.reader.guard(hold)
-            twin = self._record_of(info.id)
-            if twin is None:
-                info = self._promising(info.replace(storage=self._place(info)), reception)
-                held = self._hold(info, reception, request)
-                with locker.lock(_lock_of(info.storage)):
-                    info, twin, is_new = self._take(info)
-                    if twin is None:
-                        twin = self._write_or_find(info, held.events, hold, is_new=is_new)
-            if twin is None:
-                # Who may have had the lock before writes no byte without the record.
+            # Before a holder is interrupted: the client may have chosen which upload it is.
+            self._check_same(info, known, post.request)
+        with context.locker.lock(info.id, post.reader.interrupt) as hold:
+            existing = context.find(info.id)
+            if existing is None:
+                info = self._with_storage(info, post)
+                held = self._held_post_create(info, post)
+                info, existing = self._create_or_find(info, held.events, hold)
+            if existing is None:
+                # A holder that lost the lock before stores no bytes without a record.
                 hold.settle()
-                return self._receive(info, reception, request, held, hold)
-            if twin.id == info.id:
+                return self._receive(info, post, limit, held, hold)
+            if existing.id == info.id:
                 if known is None:
-                    self._check_access(info, twin, request)
-                return self._go_on(info, twin.id, request, hold)
-        self._check_access(info, twin, request)
-        with locker.lock(twin.id, let_go) as hold:
-            return self._go_on(info, twin.id, request, hold)
+                    self._check_same(info, existing, post.request)
+                return self._resume(info, existing.id, post.request, hold)
+        self._check_same(info, existing, post.request)
+        with context.locker.lock(existing.id, post.reader.interrupt) as hold:
+            return self._resume(info, existing.id, post.request, hold)
 
-    def create_promised(
-        self, info: FileInfo, reception: Reception, request: RequestInfo
-    ) -> FileInfo:
-        """Write an upload with an id that nobody else has, once room is promised to it.
-
-        If the request fails, the upload is removed again: nobody was told where it is, and
-        the room would stay promised.
-
-        :raises LimitReached: if there is no room.
+    def _with_storage(self, info: FileInfo, post: Incoming) -> FileInfo:
+        """Return the upload as its record is to be: with a path, and with the bytes that its POST
+        announces reserved if it has no length.
         """
-        self.finisher.check_space(info)
-        with self.finisher.locker.lock(info.id, reception.reader.interrupt) as hold:
-            reception.reader.guard(hold)
-            info = info.replace(storage=self.finisher.data.create(info))
-            info = self._promising(info, reception)
-            held = self._hold(info, reception, request)
-            try:
-                self._write(self.finisher.room.create, info, held.events, hold)
-                return self._receive(info, reception, request, held, hold)
-            except Exception:
-                self._remove(info.id, request, hold)
-                raise
-
-    def _remove(self, id: str, request: RequestInfo, hold: Hold) -> None:
         try:
-            # What failed may have been written all the same.
-            info = self._record_of(id)
-            if info is not None and not info.is_gone and not info.is_finished:
-                self.finisher.remove(info, State.TERMINATED, request, hold)
-        except Exception:
-            log.exception("The upload %s, of which nobody was told, may keep its room", id)
-
-    def _promising(self, info: FileInfo, reception: Reception) -> FileInfo:
-        """Return an upload that promises what its request brings, if it promises no length."""
-        if self.finisher.data.bounded and info.size is None:
-            return info.replace(reserved=reception.length)
-        return info
-
-    def _is_told(self, info: FileInfo) -> bool:
-        """Whether there is a post-create for an upload, at the end of its POST.
-
-        "After creating final upload with concatenation extension, you won't receive
-        post-create hook", and neither "if you uploaded a whole file within one request"
-        (rustus). tusd tells of the latter.
-        """
-        return not info.is_final and (self.finisher.hooks.follows_tusd or not info.is_finished)
-
-    def _check_access(self, info: FileInfo, twin: FileInfo, request: RequestInfo) -> None:
-        """Refuse to go on with an upload before anybody who holds it is disturbed: which one it
-        is may follow from what the client said.
-
-        :raises UploadExists: if it is not the one that `info` is to be.
-        :raises HookRefusal: if the request may not touch it.
-        """
-        if not _is_again(info, twin):
-            raise UploadExists
-        self.finisher.hooks.ask(HookType.PRE_ACCESS, twin, request)
-
-    def _place(self, info: FileInfo) -> Storage:
-        try:
-            return self.finisher.data.place(info)
+            storage = self.context.data.storage_for(info)
         except UploadNotFound:
-            log.error("pre-create chose the path %r, where no upload may be", info.storage.path)
+            log.error("pre-create chose the path %r, which is not allowed", info.storage.path)
             raise HookBroken from None
+        if self.quota.is_limited and info.size is None:
+            return info.replace(storage=storage, reserved=post.length or 0)
+        return info.replace(storage=storage)
 
-    def _record_of(self, id: str) -> FileInfo | None:
-        try:
-            return self.finisher.infos.load(id)
-        except UploadNotFound:
-            return None
+    def _create_or_find(
+        self, info: FileInfo, events: Sequence[Event], hold: Hold
+    ) -> tuple[FileInfo, FileInfo | None]:
+        """Create the file and the record of an upload.
 
-    def _take(self, info: FileInfo) -> tuple[FileInfo, FileInfo | None, bool]:
-        """Make the place of `info` and return it, with the upload that has the place already,
-        and whether the place is a new one.
-
-        An empty place without a record is what a crash leaves between the two. Nobody else
-        can be between them now: the place is locked. That of an upload that was removed is about
-        to be removed, too.
+        :returns: the upload, and the one that has its id or path already, if any.
+        :raises UploadExists: if there is one that cannot be resumed.
         """
-        data = self.finisher.data
-        try:
-            return info.replace(storage=data.create(info)), None, True
-        except UploadExists:
+        is_new = True
+        with self.context.locker.lock(_lock_of_path(info.storage)):
             try:
-                is_empty = data.offset(info) == 0
-            except (OSError, UploadGone):
-                raise UploadExists from None
-            owner = self._owner_of(info.storage, None if is_empty else _UNFINISHED)
-            if (owner is None and not is_empty) or (owner is not None and owner.is_gone):
-                raise
-            return info, owner, False
+                info = info.replace(storage=self.context.data.create(info))
+            except UploadExists:
+                owner = self._owner_of_file(info)
+                if owner is not None:
+                    return info, owner
+                is_new = False
+            try:
+                self._write_record(info, events, hold, delete_if_full=is_new)
+            except UploadExists:
+                # The record of an earlier POST was written after this one had looked for it. The
+                # file may be that upload's, and stays.
+                existing = self.context.find(info.id)
+                if existing is None:
+                    raise
+                return info, existing
+        return info, None
 
-    def _owner_of(self, place: Storage, states: Collection[State] | None) -> FileInfo | None:
-        """Look through all uploads in these states: it is slow, but collisions are rare.
+    def _owner_of_file(self, info: FileInfo) -> FileInfo | None:
+        """Return the upload that has a file already, ``None`` if an empty file has no record: the
+        process died in between, and none can be in between now, since the path is locked.
 
-        :returns: a tombstone if there is nothing else.
+        :raises UploadExists: if the file has bytes but no record, or its upload was removed so
+            that the file is about to be.
+        """
+        try:
+            is_empty = self.context.data.offset(info) == 0
+        except (OSError, UploadGone):
+            raise UploadExists from None
+        owner = self._owner_of_path(info.storage.path, None if is_empty else _UNFINISHED)
+        if owner is None and is_empty:
+            return None
+        if owner is None or owner.is_gone:
+            raise UploadExists
+        return owner
+
+    def _owner_of_path(self, path: str | None, states: Collection[State] | None) -> FileInfo | None:
+        """Return the upload with a path; a tombstone only if there is nothing else.
+
+        All uploads in these states are read: slow, but paths hardly ever collide.
         """
         after = ""
         tombstone = None
-        while page := self.finisher.infos.list(states, after=after):
+        while page := self.context.infos.list(states, after=after):
             for info in page:
-                if info.storage.path == place.path:
+                if info.storage.path == path:
                     if not info.is_gone:
                         return info
                     tombstone = info
             after = page[-1].id
         return tombstone
 
-    def _write(self, create: _Create, info: FileInfo, events: Sequence[Event], hold: Hold) -> None:
-        """Write the record of an upload whose place this request has made.
+    def _write_record(
+        self, info: FileInfo, events: Sequence[Event], hold: Hold, *, delete_if_full: bool = True
+    ) -> None:
+        """Write the record of an upload whose file exists.
 
-        Where nobody knows whether there is a record now, the bytes stay: somebody may have
-        been told of them. Those that nobody needs are the clean-up's.
+        After ``StorageFull`` there is no record for sure, and the file is deleted. After any
+        other error there may be one that a client was told of, so the file stays; if it is not
+        needed, the clean-up removes it.
+
+        :param delete_if_full: this request has created the file.
         """
         try:
-            create(info, events)
+            self.quota.create(info, events)
         except StorageFull:
-            hold.check()
-            self.finisher.data.delete(info)
+            if delete_if_full:
+                hold.check()
+                self.context.data.delete(info)
             raise
 
-    def _write_or_find(
-        self, info: FileInfo, events: Sequence[Event], hold: Hold, *, is_new: bool
-    ) -> FileInfo | None:
-        """Write the record of an upload, or return the one that has its id by now.
-
-        That is so where the info store wrote the record of an earlier POST after this one had
-        looked for it. What lies in the place may then be that upload's, and stays.
-
-        :param is_new: this request has made the place.
+    def _remove_unknown(self, id: str, request: RequestInfo) -> None:
+        """Remove an upload whose POST failed: its client does not know the id, and its bytes would
+        count in the quota.
         """
-        create: _Create = self.finisher.room.create
         try:
-            if is_new:
-                self._write(create, info, events, hold)
-            else:
-                create(info, events)
-        except UploadExists:
-            twin = self._record_of(info.id)
-            if twin is None:
-                raise
-            return twin
-        return None
+            with self.context.locker.try_lock(id) as hold:
+                info = self.context.find(id)
+                if info is not None and not info.is_gone and not info.is_finished:
+                    self.context.remove(info, State.TERMINATED, request, hold)
+        except Exception:
+            log.exception("The upload %s failed, but still counts in the quota", id)
 
-    def _hold(self, info: FileInfo, reception: Reception, request: RequestInfo) -> HeldPostCreate:
-        """Return the post-create of an upload, held back if this request may complete it."""
-        hooks = self.finisher.hooks
-        infos = self.finisher.infos
+    def _held_post_create(self, info: FileInfo, post: Incoming) -> HeldPostCreate:
+        """Return the post-create of an upload, held back if its POST may complete the upload."""
+        hooks = self.context.hooks
+        infos = self.context.infos
         if info.is_final:
             return HeldPostCreate(infos, (), 0.0)
-        events = self.finisher.outbox.record(HookType.POST_CREATE, info, request)
-        if hooks.follows_tusd or (reception.is_empty and info.size != 0):
+        events = self.context.outbox.record(HookType.POST_CREATE, info, post.request)
+        if hooks.follows_tusd or (post.chunk.is_empty and info.size != 0):
             return HeldPostCreate(infos, events, 0.0)
-        # The longest silence of a body, and of those who are told of its progress.
-        silence = self.finisher.settings.network_timeout + hooks.progress_interval
+        silence = self.context.settings.network_timeout + hooks.progress_interval
         return HeldPostCreate(infos, events, silence)
 
     def _receive(
-        self,
-        info: FileInfo,
-        reception: Reception,
-        request: RequestInfo,
-        held: HeldPostCreate,
-        hold: Hold,
+        self, info: FileInfo, post: Incoming, limit: Limit, held: HeldPostCreate, hold: Hold
     ) -> FileInfo:
-        outbox = self.finisher.outbox
-        tell(upload_created, self.finisher.sender, info)
+        """Append the bytes of a POST to an upload whose record is written."""
+        context = self.context
+        tell(upload_created, context.sender, info)
         if info.is_final:
             return info
         if not held.holds:
-            outbox.tell(HookType.POST_CREATE, info, request)
+            context.outbox.tell(HookType.POST_CREATE, info, post.request)
+        reception = Reception(context, self.quota, info, 0, post, limit, hold, held.prolong)
         try:
-            info = reception.receive(info, 0, request, held.prolong, hold)
+            info = reception.receive()
+            if reception.completes(info):
+                info = self.finisher.finish(info, post.request, hold)
         finally:
-            if held.holds and self._is_told(info):
+            if held.holds and self._is_reported(info):
                 held.free()
-                outbox.tell(HookType.POST_CREATE, info, request)
+                context.outbox.tell(HookType.POST_CREATE, info, post.request)
             elif held.holds:
                 held.drop()
-                outbox.wake(info.id)
-        if reception.is_fault and reception.error is not None and not info.is_finished:
-            raise reception.error
+                context.outbox.wake(info.id)
+        if reception.fault is not None and not info.is_finished:
+            raise reception.fault
         return info
 
-    def _go_on(self, info: FileInfo, id: str, request: RequestInfo, hold: Hold) -> FileInfo:
-        """Return an upload again whose POST was not answered. The caller holds its lock.
+    def _is_reported(self, info: FileInfo) -> bool:
+        """Return whether there is a post-create at the end of a POST.
 
-        :raises UploadExists: if it is not the one that `info` is to be.
+        "After creating final upload with concatenation extension, you won't receive
+        post-create hook", and neither "if you uploaded a whole file within one request"
+        (rustus). tusd sends the latter.
         """
-        infos = self.finisher.infos
-        twin = self.finisher.secure(infos.load(id), hold)
-        if not _is_again(info, twin):
+        return not info.is_final and (self.context.hooks.follows_tusd or not info.is_finished)
+
+    def _check_same(self, info: FileInfo, existing: FileInfo, request: RequestInfo) -> None:
+        """Check that a POST asks for an upload that exists and that it may use it.
+
+        :raises UploadExists: if it asks for another one.
+        :raises HookRefusal: if pre-access refuses.
+        """
+        if not _is_same(info, existing):
+            raise UploadExists
+        self.context.hooks.ask(HookType.PRE_ACCESS, existing, request)
+
+    def _resume(self, info: FileInfo, id: str, request: RequestInfo, hold: Hold) -> FileInfo:
+        """Return the upload of an earlier POST whose answer was lost.
+
+        :raises UploadExists: if it is not the one that `info` asks for.
+        """
+        infos = self.context.infos
+        existing = take_over(self.context, infos.load(id), hold)
+        if not _is_same(info, existing):
             raise UploadExists
         now = time.time()
         for event in infos.events(id):
             if event.type is HookType.POST_CREATE and event.due_at > now:
                 infos.put_back(replace(event, due_at=0.0))
-        self.finisher.outbox.wake(id)
-        if twin.state is State.WAITING:
-            return twin
-        return self.finisher.finish_if_complete(twin, request, hold)
+        self.context.outbox.wake(id)
+        if existing.state is State.WAITING:
+            return existing
+        return self.finisher.finish_if_complete(existing, request, hold)
 
 
-def _is_again(info: FileInfo, twin: FileInfo) -> bool:
-    """Whether a POST asks for the same upload as the one that is there, which is unfinished."""
+def _is_same(info: FileInfo, existing: FileInfo) -> bool:
+    """Return whether a POST asks for an upload that exists and is unfinished."""
     return (
-        not (twin.is_gone or twin.is_finished or twin.has_expired(time.time()))
-        and (info.size, info.metadata, info.owner) == (twin.size, twin.metadata, twin.owner)
-        and (info.is_partial, info.partial_uploads) == (twin.is_partial, twin.partial_uploads)
+        not (existing.is_gone or existing.is_finished or existing.has_expired(time.time()))
+        and (info.size, info.metadata, info.owner)
+        == (existing.size, existing.metadata, existing.owner)
+        and (info.is_partial, info.partial_uploads)
+        == (existing.is_partial, existing.partial_uploads)
     )
 
 
-def _lock_of(place: Storage) -> str:
-    """Name the lock of a place, which is none of an upload's names."""
-    return "tuswsgi-place-" + hashlib.sha256((place.path or "").encode()).hexdigest()[:32]
+def _lock_of_path(storage: Storage) -> str:
+    """Return the name of the lock of a path; no upload has such an id."""
+    return "tuswsgi-place-" + hashlib.sha256((storage.path or "").encode()).hexdigest()[:32]

@@ -17,6 +17,7 @@ from tuswsgi.core.events import RequestInfo
 from tuswsgi.core.info import State
 from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.protocol.cleanup import CleanUp, Search, TooManyStrays, log_failures
+from tuswsgi.protocol.receiving import take_over
 from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
 
@@ -162,14 +163,14 @@ class Sweeper:
         uploads = self._uploads
         info = uploads.infos.load(id)
         if info.state is State.WAITING:
-            uploads.finisher.build_final(id, _NOBODY)
+            uploads.concatenation.build(id, _NOBODY)
             return
         with uploads.locker.try_lock(id) as hold:
-            info = uploads.finisher.secure(uploads.infos.load(id), hold)
+            info = take_over(uploads.context, uploads.infos.load(id), hold)
             if info.is_gone:
                 return
             info = uploads.finisher.finish_if_complete(info, _NOBODY, hold)
         if info.is_finished:
             log.info("The upload %s was complete and is finished now", id)
             if info.is_partial:
-                uploads.finisher.part_finished(info, _NOBODY)
+                uploads.concatenation.part_finished(info, _NOBODY)

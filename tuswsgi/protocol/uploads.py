@@ -1,8 +1,7 @@
 """The heart of the server: what tus requests do to uploads.
 
-It decides and writes through the four interfaces and knows no HTTP: it is given typed
-values and a body, and returns the upload's info or raises a ``TusError``. Each method is
-one kind of request.
+Each public method is one kind of request. It gets typed values and a body, knows no HTTP, and
+returns the upload's record or raises a ``TusError``.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from tuswsgi.core.errors import (
     UploadGone,
     UploadLocked,
     UploadNotFound,
+    UploadStopped,
 )
 from tuswsgi.core.events import HookType, RequestInfo
 from tuswsgi.core.extensions import Extension
@@ -36,11 +36,24 @@ from tuswsgi.hooks.manager import HookManager
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.lockers.base import Locker
 from tuswsgi.outbox.outbox import Outbox
+from tuswsgi.protocol.concatenation import Concatenation, sum_of_sizes
+from tuswsgi.protocol.context import Context
 from tuswsgi.protocol.creating import Creation, Creator
-from tuswsgi.protocol.finishing import Finisher, sum_of_sizes
-from tuswsgi.protocol.reception import Chunk, Reception
+from tuswsgi.protocol.finishing import Finisher
+from tuswsgi.protocol.quota import Quota, QuotaSettings
+from tuswsgi.protocol.receiving import (
+    Chunk,
+    Incoming,
+    Reception,
+    limit_of,
+    progress_interval,
+    receive_nothing,
+    stored_offset,
+    take_over,
+    tell_progress,
+)
 from tuswsgi.protocol.settings import UploadSettings
-from tuswsgi.transfer.reader import ActiveReaders
+from tuswsgi.transfer.reader import ActiveReaders, UploadReader
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +63,12 @@ _AT_ONCE = nullcontext()
 class Uploads:
     """The uploads of one server.
 
-    :param data: where bytes are kept.
-    :param infos: where records are kept.
-    :param locker: who writes an upload, among all processes.
+    :param data: stores the bytes.
+    :param infos: stores the records.
+    :param locker: locks an upload for one request, among all processes.
     :param hooks: the application's blocking hooks.
     :param outbox: its post-hooks.
-    :param sender: who sends signals.
+    :param sender: the sender of signals.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class Uploads:
         hooks: HookManager,
         outbox: Outbox,
         settings: UploadSettings,
+        quota: QuotaSettings,
         sender: object = None,
     ) -> None:
         self.data = data
@@ -73,16 +87,19 @@ class Uploads:
         self.locker = locker
         self.hooks = hooks
         self.settings = settings
-        self.extensions = settings.offered(data.extensions)
-        self.finisher = Finisher(data, infos, locker, hooks, outbox, settings, sender)
+        self.context = Context(data, infos, locker, hooks, outbox, settings, sender)
+        self.extensions = self.context.extensions
+        self.finisher = Finisher(self.context)
+        self._quota = Quota(self.context, quota)
+        self.concatenation = Concatenation(self.context, self._quota, self.finisher)
+        self._creator = Creator(self.context, self._quota, self.finisher)
         self.readers = ActiveReaders(
-            settings.network_timeout, infos.lifetime, lambda: self.finisher.pace
+            settings.network_timeout, infos.lifetime, partial(progress_interval, self.context)
         )
-        self.creator = Creator(self.finisher)
         #: The PATCHes that this process receives, by the ids of their uploads.
-        self._received: dict[str, tuple[Reception, RequestInfo]] = {}
-        # A copy of it is made in a fraction of the time that a new one takes. As in rustus
-        # pre-create is told of the store, which knows no place yet.
+        self._patches: dict[str, Incoming] = {}
+        # To copy it takes a fraction of the time of a new one. As in rustus pre-create is told
+        # of the data store; there is no path yet.
         self._blank = FileInfo(id="", storage=Storage(data.type))
 
     def create(
@@ -90,40 +107,36 @@ class Uploads:
     ) -> tuple[FileInfo, HookResponse | None]:
         """Create an upload, with the first bytes if the request brings some.
 
-        A chunk that breaks off does not undo the creation: the answer carries the offset
-        that was reached, and the client goes on from there.
+        If the body breaks off, the upload is created nevertheless, and the client resumes it at
+        the offset in the answer.
 
-        :returns: the upload and what the pre-create hook wants the client to be told.
+        :returns: the upload, and what the pre-create hook wants the client to be told.
         """
         info = self._new_info(creation, request)
         if info.is_final:
-            info = self._new_final(info, chunk, request)
-        reception = self._reception(chunk)
-        with self._receiving(reception):
-            reception.check(info, 0)
+            info = self._with_parts(info, chunk, request)
+        post = self._incoming(chunk, request)
+        with self._receiving(post):
+            limit = limit_of(self.context, info, 0, post.length)
             answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
             change = None if answer is None else answer.change
             if change is not None:
                 info = change.applied_to(info)
-            if change is not None and (change.id or change.path):
-                info = self.creator.create_chosen(info, reception, request)
-            elif self.data.bounded:
-                info = self.creator.create_promised(info, reception, request)
-            else:
-                info = self.creator.create(info, reception, request)
+            is_chosen = change is not None and bool(change.id or change.path)
+            info = self._creator.create(info, post, limit, is_chosen=is_chosen)
         if info.is_final:
-            info = self._first_build(info, request)
+            info = self._build_now(info, request)
         self._follow_up(info, request)
-        return self._not_refused(info), answer
+        return _not_refused(info), answer
 
     def _new_info(self, creation: Creation, request: RequestInfo) -> FileInfo:
-        size = creation.size
         now = time.time()
-        if size is not None:
-            self._check_promise(size)
+        expiration = self.context.expiration
+        if creation.size is not None:
+            self._check_size(creation.size)
         return self._blank.replace(
             id=new_id(),
-            size=size,
+            size=creation.size,
             metadata=creation.metadata,
             is_partial=creation.concat == "partial",
             is_final=bool(creation.parts),
@@ -132,10 +145,11 @@ class Uploads:
             owner=request.owner,
             state=State.WAITING if creation.parts else State.RECEIVING,
             created_at=now,
-            expires_at=self.settings.expiry(now),
+            expires_at=None if expiration is None else now + expiration,
         )
 
-    def _new_final(self, info: FileInfo, chunk: Chunk, request: RequestInfo) -> FileInfo:
+    def _with_parts(self, info: FileInfo, chunk: Chunk, request: RequestInfo) -> FileInfo:
+        """Check the parts of a final upload, and return it with its size."""
         if not chunk.is_empty:
             # "The Server MUST respond with the 403 Forbidden status to PATCH requests
             # against a final upload URL"; bytes with its creation are no better.
@@ -151,13 +165,13 @@ class Uploads:
         ):
             raise PartsUnfinished
         whole = [parts[id] for id in info.partial_uploads]
-        if sum(part.promised for part in whole) > self.settings.max_size:
+        if sum(part.promised for part in whole) > self.context.max_file_size:
             raise MaxSizeExceeded
         return info.replace(size=sum_of_sizes(whole))
 
     def _load_part(self, id: str, request: RequestInfo) -> FileInfo:
         try:
-            # Whoever has a part in an upload of his own can read it there.
+            # The final upload makes its bytes readable, so the request must have access.
             return self._access(id, request)
         except UploadNotFound:
             raise UploadNotFound(
@@ -166,43 +180,42 @@ class Uploads:
         except UploadGone:
             raise UploadGone("The Upload-Concat header names an upload that was removed.") from None
 
-    def _first_build(self, info: FileInfo, request: RequestInfo) -> FileInfo:
+    def _build_now(self, info: FileInfo, request: RequestInfo) -> FileInfo:
         try:
-            return self.finisher.build_final(info.id, request)
+            return self.concatenation.build(info.id, request)
         except UploadLocked:
-            # A part is in use by another build; the next HEAD goes on.
+            # Another build uses a part; the next HEAD tries again.
             return info
 
     def inspect(self, id: str, request: RequestInfo) -> FileInfo:
-        """Return an upload with its offset; a holder of its lock is asked to let go.
+        """Return an upload with its offset; a request that holds its lock is interrupted.
 
-        "The Server MUST always include the Upload-Offset header in the response for a
-        HEAD request". Nobody is told an offset equal to the length before finishing
-        worked.
+        "The Server MUST always include the Upload-Offset header in the response for a HEAD
+        request". An offset equal to the length is returned only once the upload is finished.
         """
-        info = self._inspect_free(check_id(id), request)
+        info = self._inspect_unlocked(check_id(id), request)
         if info is None:
             info = self._access(id, request)
             if info.state is not State.WAITING and not info.is_finished:
                 with self.locker.lock(id) as hold:
-                    info = self.finisher.secure(self._load(id, request), hold)
+                    info = take_over(self.context, self._load(id, request), hold)
                     info = self.finisher.finish_if_complete(info, request, hold)
                 self._follow_up(info, request)
         if info.state is State.WAITING:
-            info = self.finisher.build_final(id, request)
-        return self._not_refused(info)
+            info = self.concatenation.build(id, request)
+        return _not_refused(info)
 
-    def _inspect_free(self, id: str, request: RequestInfo) -> FileInfo | None:
-        """Return an upload that nobody holds, ``None`` if that is not so easy.
+    def _inspect_unlocked(self, id: str, request: RequestInfo) -> FileInfo | None:
+        """Return an upload whose lock is free; ``None`` if it is held.
 
-        Whether the request may see the upload is looked at before a holder is disturbed;
-        where there is none, the record need not be read twice.
+        Access is checked before a holder is interrupted. Without a hook for that and without a
+        holder, the record is read only once.
         """
         if self.hooks.wants(HookType.PRE_ACCESS):
             return None
         try:
             with self.locker.try_lock(id) as hold:
-                found = self.finisher.secure(self._load(id, request), hold)
+                found = take_over(self.context, self._load(id, request), hold)
                 if found.state is State.WAITING:
                     return found
                 info = self.finisher.finish_if_complete(found, request, hold)
@@ -215,25 +228,26 @@ class Uploads:
     def append(
         self, id: str, offset: int, size: int | None, chunk: Chunk, request: RequestInfo
     ) -> FileInfo:
-        """Keep the bytes of a chunk at `offset`.
+        """Append the bytes of a chunk at `offset`.
 
         :param offset: ``Upload-Offset``.
         :param size: ``Upload-Length``, which ends a deferral.
         """
         finished = self._finished(id, offset, size, request)
-        reception = self._reception(chunk)
-        with self._receiving(reception):
+        patch = self._incoming(chunk, request)
+        with self._receiving(patch):
             if finished is None:
-                return self._not_refused(self._append(id, offset, size, reception, request))
-            reception.receive_nothing(finished, offset)
-        return self._not_refused(finished)
+                return _not_refused(self._append(id, offset, size, patch))
+            receive_nothing(self.context, finished, offset, patch)
+        return _not_refused(finished)
 
     def _finished(
         self, id: str, offset: int, size: int | None, request: RequestInfo
     ) -> FileInfo | None:
-        """Check what can be checked before the lock, and return the upload if it is finished.
+        """Check a PATCH as far as possible without the lock; return the upload if it is finished.
 
-        Otherwise its record is read again under the lock, and a slow body need not keep two.
+        The record of an unfinished one is read again under the lock; a slow body is not to keep
+        two in memory.
         """
         info = self._access(id, request)
         if info.is_final:
@@ -241,42 +255,47 @@ class Uploads:
             # against a final upload URL and MUST NOT modify the final or its partial
             # uploads." (Concatenation)
             raise FinalUploadUnmodifiable
-        self._check_size(info, offset, size)
+        self._check_length(info, offset, size)
         return info if info.is_finished else None
 
-    def _append(
-        self, id: str, offset: int, size: int | None, reception: Reception, request: RequestInfo
-    ) -> FileInfo:
-        with self.locker.lock(id, reception.reader.interrupt) as hold:
-            reception.reader.guard(hold)
-            info = self.finisher.secure(self._load(id, request), hold)
+    def _append(self, id: str, offset: int, size: int | None, patch: Incoming) -> FileInfo:
+        context = self.context
+        request = patch.request
+        with self.locker.lock(id, patch.reader.interrupt) as hold:
+            info = take_over(context, self._load(id, request), hold)
             if info.is_finished:
-                reception.receive_nothing(info, offset)
+                receive_nothing(context, info, offset, patch)
                 return info
-            kept = self.finisher.kept(info, hold)
-            if kept != offset:
+            stored = stored_offset(context, info, hold)
+            if stored != offset:
                 # "If the offsets do not match, the Server MUST respond with the 409
                 # Conflict status without modifying the upload resource."
-                raise OffsetMismatch(kept)
-            self._check_size(info, offset, size)
+                raise OffsetMismatch(stored)
+            self._check_length(info, offset, size)
             if info.size is None and size is not None:
-                # Before the first byte: a crash must not leave bytes beyond what is known.
-                info = self.finisher.room.save(info, size=size, reserved=0)
-            self._received[info.id] = (reception, request)
+                # Before the first byte: bytes beyond the length must never be stored.
+                info = self._quota.save(info, size=size, reserved=0)
+            limit = limit_of(context, info, offset, patch.length)
+            on_progress = partial(tell_progress, context, request)
+            reception = Reception(
+                context, self._quota, info, offset, patch, limit, hold, on_progress
+            )
+            self._patches[id] = patch
             try:
-                tell_progress = partial(self.finisher.tell_progress, request=request)
-                info = reception.receive(info, offset, request, tell_progress, hold)
+                info = reception.receive()
             finally:
-                del self._received[info.id]
+                del self._patches[id]
             if reception.is_stopped:
-                self.finisher.remove(info, State.TERMINATED, request, hold)
+                context.remove(info, State.TERMINATED, request, hold)
+            elif reception.completes(info):
+                info = self.finisher.finish(info, request, hold)
         if reception.error is not None and not info.is_finished:
             raise reception.error
         self._follow_up(info, request)
         return info
 
-    def _check_size(self, info: FileInfo, offset: int, size: int | None) -> None:
-        """Check an ``Upload-Length`` that comes with a PATCH.
+    def _check_length(self, info: FileInfo, offset: int, size: int | None) -> None:
+        """Check the ``Upload-Length`` of a PATCH.
 
         "Once set the length MUST NOT be changed." (Creation, POST)
         """
@@ -286,17 +305,17 @@ class Uploads:
             raise InvalidUploadLength("The Upload-Length header differs from the upload's length.")
         if size < offset:
             raise InvalidUploadLength("The Upload-Length header is less than the offset.")
-        self._check_promise(size)
+        self._check_size(size)
 
-    def _check_promise(self, size: int) -> None:
+    def _check_size(self, size: int) -> None:
         """Refuse a length that no upload may have here."""
-        if size > self.settings.max_size:
+        if size > self.context.max_file_size:
             raise MaxSizeExceeded
         if size == 0 and not self.settings.allow_empty:
             raise InvalidUploadLength("Uploads of length 0 are not allowed here.")
 
     def terminate(self, id: str, request: RequestInfo) -> HookResponse | None:
-        """Remove an upload for good and leave a tombstone.
+        """Remove an upload for its client; a request that holds its lock is interrupted.
 
         :returns: what the pre-terminate hook wants the client to be told.
         """
@@ -304,27 +323,12 @@ class Uploads:
         with self.locker.lock(id) as hold:
             info = self._load(id, request)
             answer = self.hooks.ask(HookType.PRE_TERMINATE, info, request)
-            self.finisher.remove(info, State.TERMINATED, request, hold)
+            self.context.remove(info, State.TERMINATED, request, hold)
         return answer
 
-    def stop(self, id: str) -> bool:
-        """End an unfinished upload for good, also while another process receives it.
-
-        Its request keeps what arrived until the lock is given over, is answered 423, and
-        then finds the upload gone.
-
-        :returns: whether there was something to end: finished uploads stay.
-        """
-        with self.locker.lock(check_id(id)) as hold:
-            info = self.infos.load(id)
-            if info.is_gone or info.is_finished:
-                return False
-            self.finisher.remove(info, State.TERMINATED, RequestInfo(), hold)
-        return True
-
     def remove(self, id: str) -> FileInfo:
-        """Remove an upload for good, as its operator: no hook is asked. A holder of its lock
-        is asked to let go.
+        """Remove an upload for the operator, without asking a hook; a request that holds its
+        lock is interrupted.
 
         :returns: the tombstone.
         :raises UploadGone: if it was removed before.
@@ -333,33 +337,48 @@ class Uploads:
             info = self.infos.load(id)
             if info.is_gone:
                 raise UploadGone
-            return self.finisher.remove(info, State.TERMINATED, RequestInfo(), hold)
+            return self.context.remove(info, State.TERMINATED, RequestInfo(), hold)
+
+    def stop(self, id: str) -> bool:
+        """Remove an unfinished upload for the application, also while a process receives it.
+
+        The request that receives it stores what has arrived, is answered 423, and then the
+        client finds the upload gone.
+
+        :returns: whether the upload was unfinished.
+        """
+        with self.locker.lock(check_id(id)) as hold:
+            info = self.infos.load(id)
+            if info.is_gone or info.is_finished:
+                return False
+            self.context.remove(info, State.TERMINATED, RequestInfo(), hold)
+        return True
 
     def answered(self, hook: HookRequest, answer: HookResponse) -> None:
-        """Obey the answer to a post-hook: that to post-receive can stop the upload.
+        """Obey the answer to a post-hook: that to post-receive can stop an upload.
 
-        It does so only while the PATCH that was told of is still being received; it is
-        terminated then, and the client gets the answer.
+        The upload is removed if the PATCH that the hook reported is still being received, and
+        its client gets the answer.
         """
         if not answer.stop:
             return
-        reception, request = self._received.get(hook.info.id, (None, None))
+        patch = self._patches.get(hook.info.id)
         # The answer to one PATCH must not stop the next one.
-        if (
-            reception is None
-            or request is not hook.request
-            or not reception.stop(check_answer(answer))
-        ):
-            log.warning("%s of %s: it is too late to stop the upload", hook.type, hook.info.id)
-        else:
-            log.info("%s of %s: the upload is stopped", hook.type, hook.info.id)
+        if patch is not None and patch.request is hook.request:
+            answer = check_answer(answer)
+            stopped = UploadStopped(answer.status or 400, answer.body, answer.headers)
+            patch.reader.interrupt(stopped)
+            if patch.reader.error is stopped:
+                log.info("%s of %s: the upload is stopped", hook.type, hook.info.id)
+                return
+        log.warning("%s of %s: it is too late to stop the upload", hook.type, hook.info.id)
 
     def look(self, id: str, request: RequestInfo) -> FileInfo:
         """Return an upload that may be downloaded. Takes no lock.
 
-        :raises UploadNotFound: for an unfinished one, unless `download_unfinished` is set.
+        :raises UploadNotFound: if it is unfinished and `download_unfinished` is off.
         """
-        info = self._not_refused(self._access(id, request))
+        info = _not_refused(self._access(id, request))
         if not info.is_finished:
             if not self.settings.download_unfinished or info.state is State.WAITING:
                 raise UploadNotFound("The upload is not finished.")
@@ -371,8 +390,8 @@ class Uploads:
         try:
             return info.replace(offset=self.data.offset(info))
         except UploadGone:
-            now = self._moved(info)
-            return now if now.is_finished else now.replace(offset=self.data.offset(now))
+            moved = self._moved(info)
+            return moved if moved.is_finished else moved.replace(offset=self.data.offset(moved))
 
     def open(self, info: FileInfo, start: int) -> Readable:
         """Open the bytes of an upload that ``look`` returned."""
@@ -382,25 +401,26 @@ class Uploads:
             return self.data.open(self._moved(info), start)
 
     def _moved(self, info: FileInfo) -> FileInfo:
-        """Return an upload whose bytes are not where they were: it may have been joined to one
-        file a moment ago.
+        """Return an upload whose file is gone with its new storage: its segments may have been
+        joined a moment ago.
 
-        :raises UploadGone: if they are nowhere else.
+        :raises UploadGone: if its storage is the same.
         """
-        now = self.infos.load(info.id)
-        if now.is_gone or now.storage == info.storage:
+        moved = self.infos.load(info.id)
+        if moved.is_gone or moved.storage == info.storage:
             raise UploadGone
-        return now
+        return moved
 
     def _access(self, id: str, request: RequestInfo) -> FileInfo:
         info = self._load(id, request)
-        self.hooks.ask(HookType.PRE_ACCESS, info, request)
+        if self.hooks.hooks:
+            self.hooks.ask(HookType.PRE_ACCESS, info, request)
         return info
 
     def _load(self, id: str, request: RequestInfo) -> FileInfo:
         info = self.infos.load(check_id(id))
         if info.owner is not None and info.owner != request.owner:
-            # Whose upload it is is nobody else's business, and neither that it is there.
+            # Other owners are not even told that it exists.
             raise UploadNotFound
         if info.is_gone or self.has_expired(info):
             # "The latter one [410] SHOULD be used if the Server is keeping track of
@@ -409,38 +429,44 @@ class Uploads:
         return info
 
     def has_expired(self, info: FileInfo) -> bool:
-        """Return whether the time of an unfinished upload is over.
+        """Return whether an unfinished upload has expired.
 
-        :raises UploadGone: if it is a final upload of which a part is gone.
+        :raises UploadGone: if it is a final upload and a part of it is gone.
         """
         now = time.time()
         if not info.has_expired(now):
             return False
         if info.state is State.WAITING:
-            # Bytes that arrive at its parts are bytes of the final upload.
+            # Bytes that arrive at a part keep the final upload alive.
             return not any(
                 not part.is_finished and not part.has_expired(now)
-                for part in self.finisher.parts_of(info)
+                for part in self.concatenation.parts_of(info)
             )
         return not (info.is_partial and self.infos.finals_waiting_for(info.id))
 
-    def _not_refused(self, info: FileInfo) -> FileInfo:
-        if info.state is State.REFUSED and info.response is not None:
-            raise HookRefusal(
-                info.response.status or 400, info.response.body, info.response.headers
-            )
-        return info
-
     def _follow_up(self, info: FileInfo, request: RequestInfo) -> None:
-        """Do what follows from a finished part; the caller has given the lock back."""
+        """Build the final uploads that waited for a finished part. The caller holds no lock."""
         if info.is_partial and info.state is State.FINISHED:
-            self.finisher.part_finished(info, request)
+            self.concatenation.part_finished(info, request)
 
-    def _reception(self, chunk: Chunk) -> Reception:
+    def _incoming(self, chunk: Chunk, request: RequestInfo) -> Incoming:
         if chunk.awaits_trailer and Extension.CHECKSUM_TRAILER not in self.extensions:
             raise ExtensionDisabled("Checksums in trailers are not offered here.")
-        return Reception(self.finisher, chunk)
+        reader = UploadReader(
+            chunk.body, checksum=chunk.checksum, awaits_trailer=chunk.awaits_trailer
+        )
+        return Incoming(chunk, reader, request)
 
-    def _receiving(self, reception: Reception) -> AbstractContextManager[None]:
-        # With nothing to wait for, a server that stops need not refuse it.
-        return _AT_ONCE if reception.is_empty else self.readers.active(reception.reader)
+    def _receiving(self, incoming: Incoming) -> AbstractContextManager[None]:
+        # A request without a body is short, so a server that stops need not refuse it.
+        return _AT_ONCE if incoming.chunk.is_empty else self.readers.active(incoming.reader)
+
+
+def _not_refused(info: FileInfo) -> FileInfo:
+    """Return an upload unless pre-finish refused it.
+
+    :raises HookRefusal: with the response of the hook.
+    """
+    if info.state is State.REFUSED and info.response is not None:
+        raise HookRefusal(info.response.status or 400, info.response.body, info.response.headers)
+    return info

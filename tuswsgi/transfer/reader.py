@@ -110,7 +110,7 @@ class UploadReader:
         self._checksum = checksum
         self._awaits_trailer = awaits_trailer
         self._hash = checksum.hash() if checksum else None
-        self._on_progress = on_progress
+        self.on_progress = on_progress
         self._is_lost: IsLost | None = None
         self._ended = False
 
@@ -234,10 +234,10 @@ class UploadReader:
         self.last_progress = time.monotonic()
 
     def _progressed(self) -> None:
-        if self._on_progress is None or self.error is not None:
+        if self.on_progress is None or self.error is not None:
             return
         try:
-            self._on_progress()
+            self.on_progress()
         except TusError as error:
             self.error = error
 

@@ -163,7 +163,7 @@ class TusBlueprint(flask.Blueprint):
         return answer
 
     def _report(self, method: str, status: int, code: str | None) -> None:
-        sender = self._uploads.finisher.sender
+        sender = self._uploads.context.sender
         report(request_answered, sender, method=method, status=status, code=code)
 
     def _answer(

@@ -16,7 +16,7 @@ from tuswsgi.core.events import RequestInfo
 from tuswsgi.core.extensions import Extension
 from tuswsgi.observing.logs import UPLOAD_ID
 from tuswsgi.protocol.creating import Creation
-from tuswsgi.protocol.reception import Chunk
+from tuswsgi.protocol.receiving import Chunk
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.transfer.body import RequestBody
 from tuswsgi.transfer.checksum import ALGORITHMS
