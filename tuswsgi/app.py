@@ -34,6 +34,7 @@ from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.settings import LockerName
 from tuswsgi.outbox.outbox import Outbox
 from tuswsgi.outbox.settings import DeliverySettings
+from tuswsgi.protocol.context import Context
 from tuswsgi.protocol.quota import QuotaSettings
 from tuswsgi.protocol.readiness import Readiness
 from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
@@ -109,16 +110,9 @@ class Tus:
             config.build(DeliverySettings),
             lambda hook, answer: self.uploads.answered(hook, answer),
         )
-        self.uploads = Uploads(
-            data,
-            infos,
-            locker,
-            self.hooks,
-            self._outbox,
-            config.build(UploadSettings),
-            config.build(QuotaSettings),
-            sender=self,
-        )
+        settings = config.build(UploadSettings)
+        context = Context(data, infos, locker, self.hooks, self._outbox, settings, sender=self)
+        self.uploads = Uploads(context, config.build(QuotaSettings))
         self._sweeper = PerProcess(lambda: Sweeper(self.uploads, config.build(CleanUpSettings)))
         self._functions = CallableHook()
         self._owner = owner

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tuswsgi.core.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
 from tuswsgi.core.events import Event, HookType, RequestInfo
@@ -25,7 +26,8 @@ from tuswsgi.outbox.held import HeldPostCreate
 from tuswsgi.protocol.context import Context
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.quota import Limit, Quota
-from tuswsgi.protocol.receiving import Incoming, Reception, take_over
+from tuswsgi.protocol.receiving import Reception, take_over
+from tuswsgi.transfer.reader import UploadReader
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,17 @@ class Creation:
     parts: tuple[str, ...] = ()
 
 
+class Post(NamedTuple):
+    """The request that creates an upload.
+
+    :param limit: how many bytes it may bring.
+    """
+
+    reader: UploadReader
+    limit: Limit
+    request: RequestInfo
+
+
 @dataclass(frozen=True)
 class Creator:
     """Creates the files and records of new uploads."""
@@ -55,26 +68,25 @@ class Creator:
     quota: Quota
     finisher: Finisher
 
-    def create(self, info: FileInfo, post: Incoming, limit: Limit, *, is_chosen: bool) -> FileInfo:
+    def create(self, info: FileInfo, post: Post, *, is_chosen: bool) -> FileInfo:
         """Create an upload with the bytes that its POST brings.
 
-        :param limit: of these bytes.
         :param is_chosen: a hook chose the id or the path.
         :raises UploadExists: if a chosen id or path is another upload's.
         :raises StorageFull: if there is not enough space, or the quota is used up.
         """
         self.context.check_free_space(info)
         if is_chosen:
-            return self._record_first(info, post, limit)
+            return self._record_first(info, post)
         if not self.quota.is_limited:
-            return self._bytes_first(info, post, limit)
+            return self._bytes_first(info, post)
         try:
-            return self._record_first(info, post, limit)
+            return self._record_first(info, post)
         except Exception:
             self._remove_unknown(info.id, post.request)
             raise
 
-    def _bytes_first(self, info: FileInfo, post: Incoming, limit: Limit) -> FileInfo:
+    def _bytes_first(self, info: FileInfo, post: Post) -> FileInfo:
         """If the process dies meanwhile, bytes without a record are left to the clean-up, and never
         a record without bytes.
         """
@@ -86,7 +98,7 @@ class Creator:
         try:
             try:
                 if not info.is_final:
-                    reception = Reception(context, self.quota, info, 0, post, limit)
+                    reception = Reception(context, self.quota, info, 0, post.reader, post.limit)
                     info = reception.receive_first(upload)
             finally:
                 upload.close()
@@ -110,7 +122,7 @@ class Creator:
         self.finisher.announce(info, post.request)
         return info
 
-    def _record_first(self, info: FileInfo, post: Incoming, limit: Limit) -> FileInfo:
+    def _record_first(self, info: FileInfo, post: Post) -> FileInfo:
         """If there is such an upload already, unfinished and with the same length, metadata and
         owner, the answer to its POST was lost: it is returned, and gets no bytes of this POST.
         """
@@ -128,7 +140,7 @@ class Creator:
             if existing is None:
                 # A holder that lost the lock before stores no bytes without a record.
                 hold.settle()
-                return self._receive(info, post, limit, held, hold)
+                return self._receive(info, post, held, hold)
             if existing.id == info.id:
                 if known is None:
                     self._check_same(info, existing, post.request)
@@ -137,7 +149,7 @@ class Creator:
         with context.locker.lock(existing.id, post.reader.interrupt) as hold:
             return self._resume(info, existing.id, post.request, hold)
 
-    def _with_storage(self, info: FileInfo, post: Incoming) -> FileInfo:
+    def _with_storage(self, info: FileInfo, post: Post) -> FileInfo:
         """Return the upload as its record is to be: with a path, and with the bytes that its POST
         announces reserved if it has no length.
         """
@@ -147,7 +159,7 @@ class Creator:
             log.error("pre-create chose the path %r, which is not allowed", info.storage.path)
             raise HookBroken from None
         if self.quota.is_limited and info.size is None:
-            return info.replace(storage=storage, reserved=post.length or 0)
+            return info.replace(storage=storage, reserved=post.reader.length or 0)
         return info.replace(storage=storage)
 
     def _create_or_find(
@@ -243,21 +255,19 @@ class Creator:
         except Exception:
             log.exception("The upload %s failed, but still counts in the quota", id)
 
-    def _held_post_create(self, info: FileInfo, post: Incoming) -> HeldPostCreate:
+    def _held_post_create(self, info: FileInfo, post: Post) -> HeldPostCreate:
         """Return the post-create of an upload, held back if its POST may complete the upload."""
         hooks = self.context.hooks
         infos = self.context.infos
         if info.is_final:
             return HeldPostCreate(infos, (), 0.0)
         events = self.context.outbox.record(HookType.POST_CREATE, info, post.request)
-        if hooks.follows_tusd or (post.chunk.is_empty and info.size != 0):
+        if hooks.follows_tusd or (post.reader.is_empty and info.size != 0):
             return HeldPostCreate(infos, events, 0.0)
         silence = self.context.settings.network_timeout + hooks.progress_interval
         return HeldPostCreate(infos, events, silence)
 
-    def _receive(
-        self, info: FileInfo, post: Incoming, limit: Limit, held: HeldPostCreate, hold: Hold
-    ) -> FileInfo:
+    def _receive(self, info: FileInfo, post: Post, held: HeldPostCreate, hold: Hold) -> FileInfo:
         """Append the bytes of a POST to an upload whose record is written."""
         context = self.context
         tell(upload_created, context.sender, info)
@@ -265,7 +275,9 @@ class Creator:
             return info
         if not held.holds:
             context.outbox.tell(HookType.POST_CREATE, info, post.request)
-        reception = Reception(context, self.quota, info, 0, post, limit, hold, held.prolong)
+        reception = Reception(
+            context, self.quota, info, 0, post.reader, post.limit, hold, held.prolong
+        )
         try:
             info = reception.receive()
             if reception.completes(info):

@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from tuswsgi.core.errors import (
     BodyTooLarge,
@@ -34,8 +33,7 @@ from tuswsgi.observing.signals import tell, upload_progress
 from tuswsgi.observing.telemetry import bytes_received, report, upload_taken_over
 from tuswsgi.protocol.context import Context
 from tuswsgi.protocol.quota import Limit, Quota, Reservation
-from tuswsgi.transfer.checksum import Checksum
-from tuswsgi.transfer.reader import Body, UploadReader
+from tuswsgi.transfer.reader import UploadReader
 
 log = logging.getLogger(__name__)
 
@@ -50,39 +48,6 @@ _LOOK_INTERVAL = 1.0
 _SAVE_INTERVAL = 600.0
 
 OnProgress = Callable[[FileInfo], None]
-
-
-class Chunk(NamedTuple):
-    """The bytes that a POST or PATCH brings.
-
-    :param checksum: what they must hash to.
-    :param awaits_trailer: the checksum comes in a trailer.
-    """
-
-    body: Body
-    checksum: Checksum | None = None
-    awaits_trailer: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the request has no body; a chunked body may turn out to be empty, too."""
-        return self.body.length == 0
-
-
-class Incoming(NamedTuple):
-    """A POST or PATCH on its way in.
-
-    :param reader: reads the body.
-    """
-
-    chunk: Chunk
-    reader: UploadReader
-    request: RequestInfo
-
-    @property
-    def length(self) -> int | None:
-        """The announced length of the body in bytes, ``None`` if it is chunked."""
-        return self.chunk.body.length
 
 
 def take_over(context: Context, info: FileInfo, hold: Hold) -> FileInfo:
@@ -133,15 +98,15 @@ def limit_of(context: Context, info: FileInfo, offset: int, length: int | None) 
     return limit
 
 
-def receive_nothing(context: Context, info: FileInfo, offset: int, incoming: Incoming) -> None:
+def receive_nothing(context: Context, info: FileInfo, offset: int, reader: UploadReader) -> None:
     """Check the PATCH of a finished upload: a client may repeat the last one, without bytes."""
     if offset != info.offset:
         raise OffsetMismatch(info.offset)
-    incoming.reader.limit(*limit_of(context, info, offset, incoming.length))
-    if not incoming.chunk.is_empty:
-        incoming.reader.read(1)
-    if incoming.reader.error is not None:
-        raise incoming.reader.error
+    reader.limit(*limit_of(context, info, offset, reader.length))
+    if not reader.is_empty:
+        reader.read(1)
+    if reader.error is not None:
+        raise reader.error
 
 
 def progress_interval(context: Context) -> float:
@@ -177,7 +142,7 @@ class Reception:
         quota: Quota,
         info: FileInfo,
         offset: int,
-        incoming: Incoming,
+        reader: UploadReader,
         limit: Limit,
         hold: Hold = SURE,
         on_progress: OnProgress | None = None,
@@ -185,13 +150,12 @@ class Reception:
         self._context = context
         self._info = info
         self._start = offset
-        self._is_empty = incoming.chunk.is_empty
         self._hold = hold
         self._tell = on_progress
         self._told: int | None = None
         self._failure: TusError | None = None
         self._reported = 0
-        self._reader = incoming.reader
+        self._reader = reader
         self._reader.guard(hold)
         self._reader.limit(*limit)
         self._reader.on_progress = self._on_progress
@@ -204,7 +168,7 @@ class Reception:
         self._tell_at = now + context.hooks.progress_interval
         self._reservation: Reservation | None = None
         if quota.is_limited and info.size is None and on_progress is not None:
-            self._reservation = Reservation(quota, offset, incoming.length, limit)
+            self._reservation = Reservation(quota, offset, reader.length, limit)
 
     @property
     def error(self) -> TusError | None:
@@ -268,7 +232,7 @@ class Reception:
         return info
 
     def _append(self, append: Callable[[UploadReader], int]) -> int:
-        if self._is_empty and not self._reader.provisional:
+        if self._reader.is_empty and not self._reader.provisional:
             return self._start
         try:
             return append(self._reader)

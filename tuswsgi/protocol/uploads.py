@@ -10,10 +10,8 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 from tuswsgi.core.errors import (
-    ExtensionDisabled,
     FinalUploadUnmodifiable,
     HookRefusal,
     InvalidConcat,
@@ -29,21 +27,15 @@ from tuswsgi.core.errors import (
 from tuswsgi.core.events import HookType, RequestInfo
 from tuswsgi.core.extensions import Extension
 from tuswsgi.core.info import FileInfo, State, Storage, check_id, new_id
-from tuswsgi.datastores.base import DataStore, Readable
+from tuswsgi.datastores.base import Readable
 from tuswsgi.hooks.answers import check_answer
 from tuswsgi.hooks.base import HookRequest, HookResponse
-from tuswsgi.hooks.manager import HookManager
-from tuswsgi.infostores.base import InfoStore
-from tuswsgi.lockers.base import Locker
-from tuswsgi.outbox.outbox import Outbox
 from tuswsgi.protocol.concatenation import Concatenation, sum_of_sizes
 from tuswsgi.protocol.context import Context
-from tuswsgi.protocol.creating import Creation, Creator
+from tuswsgi.protocol.creating import Creation, Creator, Post
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.quota import Quota, QuotaSettings
 from tuswsgi.protocol.receiving import (
-    Chunk,
-    Incoming,
     Reception,
     limit_of,
     progress_interval,
@@ -52,7 +44,6 @@ from tuswsgi.protocol.receiving import (
     take_over,
     tell_progress,
 )
-from tuswsgi.protocol.settings import UploadSettings
 from tuswsgi.transfer.reader import ActiveReaders, UploadReader
 
 log = logging.getLogger(__name__)
@@ -61,49 +52,33 @@ _AT_ONCE = nullcontext()
 
 
 class Uploads:
-    """The uploads of one server.
+    """The uploads of one server."""
 
-    :param data: stores the bytes.
-    :param infos: stores the records.
-    :param locker: locks an upload for one request, among all processes.
-    :param hooks: the application's blocking hooks.
-    :param outbox: its post-hooks.
-    :param sender: the sender of signals.
-    """
-
-    def __init__(
-        self,
-        data: DataStore,
-        infos: InfoStore,
-        locker: Locker[Any],
-        hooks: HookManager,
-        outbox: Outbox,
-        settings: UploadSettings,
-        quota: QuotaSettings,
-        sender: object = None,
-    ) -> None:
-        self.data = data
-        self.infos = infos
-        self.locker = locker
-        self.hooks = hooks
-        self.settings = settings
-        self.context = Context(data, infos, locker, hooks, outbox, settings, sender)
-        self.extensions = self.context.extensions
-        self.finisher = Finisher(self.context)
-        self._quota = Quota(self.context, quota)
-        self.concatenation = Concatenation(self.context, self._quota, self.finisher)
-        self._creator = Creator(self.context, self._quota, self.finisher)
+    def __init__(self, context: Context, quota: QuotaSettings) -> None:
+        self.context = context
+        self.data = context.data
+        self.infos = context.infos
+        self.locker = context.locker
+        self.hooks = context.hooks
+        self.settings = context.settings
+        self.extensions = context.extensions
+        self.finisher = Finisher(context)
+        self._quota = Quota(context, quota)
+        self.concatenation = Concatenation(context, self._quota, self.finisher)
+        self._creator = Creator(context, self._quota, self.finisher)
         self.readers = ActiveReaders(
-            settings.network_timeout, infos.lifetime, partial(progress_interval, self.context)
+            context.settings.network_timeout,
+            context.infos.lifetime,
+            partial(progress_interval, context),
         )
         #: The PATCHes that this process receives, by the ids of their uploads.
-        self._patches: dict[str, Incoming] = {}
+        self._patches: dict[str, tuple[UploadReader, RequestInfo]] = {}
         # To copy it takes a fraction of the time of a new one. As in rustus pre-create is told
         # of the data store; there is no path yet.
-        self._blank = FileInfo(id="", storage=Storage(data.type))
+        self._blank = FileInfo(id="", storage=Storage(context.data.type))
 
     def create(
-        self, creation: Creation, chunk: Chunk, request: RequestInfo
+        self, creation: Creation, reader: UploadReader, request: RequestInfo
     ) -> tuple[FileInfo, HookResponse | None]:
         """Create an upload, with the first bytes if the request brings some.
 
@@ -114,16 +89,15 @@ class Uploads:
         """
         info = self._new_info(creation, request)
         if info.is_final:
-            info = self._with_parts(info, chunk, request)
-        post = self._incoming(chunk, request)
-        with self._receiving(post):
-            limit = limit_of(self.context, info, 0, post.length)
+            info = self._with_parts(info, reader, request)
+        with self._receiving(reader):
+            limit = limit_of(self.context, info, 0, reader.length)
             answer = self.hooks.ask(HookType.PRE_CREATE, info, request)
             change = None if answer is None else answer.change
             if change is not None:
                 info = change.applied_to(info)
             is_chosen = change is not None and bool(change.id or change.path)
-            info = self._creator.create(info, post, limit, is_chosen=is_chosen)
+            info = self._creator.create(info, Post(reader, limit, request), is_chosen=is_chosen)
         if info.is_final:
             info = self._build_now(info, request)
         self._follow_up(info, request)
@@ -148,9 +122,9 @@ class Uploads:
             expires_at=None if expiration is None else now + expiration,
         )
 
-    def _with_parts(self, info: FileInfo, chunk: Chunk, request: RequestInfo) -> FileInfo:
+    def _with_parts(self, info: FileInfo, reader: UploadReader, request: RequestInfo) -> FileInfo:
         """Check the parts of a final upload, and return it with its size."""
-        if not chunk.is_empty:
+        if not reader.is_empty:
             # "The Server MUST respond with the 403 Forbidden status to PATCH requests
             # against a final upload URL"; bytes with its creation are no better.
             raise FinalUploadUnmodifiable
@@ -226,19 +200,18 @@ class Uploads:
         return info
 
     def append(
-        self, id: str, offset: int, size: int | None, chunk: Chunk, request: RequestInfo
+        self, id: str, offset: int, size: int | None, reader: UploadReader, request: RequestInfo
     ) -> FileInfo:
-        """Append the bytes of a chunk at `offset`.
+        """Append the bytes of a PATCH at `offset`.
 
         :param offset: ``Upload-Offset``.
         :param size: ``Upload-Length``, which ends a deferral.
         """
         finished = self._finished(id, offset, size, request)
-        patch = self._incoming(chunk, request)
-        with self._receiving(patch):
+        with self._receiving(reader):
             if finished is None:
-                return _not_refused(self._append(id, offset, size, patch))
-            receive_nothing(self.context, finished, offset, patch)
+                return _not_refused(self._append(id, offset, size, reader, request))
+            receive_nothing(self.context, finished, offset, reader)
         return _not_refused(finished)
 
     def _finished(
@@ -258,13 +231,14 @@ class Uploads:
         self._check_length(info, offset, size)
         return info if info.is_finished else None
 
-    def _append(self, id: str, offset: int, size: int | None, patch: Incoming) -> FileInfo:
+    def _append(
+        self, id: str, offset: int, size: int | None, reader: UploadReader, request: RequestInfo
+    ) -> FileInfo:
         context = self.context
-        request = patch.request
-        with self.locker.lock(id, patch.reader.interrupt) as hold:
+        with self.locker.lock(id, reader.interrupt) as hold:
             info = take_over(context, self._load(id, request), hold)
             if info.is_finished:
-                receive_nothing(context, info, offset, patch)
+                receive_nothing(context, info, offset, reader)
                 return info
             stored = stored_offset(context, info, hold)
             if stored != offset:
@@ -275,12 +249,12 @@ class Uploads:
             if info.size is None and size is not None:
                 # Before the first byte: bytes beyond the length must never be stored.
                 info = self._quota.save(info, size=size, reserved=0)
-            limit = limit_of(context, info, offset, patch.length)
+            limit = limit_of(context, info, offset, reader.length)
             on_progress = partial(tell_progress, context, request)
             reception = Reception(
-                context, self._quota, info, offset, patch, limit, hold, on_progress
+                context, self._quota, info, offset, reader, limit, hold, on_progress
             )
-            self._patches[id] = patch
+            self._patches[id] = (reader, request)
             try:
                 info = reception.receive()
             finally:
@@ -362,13 +336,13 @@ class Uploads:
         """
         if not answer.stop:
             return
-        patch = self._patches.get(hook.info.id)
+        reader, request = self._patches.get(hook.info.id, (None, None))
         # The answer to one PATCH must not stop the next one.
-        if patch is not None and patch.request is hook.request:
+        if reader is not None and request is hook.request:
             answer = check_answer(answer)
             stopped = UploadStopped(answer.status or 400, answer.body, answer.headers)
-            patch.reader.interrupt(stopped)
-            if patch.reader.error is stopped:
+            reader.interrupt(stopped)
+            if reader.error is stopped:
                 log.info("%s of %s: the upload is stopped", hook.type, hook.info.id)
                 return
         log.warning("%s of %s: it is too late to stop the upload", hook.type, hook.info.id)
@@ -449,17 +423,9 @@ class Uploads:
         if info.is_partial and info.state is State.FINISHED:
             self.concatenation.part_finished(info, request)
 
-    def _incoming(self, chunk: Chunk, request: RequestInfo) -> Incoming:
-        if chunk.awaits_trailer and Extension.CHECKSUM_TRAILER not in self.extensions:
-            raise ExtensionDisabled("Checksums in trailers are not offered here.")
-        reader = UploadReader(
-            chunk.body, checksum=chunk.checksum, awaits_trailer=chunk.awaits_trailer
-        )
-        return Incoming(chunk, reader, request)
-
-    def _receiving(self, incoming: Incoming) -> AbstractContextManager[None]:
+    def _receiving(self, reader: UploadReader) -> AbstractContextManager[None]:
         # A request without a body is short, so a server that stops need not refuse it.
-        return _AT_ONCE if incoming.chunk.is_empty else self.readers.active(incoming.reader)
+        return _AT_ONCE if reader.is_empty else self.readers.active(reader)
 
 
 def _not_refused(info: FileInfo) -> FileInfo:

@@ -115,6 +115,16 @@ class UploadReader:
         self._ended = False
 
     @property
+    def length(self) -> int | None:
+        """The announced length of the body in bytes; ``None`` if it is chunked."""
+        return self._body.length
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no body; a chunked one may turn out to be empty, too."""
+        return self._body.length == 0
+
+    @property
     def provisional(self) -> bool:
         return self._checksum is not None or self._awaits_trailer
 

@@ -16,10 +16,10 @@ from tuswsgi.core.events import RequestInfo
 from tuswsgi.core.extensions import Extension
 from tuswsgi.observing.logs import UPLOAD_ID
 from tuswsgi.protocol.creating import Creation
-from tuswsgi.protocol.receiving import Chunk
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.transfer.body import RequestBody
 from tuswsgi.transfer.checksum import ALGORITHMS
+from tuswsgi.transfer.reader import UploadReader
 from tuswsgi.transfer.sendfile import Content
 from tuswsgi.web import downloads
 from tuswsgi.web import headers as tus
@@ -85,13 +85,13 @@ class Views:
 
     def post(self, call: Call) -> Answer:
         creation = self._creation(call)
-        chunk = self._chunk(call)
-        if not chunk.is_empty:
+        reader = self._reader(call)
+        if not reader.is_empty:
             self._require(Extension.CREATION_WITH_UPLOAD, "POST requests with a body")
             # "The Client MUST include the Content-Type: application/offset+octet-stream
             # header." (Creation With Upload)
             call.headers.check_content_type()
-        info, answer = self._uploads.create(creation, chunk, call.request)
+        info, answer = self._uploads.create(creation, reader, call.request)
         call.environ[UPLOAD_ID] = info.id
         location = upload_url(call.environ, info.id, self._settings, call.origin)
         self._mixed_content.look(call.environ, location)
@@ -135,7 +135,7 @@ class Views:
         call.headers.check_content_type()
         offset = call.headers.offset
         size = call.headers.length
-        info = self._uploads.append(call.id, offset, size, self._chunk(call), call.request)
+        info = self._uploads.append(call.id, offset, size, self._reader(call), call.request)
         # "The Server MUST acknowledge successful PATCH requests with the 204 No Content
         # status. It MUST include the Upload-Offset header containing the new offset."
         headers = [*call.common, *tus.describe(info, full=False)]
@@ -182,12 +182,15 @@ class Views:
         parts = tuple(upload_id(url, call.environ, self._settings) for url in urls)
         return Creation(None, headers.metadata, concat, parts)
 
-    def _chunk(self, call: Call) -> Chunk:
+    def _reader(self, call: Call) -> UploadReader:
         checksum = call.headers.checksum
         awaits_trailer = call.headers.announces_checksum
         if checksum is not None or awaits_trailer:
             self._require(Extension.CHECKSUM, tus.UPLOAD_CHECKSUM)
-        return Chunk(call.body, checksum, awaits_trailer and checksum is None)
+        awaits_trailer = awaits_trailer and checksum is None
+        if awaits_trailer:
+            self._require(Extension.CHECKSUM_TRAILER, "Checksums in trailers")
+        return UploadReader(call.body, checksum=checksum, awaits_trailer=awaits_trailer)
 
     def _require(self, extension: Extension, what: str) -> None:
         if extension not in self._extensions:
