@@ -20,8 +20,7 @@ import gevent
 from tuswsgi.app import Tus
 from tuswsgi.core.info import FileInfo, State, new_id
 from tuswsgi.infostores import record
-from tuswsgi.protocol.cleanup import CleanUp
-from tuswsgi.protocol.settings import CleanUpSettings
+from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings
 from tuswsgi.core.process import let_others_run
 
 COUNT = 20_000

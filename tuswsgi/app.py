@@ -34,10 +34,11 @@ from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.settings import LockerName
 from tuswsgi.outbox.outbox import Outbox
 from tuswsgi.outbox.settings import DeliverySettings
+from tuswsgi.protocol.cleanup import CleanUpSettings
 from tuswsgi.protocol.context import Context
 from tuswsgi.protocol.quota import QuotaSettings
 from tuswsgi.protocol.readiness import Readiness
-from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
+from tuswsgi.protocol.settings import UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint

@@ -23,8 +23,7 @@ from tuswsgi.hooks.base import ChangeFileInfo, HookResponse
 from tuswsgi.infostores.redis import RedisInfoStore
 from tuswsgi.lockers.base import SURE
 from tuswsgi.observing.telemetry import bytes_reclaimed, quarantine_changed
-from tuswsgi.protocol.cleanup import CleanUp, Reason, Removal, TooManyStrays
-from tuswsgi.protocol.settings import CleanUpSettings
+from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings, Reason, Removal, TooManyStrays
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.testing.datastores import Blocks
 

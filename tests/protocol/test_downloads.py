@@ -14,8 +14,7 @@ from protocol.client import Client, assert_refused, metadata, path_of
 from protocol.conftest import Serve, on_memory
 from tuswsgi.app import Tus
 from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
-from tuswsgi.protocol.cleanup import CleanUp
-from tuswsgi.protocol.settings import CleanUpSettings
+from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings
 
 Embed = Callable[..., Tus]
 

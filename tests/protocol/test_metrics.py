@@ -16,8 +16,7 @@ from tuswsgi.core.errors import ConfigurationError, Unavailable
 from tuswsgi.infostores.base import Census
 from tuswsgi.infostores.memory import MemoryInfoStore
 from tuswsgi.observing.telemetry import bytes_reclaimed, report
-from tuswsgi.protocol.cleanup import CleanUp
-from tuswsgi.protocol.settings import CleanUpSettings
+from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings
 from tuswsgi.serving.settings import gunicorn_settings
 
 TUS = {"Tus-Resumable": "1.0.0"}

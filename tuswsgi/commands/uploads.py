@@ -42,8 +42,7 @@ def gc(load: Load, dry_run: bool, quarantine_many: bool) -> None:
     The options of the section gc say what that is. An upload in use stays.
     """
     with _uploads(load) as (config, uploads):
-        from tuswsgi.protocol.cleanup import CleanUp, TooManyStrays
-        from tuswsgi.protocol.settings import CleanUpSettings
+        from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings, TooManyStrays
 
         found: list[Removal] = []
         failure: TooManyStrays | None = None

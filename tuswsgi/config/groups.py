@@ -18,8 +18,9 @@ def option_groups() -> list[type]:
     from tuswsgi.lockers.settings import LockerSettings
     from tuswsgi.observing.sentry import SentrySettings
     from tuswsgi.outbox.settings import DeliverySettings
+    from tuswsgi.protocol.cleanup import CleanUpSettings
     from tuswsgi.protocol.quota import QuotaSettings
-    from tuswsgi.protocol.settings import CleanUpSettings, UploadSettings
+    from tuswsgi.protocol.settings import UploadSettings
     from tuswsgi.web.settings import MonitoringSettings, WebSettings
 
     return [

@@ -15,16 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+
+from marshmallow.validate import Range
 
 from tuswsgi.core.errors import TusError, UploadGone, UploadLocked, UploadNotFound
 from tuswsgi.core.events import RequestInfo
 from tuswsgi.core.info import FileInfo, State, check_id, made_at
+from tuswsgi.core.options import Duration, option
 from tuswsgi.core.process import let_others_run
 from tuswsgi.datastores.base import Place, Quarantined
 from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.observing.telemetry import bytes_reclaimed, quarantine_changed, report
-from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,59 @@ _MOMENT = 60.0
 _UNFINISHED = (State.RECEIVING, State.WAITING)
 _FINISHED = (State.FINISHED, State.REFUSED)
 _GONE = (State.TERMINATED, State.EXPIRED)
+
+
+@dataclass(frozen=True)
+class CleanUpSettings:
+    """What is removed without being asked for."""
+
+    section: ClassVar[str] = "gc"
+
+    unfinished_age: float | None = option(
+        None,
+        "How long an unfinished upload stays after its last byte. One with an `expiration`, which "
+        "its client was told, lives until that instead. Longer than any request lasts, e.g. `7d`. "
+        "Unset: for ever.",
+        kind=Duration,
+    )
+    finished_age: float | None = option(
+        None,
+        "How long an upload stays after it was finished, e.g. `30d`, and in any case until its "
+        "hooks are delivered; those that were given up count as not delivered. Unset: for ever.",
+        kind=Duration,
+    )
+    partial_age: float | None = option(
+        None,
+        "How long a partial upload stays after its last byte, instead of the two above, and in any "
+        "case while a final upload waits for it. Unset: for ever.",
+        kind=Duration,
+    )
+    tombstone_age: float | None = option(
+        7 * 86400.0,
+        "How long it is known that an upload was removed (410), and in any case until its hooks "
+        "are delivered; afterwards it was never there (404). Unset: for ever.",
+        kind=Duration,
+    )
+    grace: float | None = option(
+        86400.0,
+        "After how long without a change that is removed which only crashes leave behind: records "
+        "of unfinished uploads without their bytes, temporary files; bytes without a record are "
+        "moved to the quarantine. Longer than any hook lasts. Unset: never.",
+        kind=Duration,
+    )
+    quarantine_age: float | None = option(
+        30 * 86400.0,
+        "How long bytes without a record stay in the quarantine, `.tuswsgi/quarantine` below the "
+        "data directory, where an operator who misses them finds them. Unset: for ever.",
+        kind=Duration,
+    )
+    interval: float = option(
+        600.0,
+        "How often one of all workers and hosts looks for what is to be removed. What has to be "
+        "older than some age is looked for less often: it may stay for a 24th of its age more.",
+        kind=Duration,
+        validate=Range(min=1.0, error="Not a duration of at least 1s."),
+    )
 
 
 class Reason(str, Enum):

@@ -1,79 +1,14 @@
-"""The settings of the protocol: what the heart of the server obeys."""
+"""The options of uploads."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
 
-from marshmallow import ValidationError
+from marshmallow.validate import Range
 
 from tuswsgi.core.extensions import OF_STORES, REQUIRES, Extension
-from tuswsgi.core.info import MAX_SIZE
 from tuswsgi.core.options import Duration, MiB, Size, option
-
-
-def _at_least_one(value: int) -> None:
-    if value < 1:
-        raise ValidationError("Not 1 or more.")
-
-
-def _at_least_a_second(value: float) -> None:
-    if value < 1:
-        raise ValidationError("Not a duration of at least 1s.")
-
-
-@dataclass(frozen=True)
-class CleanUpSettings:
-    """What is removed without being asked for."""
-
-    section: ClassVar[str] = "gc"
-
-    unfinished_age: float | None = option(
-        None,
-        "How long an unfinished upload stays after its last byte. One with an `expiration`, which "
-        "its client was told, lives until that instead. Longer than any request lasts, e.g. `7d`. "
-        "Unset: for ever.",
-        kind=Duration,
-    )
-    finished_age: float | None = option(
-        None,
-        "How long an upload stays after it was finished, e.g. `30d`, and in any case until its "
-        "hooks are delivered; those that were given up count as not delivered. Unset: for ever.",
-        kind=Duration,
-    )
-    partial_age: float | None = option(
-        None,
-        "How long a partial upload stays after its last byte, instead of the two above, and in any "
-        "case while a final upload waits for it. Unset: for ever.",
-        kind=Duration,
-    )
-    tombstone_age: float | None = option(
-        7 * 86400.0,
-        "How long it is known that an upload was removed (410), and in any case until its hooks "
-        "are delivered; afterwards it was never there (404). Unset: for ever.",
-        kind=Duration,
-    )
-    grace: float | None = option(
-        86400.0,
-        "After how long without a change that is removed which only crashes leave behind: records "
-        "of unfinished uploads without their bytes, temporary files; bytes without a record are "
-        "moved to the quarantine. Longer than any hook lasts. Unset: never.",
-        kind=Duration,
-    )
-    quarantine_age: float | None = option(
-        30 * 86400.0,
-        "How long bytes without a record stay in the quarantine, `.tuswsgi/quarantine` below the "
-        "data directory, where an operator who misses them finds them. Unset: for ever.",
-        kind=Duration,
-    )
-    interval: float = option(
-        600.0,
-        "How often one of all workers and hosts looks for what is to be removed. What has to be "
-        "older than some age is looked for less often: it may stay for a 24th of its age more.",
-        kind=Duration,
-        validate=_at_least_a_second,
-    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +38,7 @@ class UploadSettings:
         1000,
         "How many partial uploads a final upload may be made of, repeated ones counted each time: "
         "all of them are copied, and `pre-access` is asked about each.",
-        validate=_at_least_one,
+        validate=Range(min=1, error="Not 1 or more."),
     )
     remove_parts: bool = option(
         False,
@@ -132,9 +67,10 @@ class UploadSettings:
     )
 
     def offered(self, by_store: Collection[Extension]) -> tuple[Extension, ...]:
-        """Return what is switched on, without what lacks its base or the data store's help.
+        """Return the extensions in `tus_extensions` that work: their base is offered, and the data
+        store supports them.
 
-        :param by_store: the extensions that the data store can serve.
+        :param by_store: the extensions that the data store supports.
         """
         wanted = {ext for ext in self.tus_extensions if ext in by_store or ext not in OF_STORES}
         if self.expiration is None:
@@ -143,14 +79,3 @@ class UploadSettings:
             if base not in wanted:
                 wanted.discard(extension)
         return tuple(extension for extension in Extension if extension in wanted)
-
-    @property
-    def max_size(self) -> int:
-        """The most bytes that any upload may have."""
-        return MAX_SIZE if self.max_file_size is None else self.max_file_size
-
-    def expiry(self, now: float) -> float | None:
-        """Return when an upload expires whose last byte came at `now`."""
-        if self.expiration is None or Extension.EXPIRATION not in self.tus_extensions:
-            return None
-        return now + self.expiration

@@ -16,9 +16,8 @@ from tuswsgi.core.errors import TusError, UploadLocked
 from tuswsgi.core.events import RequestInfo
 from tuswsgi.core.info import State
 from tuswsgi.lockers.base import SURE, Hold
-from tuswsgi.protocol.cleanup import CleanUp, Search, TooManyStrays, log_failures
+from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings, Search, TooManyStrays, log_failures
 from tuswsgi.protocol.receiving import take_over
-from tuswsgi.protocol.settings import CleanUpSettings
 from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
