@@ -57,6 +57,11 @@ class Line:
         """
         self._last_words, self._restarts = text, restarts
 
+    def say(self, data: bytes) -> None:
+        """Send something to all clients, as if the server said it."""
+        for client in list(self.open):
+            client.sendall(data)
+
     def unblock(self) -> None:
         self._flows.set()
 

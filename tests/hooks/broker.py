@@ -13,6 +13,7 @@ PATIENCE = 60.0
 
 #: Frames, as they look to somebody who reads along.
 HEARTBEAT = b"\x08\0\0\0\0\0\0\xce"
+CONNECTION_BLOCKED = b"\1\0\0\0\0\0\x0f\0\x0a\0\x3c\x0alow memory\xce"
 CHANNEL_OPEN = b"\0\x14\0\x0a"
 CHANNEL_CLOSE = b"\0\x14\0\x28"
 

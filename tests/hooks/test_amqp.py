@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,14 @@ import pytest
 import services
 from line import Line
 
-from hooks.broker import CHANNEL_CLOSE, CHANNEL_OPEN, HEARTBEAT, Inspector, wait_until
+from hooks.broker import (
+    CHANNEL_CLOSE,
+    CHANNEL_OPEN,
+    CONNECTION_BLOCKED,
+    HEARTBEAT,
+    Inspector,
+    wait_until,
+)
 from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.core.errors import ConfigurationError, HookFailed
@@ -294,6 +302,21 @@ def test_a_connection_that_ended_is_replaced(make: Make, line: Line, inspector: 
     assert [properties.message_id for properties, _ in inspector.take_all(queue)] == ["0", "1", "2"]
 
 
+def test_all_connections_that_ended_are_replaced_at_once(make: Make, line: Line) -> None:
+    amqp = make(url=line.url)
+    amqp.send(hook())
+    line.block()
+    with ThreadPoolExecutor(5) as pool:
+        sent = [pool.submit(amqp.send, hook()) for _ in range(5)]
+        wait_until(lambda: line.accepted == 5, "too few connections")
+        line.unblock()
+        for one in sent:
+            one.result()
+    for _ in range(3):
+        line.drop()
+        amqp.send(hook())
+
+
 def test_a_connection_that_ends_under_a_message_is_replaced(
     make: Make, line: Line, inspector: Inspector
 ) -> None:
@@ -331,6 +354,63 @@ def test_requests_wait_once_for_a_broker_that_hangs(
     keep_sending(amqp, hook(HookType.PRE_CREATE, id="now"))
     taken = inspector.take_all(inspector.queue(".pre-create"))
     assert "now" in [properties.message_id for properties, _ in taken]
+
+
+def test_publishers_do_not_wait_for_each_other_behind_a_broker_that_hangs(
+    make: Make, line: Line
+) -> None:
+    amqp = make(HookType.PRE_CREATE, url=line.url, timeout=0.5, connection_pool_size=2)
+    keep_sending(amqp, hook(HookType.PRE_CREATE))
+    line.block()
+
+    def send(_: int) -> float:
+        began = time.monotonic()
+        with pytest.raises(HookFailed):
+            amqp.send(hook(HookType.PRE_CREATE))
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(20) as pool:
+        assert max(pool.map(send, range(20))) < 5
+
+
+def test_a_broker_that_was_killed_is_used_again(
+    make: Make, line: Line, inspector: Inspector
+) -> None:
+    amqp = make(HookType.PRE_CREATE, url=line.url)
+    amqp.send(hook(HookType.PRE_CREATE))
+    line.cut()
+    with pytest.raises(HookFailed):
+        amqp.send(hook(HookType.PRE_CREATE))
+    line.restore()
+    keep_sending(amqp, hook(HookType.PRE_CREATE, id="now"))
+    taken = inspector.take_all(inspector.queue(".pre-create"))
+    assert taken[-1][0].message_id == "now"
+
+
+def test_a_broker_that_is_out_of_memory_is_used_again(
+    make: Make, line: Line, inspector: Inspector
+) -> None:
+    amqp = make(HookType.PRE_CREATE, url=line.url, timeout=0.3)
+    keep_sending(amqp, hook(HookType.PRE_CREATE))
+    # It says so and reads nothing more from those who publish.
+    line.say(CONNECTION_BLOCKED)
+    line.block()
+    for _ in range(3):
+        with pytest.raises(HookFailed):
+            amqp.send(hook(HookType.PRE_CREATE))
+    line.unblock()
+    keep_sending(amqp, hook(HookType.PRE_CREATE, id="now"))
+    taken = inspector.take_all(inspector.queue(".pre-create"))
+    assert "now" in [properties.message_id for properties, _ in taken]
+
+
+def test_a_connection_that_stays_blocked_is_replaced(make: Make, line: Line) -> None:
+    amqp = make(url=f"{line.url}?blocked_connection_timeout=0.2")
+    amqp.send(hook())
+    line.say(CONNECTION_BLOCKED)
+    wait_until(lambda: not line.open, "the connection stays")
+    amqp.send(hook())
+    assert line.accepted == 2
 
 
 def test_a_stop_does_not_wait_for_a_broker_that_hangs(make: Make, line: Line) -> None:

@@ -1,184 +1,297 @@
-"""Connections to an AMQP broker: a bounded pool of them, as hooks see it.
+"""A pool of connections to an AMQP broker, one thread (greenlet) for each.
 
-This file owns how many connections there are, who waits how long for what, and what happens
-while the broker is away. A single connection is the business of
-``connections.amqp_connection``, what is declared and what messages look like that of those
-who use it.
+This file owns how many connections there are, how long publishers wait and what happens while
+the broker is unavailable. ``connections.amqp_connection`` is a single connection; what is
+declared and published is up to the caller.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import queue
 import threading
 import time
 from concurrent import futures
-from functools import partial
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import pika
 
 from tuswsgi.connections.amqp_connection import (
-    FAREWELL,
-    BrokerAway,
+    BrokerUnavailable,
     Connection,
     ConnectionLost,
-    Job,
+    Declare,
     Message,
-    NowhereToGo,
     PublishFailed,
-    Settings,
 )
+from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import ConfigurationError
 
-#: Seconds for which somebody may wait whom no request waits for, and for which a connection
-#: is kept on which the broker takes nothing.
+#: Seconds that a message may take if no request waits for it, and after which a connection is
+#: closed that the broker has blocked for lack of memory or disk.
 PATIENCE = 10.0
 
-#: Seconds for which a broker is left alone that failed: the first time, and at most.
-_FIRST_PAUSE = 1.0
-_LONGEST_PAUSE = 5.0
+#: How long the broker is left alone after failures.
+_BACKOFF = Backoff(first=1.0, longest=5.0, jitter=0)
+
+#: Seconds between two looks at an idle connection: half of the shortest heartbeat.
+_LOOK = 0.5
+
+#: Seconds that an orderly end of all connections may take.
+_FAREWELL = 1.0
 
 
-def parameters_of(url: str) -> pika.URLParameters:
-    """Return what pika needs to know, with a time limit where the URL sets none.
+def parse_url(url: str) -> pika.URLParameters:
+    """Return the parameters of a URL such as ``amqp://user:password@host:5672/vhost``.
 
-    :raises ConfigurationError: if that is no URL of a broker; it does not repeat the URL,
-        which has a password.
+    :raises ConfigurationError: if it is not the URL of a broker. The message does not repeat
+        the URL, which has a password.
     """
     try:
         if urlsplit(url).scheme not in ("amqp", "amqps"):  # pika takes every other for amqp
             raise ValueError("another protocol")
         parameters = pika.URLParameters(url)
-    except Exception:  # pika raises whatever its parts raise
+    except Exception:  # pika passes on those of its parsers
         raise ConfigurationError(
             "The URL of the AMQP broker is not like amqp://user:password@host:5672/vhost."
         ) from None
-    # What connecting may take is limited anyway, a broker that is out of memory is not.
     parameters.blocked_connection_timeout = parameters.blocked_connection_timeout or PATIENCE
     properties = parameters.client_properties or {}
     parameters.client_properties = {"connection_name": "tuswsgi", **properties}
     return parameters
 
 
-class Broker:
-    """The pool of connections of one process.
+@dataclass(frozen=True)
+class PoolSettings:
+    """The settings of a pool.
 
-    A channel carries one message at a time, a connection as many as it has channels, and a
-    connection more is opened when all are busy. A broker that cannot be reached, or that
-    hangs, is left alone for a moment that grows from 1 to 5 seconds: until then messages
-    fail at once.
-
-    Declarations are run again when what they declared is not there any more.
-
-    :param size: how many connections there are at most.
+    :param size: the most connections.
+    :param idle_connection: seconds after which an unused connection closes; ``None`` for never.
+    :param idle_channel: likewise for its channel.
+    :param declare: declares exchanges and queues before a connection's first message.
     """
 
-    def __init__(self, settings: Settings, size: int = 10) -> None:
-        self._settings = settings
-        self._size = size
+    parameters: pika.connection.Parameters
+    size: int = 10
+    idle_connection: float | None = None
+    idle_channel: float | None = None
+    declare: Declare | None = None
+
+
+class Job:
+    """A message to publish, ``None`` to declare only, and the future of its publisher."""
+
+    def __init__(self, message: Message | None) -> None:
+        self.message = message
+        self.future: futures.Future[None] = futures.Future()
+
+    def run(self, connection: Connection) -> None:
+        """Do the job and set its future.
+
+        :raises ConnectionLost: if the connection has ended.
+        """
+        try:
+            if self.message is None:
+                connection.declare()
+            else:
+                connection.publish(self.message)
+        except PublishFailed as error:
+            self.future.set_exception(error)
+            if isinstance(error, ConnectionLost):
+                raise
+        else:
+            self.future.set_result(None)
+
+
+class Broker:
+    """The connections of one process to a broker.
+
+    Publishers put their messages into a queue that the connections share. Another connection is
+    opened when all are busy. A broker that cannot be reached or does not answer is left alone for
+    1 to 5 seconds, in which messages fail at once.
+    """
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.settings = settings
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._connections: list[Connection] = []
+        self._workers: list[Worker] = []
+        self._unfinished = 0
         self._closed = False
-        self._pause = 0.0
-        self._away_until = 0.0
+        self._failures = 0
+        self._retry_at = 0.0
         if not (logger := logging.getLogger("pika")).level:
-            # It tells each trouble several times, as errors; who publishes tells it once.
+            # It logs each failure several times; we log it once.
             logger.setLevel(logging.CRITICAL)
 
     def publish(self, message: Message, timeout: float) -> None:
-        """Publish a message and wait until the broker has it.
+        """Publish a message and wait for the broker's confirmation.
 
-        :param timeout: how long to wait at most, in seconds.
-        :raises PublishFailed: if the broker did not say that it has it. It may have it
+        :param timeout: the longest wait, in seconds.
+        :raises PublishFailed: if the broker did not confirm the message. It may have it
             nevertheless.
         """
-        self._try_twice(message, time.monotonic() + timeout)
+        self._run(message, timeout)
 
     def declare(self, timeout: float) -> None:
-        """Connect and declare, if that was not done yet.
+        """Connect, and declare exchanges and queues unless that is done.
 
-        :raises PublishFailed: if that did not work.
+        :raises PublishFailed: if that failed.
         """
-        self._try_twice(None, time.monotonic() + timeout)
+        self._run(None, timeout)
 
     def close(self) -> None:
-        """End all connections; what is under way fails."""
+        """Close all connections. Messages that take longer than a second fail."""
         with self._lock:
             self._closed = True
-            connections = list(self._connections)
-        for connection in connections:
-            connection.close()
-        for connection in connections:
-            connection.join(2 * FAREWELL)
+            workers = list(self._workers)
+        for _ in workers:
+            self.jobs.put(None)
+        deadline = time.monotonic() + _FAREWELL
+        for worker in workers:
+            worker.thread.join(max(0.0, deadline - time.monotonic()))
+        for worker in workers:
+            worker.abort()
+        for worker in workers:
+            worker.thread.join(_FAREWELL)
 
-    def _try_twice(self, message: Message | None, deadline: float) -> None:
-        try:
-            self._try(message, deadline)
-        except ConnectionLost:
-            self._try(message, deadline)
-        except NowhereToGo:
-            if not self._settings.declarations:
-                raise
-            with self._lock:
-                for connection in self._connections:
-                    connection.declared = False
-            self._try(message, deadline)
+    def _run(self, message: Message | None, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        for _ in range(self.settings.size):
+            try:
+                self._try(message, deadline, timeout)
+                return
+            except ConnectionLost:
+                pass  # and what ended it may have ended the next one as well
+        self._try(message, deadline, timeout)
 
-    def _try(self, message: Message | None, deadline: float) -> None:
-        started = time.monotonic()
+    def _try(self, message: Message | None, deadline: float, timeout: float) -> None:
         job = Job(message)
-        connection = self._submit(job)
+        self._submit(job)
         try:
-            job.future.result(max(0.0, deadline - started))
+            job.future.result(max(0.0, deadline - time.monotonic()))
         except futures.TimeoutError:
             job.future.cancel()
-            # Where others are served meanwhile there are just too many.
-            if connection.progress_at < started:
-                self.failed()
-                connection.give_up()
+            self._abort_silent(timeout / 2)
             raise PublishFailed("the broker took too long") from None
         with self._lock:
-            self._pause = self._away_until = 0.0
+            self._failures = 0
+            self._retry_at = 0.0
 
-    def _submit(self, job: Job) -> Connection:
+    def _submit(self, job: Job) -> None:
         with self._lock:
             if self._closed:
-                raise BrokerAway("the server stops")
-            if time.monotonic() < self._away_until:
-                raise BrokerAway("the broker could not be reached a moment ago")
-            connection = min(self._connections, key=lambda one: one.load, default=None)
-            may_open = len(self._connections) < self._size
-            if connection is None or (connection.load >= self._settings.channels and may_open):
-                connection = Connection(self._settings, self)
-                self._connections.append(connection)
-            connection.load += 1
-            connection.waiting.append(job)
-        job.future.add_done_callback(partial(self._done, connection))
-        connection.wake()
-        return connection
+                raise BrokerUnavailable("the server stops")
+            if time.monotonic() < self._retry_at:
+                raise BrokerUnavailable("the broker could not be reached a moment ago")
+            all_busy = self._unfinished >= len(self._workers)
+            if all_busy and len(self._workers) < self.settings.size:
+                self._workers.append(Worker(self))
+            self._unfinished += 1
+            self.jobs.put(job)
+        job.future.add_done_callback(self._finished)
 
-    def _done(self, connection: Connection, future: object) -> None:
+    def _finished(self, future: object) -> None:
         with self._lock:
-            connection.load -= 1
+            self._unfinished -= 1
+
+    def _abort_silent(self, seconds: float) -> None:
+        """Abort connections that have waited for the broker for so long."""
+        before = time.monotonic() - seconds
+        with self._lock:
+            silent = [worker for worker in self._workers if worker.busy_since < before]
+        for worker in silent:
+            worker.abort()
+        if silent:
+            self.failed()
 
     def failed(self) -> None:
+        """The broker cannot be reached or does not answer."""
         with self._lock:
             now = time.monotonic()
-            if now >= self._away_until:  # else many noticed the same trouble
-                self._pause = min(max(_FIRST_PAUSE, 2 * self._pause), _LONGEST_PAUSE)
-                self._away_until = now + self._pause
+            if now >= self._retry_at:  # else others have reported the same failure
+                self._failures += 1
+                self._retry_at = now + _BACKOFF.after(self._failures)
 
-    def forget(self, connection: Connection) -> None:
+    def remove_idle(self, worker: Worker) -> bool:
+        """Remove a worker unless there are jobs for it; return whether it is removed."""
         with self._lock:
-            self._remove(connection)
-
-    def forget_idle(self, connection: Connection) -> bool:
-        with self._lock:
-            if connection.load:
+            if not self.jobs.empty():
                 return False
-            self._remove(connection)
+            self._workers.remove(worker)
             return True
 
-    def _remove(self, connection: Connection) -> None:
-        if connection in self._connections:
-            self._connections.remove(connection)
+    def remove(self, worker: Worker, error: PublishFailed) -> None:
+        """Remove a worker that has ended. Without another one, waiting jobs fail."""
+        with self._lock:
+            if worker in self._workers:
+                self._workers.remove(worker)
+            left = [] if self._workers else self._take_all()
+        for job in left:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+
+    def _take_all(self) -> list[Job]:
+        jobs = []
+        while not self.jobs.empty():
+            if (job := self.jobs.get()) is not None:
+                jobs.append(job)
+        return jobs
+
+
+class Worker:
+    """A thread (greenlet) and the connection that it owns."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._connection: Connection | None = None
+        #: When it began to connect or to publish; infinite while it is idle.
+        self.busy_since = time.monotonic()
+        self.thread = threading.Thread(target=self._run, name="tuswsgi-amqp", daemon=True)
+        self.thread.start()
+
+    def abort(self) -> None:
+        """Abort the connection. Until it is open, pika's own timeouts apply."""
+        if self._connection is not None:
+            self._connection.abort()
+
+    def _run(self) -> None:
+        settings = self._broker.settings
+        error: PublishFailed = BrokerUnavailable("the server stops")
+        try:
+            self._connection = Connection(settings.parameters, settings.declare)
+            self.busy_since = math.inf
+            self._serve(self._connection)
+        except BrokerUnavailable as failure:
+            self._broker.failed()
+            error = failure
+        except ConnectionLost as failure:
+            error = failure
+        finally:
+            self._broker.remove(self, error)
+            if self._connection is not None:
+                self._connection.close()
+
+    def _serve(self, connection: Connection) -> None:
+        """Publish until the pool closes or the connection was idle for too long."""
+        settings = self._broker.settings
+        idle = settings.idle_connection or math.inf
+        look = min(_LOOK, idle / 2, (settings.idle_channel or math.inf) / 2)
+        while True:
+            try:
+                job = self._broker.jobs.get(timeout=look)
+            except queue.Empty:
+                if connection.is_foreign():
+                    return  # greenlets survive a fork
+                connection.keep_alive(settings.idle_channel)
+                if connection.idle_for() >= idle and self._broker.remove_idle(self):
+                    return
+                continue
+            if job is None:
+                return
+            if job.future.set_running_or_notify_cancel():
+                self.busy_since = time.monotonic()
+                job.run(connection)
+                self.busy_since = math.inf

@@ -8,10 +8,8 @@ every hook and refuses none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 from marshmallow.validate import Range
@@ -24,10 +22,10 @@ from tuswsgi.hooks.base import Hook, HookRequest
 from tuswsgi.hooks.payloads import PayloadFormat
 
 if TYPE_CHECKING:
-    from pika.channel import Channel
+    from pika.adapters.blocking_connection import BlockingChannel
 
     from tuswsgi.connections.amqp import Broker
-    from tuswsgi.connections.amqp_connection import Declaration, Message
+    from tuswsgi.connections.amqp_connection import Message
 
 log = logging.getLogger(__name__)
 
@@ -130,20 +128,20 @@ class AmqpHook(Hook):
     )
     channel_pool_size: int = option(
         10,
-        "The most channels of a connection. Each carries one message at a time; one more "
-        "connection is opened when all are busy.",
+        "The most channels of a connection. It has one, which carries one message at a time; "
+        "another connection is opened when all are busy.",
         rustus="HOOKS_AMQP_CHANNEL_POOL_SIZE",
         validate=Range(min=1, max=2047),
     )
     idle_connection_timeout: float | None = option(
         None,
-        "Close connections that are not used for this long; without it they stay.",
+        "Close connections that are not used for this long; without it they stay open.",
         kind=Duration,
         rustus="HOOKS_AMQP_IDLE_CONNECTION_TIMEOUT",
     )
     idle_channels_timeout: float | None = option(
         None,
-        "Close channels that are not used for this long; without it they stay.",
+        "Close channels that are not used for this long; without it they stay open.",
         kind=Duration,
         rustus="HOOKS_AMQP_IDLE_CHANNELS_TIMEOUT",
     )
@@ -199,17 +197,16 @@ class AmqpHook(Hook):
             raise HookFailed from error
 
     def _connect(self) -> Broker:
-        from tuswsgi.connections.amqp import Broker, parameters_of
-        from tuswsgi.connections.amqp_connection import Settings
+        from tuswsgi.connections.amqp import Broker, PoolSettings, parse_url
 
-        settings = Settings(
-            parameters_of(self.url or ""),
-            self.channel_pool_size,
-            self.idle_connection_timeout,
-            self.idle_channels_timeout,
-            self._declarations(),
+        settings = PoolSettings(
+            parse_url(self.url or ""),
+            size=self.connection_pool_size,
+            idle_connection=self.idle_connection_timeout,
+            idle_channel=self.idle_channels_timeout,
+            declare=self._declare if self.declare_exchange or self.declare_queues else None,
         )
-        return Broker(settings, self.connection_pool_size)
+        return Broker(settings)
 
     def _message(self, request: HookRequest) -> Message:
         import pika
@@ -242,33 +239,21 @@ class AmqpHook(Hook):
         """Return the routing key of a hook, which is its queue's name, too."""
         return self.routing_key or f"{self.queues_prefix}.{type}"
 
-    def _declarations(self) -> list[Declaration]:
-        declarations: list[Declaration] = []
-        # The exchange without a name is always there, and bound to each queue.
+    def _declare(self, channel: BlockingChannel) -> None:
+        # The exchange without a name always exists, and every queue is bound to it.
         if self.declare_exchange and self.exchange:
-            declarations.append(
-                lambda channel, done: channel.exchange_declare(
-                    self.exchange,
-                    self.exchange_kind,
-                    durable=self.durable_exchange,
-                    auto_delete=self.auto_delete,
-                    callback=done,
-                )
+            channel.exchange_declare(
+                self.exchange,
+                self.exchange_kind,
+                durable=self.durable_exchange,
+                auto_delete=self.auto_delete,
             )
-        if self.declare_queues:
-            for name in sorted({self._routing_key(type) for type in self.types}):
-                declarations.append(partial(self._declare_queue, name))
-                if self.exchange:
-                    declarations.append(partial(self._bind, name))
-        return declarations
-
-    def _declare_queue(self, name: str, channel: Channel, done: Callable[[Any], None]) -> None:
-        channel.queue_declare(
-            name, durable=self.durable_queues, auto_delete=self.auto_delete, callback=done
-        )
-
-    def _bind(self, name: str, channel: Channel, done: Callable[[Any], None]) -> None:
-        channel.queue_bind(name, self.exchange, routing_key=name, callback=done)
+        if not self.declare_queues:
+            return
+        for name in sorted({self._routing_key(type) for type in self.types}):
+            channel.queue_declare(name, durable=self.durable_queues, auto_delete=self.auto_delete)
+            if self.exchange:
+                channel.queue_bind(name, self.exchange, routing_key=name)
 
 
 def _task_id(id: str) -> str:
