@@ -1,7 +1,6 @@
-"""Post-hooks that are not delivered, for an operator to look at and to try again.
+"""``tuswsgi hooks``: lists undelivered post-hooks and retries dead letters.
 
-It reads and writes the info store's outbox beside the servers that use it, and delivers
-nothing itself. How the events get there and away is the business of the delivery.
+It reads and writes the events in the info store, and leaves their delivery to the servers.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tuswsgi.core.events import Event
 from tuswsgi.infostores.base import EventStore, InfoStore, prepared
 from tuswsgi.infostores.settings import InfoStoreName
 
-#: More than anybody looks through. A listing holds all of them in memory.
+#: The longest listing; it is held in memory.
 _MANY = 100_000
 
 _HEAD = ("ID", "EVENT", "UPLOAD", "TRANSPORT", "AGE", "ATTEMPTS", "NEXT TRY", "ERROR")
@@ -29,7 +28,7 @@ _HEAD = ("ID", "EVENT", "UPLOAD", "TRANSPORT", "AGE", "ATTEMPTS", "NEXT TRY", "E
 def opened(config: Config) -> AbstractContextManager[InfoStore]:
     """Open the configured info store.
 
-    :raises ConfigurationError: if it cannot be used, or only by the server itself.
+    :raises ConfigurationError: if it cannot be used, or is in the memory of the server.
     """
     backends = Backends(config)
     if backends.info_store_name is InfoStoreName.MEMORY:
@@ -41,20 +40,20 @@ def opened(config: Config) -> AbstractContextManager[InfoStore]:
 
 
 def pending(infos: EventStore) -> Sequence[Event]:
-    """Return the events that are to be delivered, oldest first."""
+    """Return the events to be delivered, oldest first."""
     return infos.outbox(dead=False, limit=_MANY)
 
 
 def dead(infos: EventStore) -> Sequence[Event]:
-    """Return the events that were given up, oldest first."""
+    """Return the dead letters, oldest first."""
     return infos.outbox(dead=True, limit=_MANY)
 
 
 def replay(infos: EventStore, id: str | None = None) -> int:
-    """Have dead events tried again, at once and as if they had never failed.
+    """Let the servers deliver dead letters as if they were new.
 
-    :param id: only those of this event or upload.
-    :returns: how many.
+    :param id: only those with this id, or of the upload with this id.
+    :returns: their number.
     """
     events = [event for event in dead(infos) if id in (None, event.id, event.upload)]
     for event in events:
@@ -63,7 +62,7 @@ def replay(infos: EventStore, id: str | None = None) -> int:
 
 
 def as_json(events: Iterable[Event]) -> str:
-    """Return events as JSON, without what they tell: times are Unix times."""
+    """Return events as JSON, without their payloads; times are in seconds since the epoch."""
     return json.dumps(
         [
             {

@@ -1,9 +1,4 @@
-"""The moments in an upload's life that applications are told of, and what is told of them.
-
-This file owns the names of hooks, the request that is the cause of one, and the event that is
-kept until somebody delivered it. How they are sent, and what may be answered, is the business of
-``hooks``.
-"""
+"""The types of hooks, the request that causes one, and the event that waits for delivery."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ from typing import Any
 
 
 class HookType(str, Enum):
-    """A moment in an upload's life. The names are tusd's and rustus'."""
+    """The type of a hook. The names are those of tusd and rustus."""
 
     PRE_ACCESS = "pre-access"
     PRE_CREATE = "pre-create"
@@ -31,22 +26,21 @@ class HookType(str, Enum):
 
     @property
     def blocking(self) -> bool:
-        """Whether the request waits for the hook, which may then refuse it."""
+        """Whether the request waits for the hook, which may refuse it."""
         return self.value.startswith("pre-")
 
 
 @dataclass(frozen=True)
 class RequestInfo:
-    """The request that is the cause of a hook.
+    """The request that causes a hook.
 
     :param uri: path and query as the client sent them.
-    :param remote_addr: the client's address, with a proxy looked through if that is
-        configured; ``None`` where the server does not know it.
-    :param remote_port: the client's port, where no proxy hides it.
-    :param headers: header names in lower case, repeated ones joined as one value.
-    :param repeated: the values of those headers that came more than once, one by one, where the
-        server tells them apart.
-    :param owner: who sends it, as the embedding application names them.
+    :param remote_addr: the client's address, behind a trusted proxy too; ``None`` if the server
+        does not know it.
+    :param remote_port: the client's port, ``None`` behind a proxy.
+    :param headers: header names in lower case; repeated headers are joined.
+    :param repeated: the single values of repeated headers, if the server keeps them apart.
+    :param owner: the user, as the embedding application identifies them.
     """
 
     method: str = ""
@@ -59,15 +53,14 @@ class RequestInfo:
 
     @property
     def fields(self) -> Mapping[str, Sequence[str]]:
-        """All headers with all of their values."""
+        """All headers with their single values."""
         return {name: self.repeated.get(name, (text,)) for name, text in self.headers.items()}
 
 
 def joined(name: str, values: Sequence[str]) -> str:
-    """Return the values of a header that came more than once as one.
+    """Return the values of a repeated header as one.
 
-    They are joined by commas (RFC 9110, 5.3), but those of Cookie as browsers do it (RFC 6265,
-    5.4).
+    They are joined by commas (RFC 9110, 5.3), those of Cookie by semicolons (RFC 6265, 5.4).
 
     :param name: in lower case.
     """
@@ -76,19 +69,21 @@ def joined(name: str, values: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Event:
-    """A post-hook that is to be delivered by one transport.
+    """A post-hook to be delivered through one transport.
 
-    It is written with the change of state that it tells of and kept until it is
-    delivered, so that it survives the death of every process. Its `id` is that of the
-    hook, so an event is found by its id and its transport.
+    It is written in one transaction with the change that it reports, and kept until it is
+    delivered, so that no crash loses it. All transports share the `id` of a hook, so an event is
+    identified by its id and its transport.
 
-    :param sequence: counts the record's writes; the events of an upload are delivered in
-        its order, separately for each transport.
-    :param payload: what ``hooks.events`` makes of the ``HookRequest``.
-    :param due_at: not to be delivered before this time.
-    :param attempts: how often its delivery failed.
+    :param upload: the id of the upload.
+    :param sequence: the number of the write of the record that the hook reports. Each transport
+        gets the events of an upload in this order.
+    :param payload: what ``outbox.events`` makes of the ``HookRequest``.
+    :param due_at: the time before which it is not delivered.
+    :param attempts: how often its delivery has failed.
     :param error: why it failed the last time.
-    :param dead: given up; it is kept for the operator and holds up no other event.
+    :param dead: whether it is a dead letter: it is kept for the operator, and the next event of
+        its upload goes.
     """
 
     id: str

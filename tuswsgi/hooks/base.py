@@ -1,8 +1,4 @@
-"""The contract of hooks: what is told to applications, and what they may answer.
-
-This file owns the names of hooks and the values that pass between the protocol and the
-transports. How they look in JSON is the business of payload formats.
-"""
+"""The contract of hook transports: what they send to the application, and what it answers."""
 
 from __future__ import annotations
 
@@ -21,15 +17,16 @@ from tuswsgi.observing.telemetry import hook_sent, report
 
 @dataclass(frozen=True)
 class HookRequest:
-    """What a transport is to send.
+    """A hook that a transport is to send.
 
-    :param info: the upload at the time of the event.
-    :param location: where its bytes lie, e.g. a path in the file system; ``None`` where
-        there is nothing to show (pre-create, stores without names).
-    :param id: unique, and the same for every transport and every repetition.
-    :param sequence: counts the record's writes; 0 where there was none.
+    :param info: the upload at the time of the hook.
+    :param request: the request that caused it.
+    :param location: where the upload's bytes are stored, e.g. a path; ``None`` for pre-create
+        and for stores without names.
+    :param id: unique; the same for every transport and every attempt.
+    :param sequence: the number of the write of the record that the hook reports, from 0.
     :param deadline: until when, on the monotonic clock, the client's request waits for the
-        answer; ``None`` for as long as the transports take.
+        answer; ``None`` if the transports set the only limits.
     """
 
     type: HookType
@@ -41,23 +38,23 @@ class HookRequest:
     deadline: float | None = field(default=None, compare=False)
 
     def may_wait(self, seconds: float) -> bool:
-        """Return whether the client's request may wait for so long from now on."""
+        """Return whether the client's request may wait for so many more seconds."""
         return self.deadline is None or time.monotonic() + seconds < self.deadline
 
     def time_left(self, most: float) -> float:
         """Return how long an attempt may take, in seconds, up to `most`.
 
-        :raises HookFailed: if time is over.
+        :raises HookFailed: if the deadline has passed.
         """
         if self.deadline is None:
             return most
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise HookFailed("The request waited as long as it may (blocking_timeout).")
+            raise HookFailed("The request has waited for its hooks for blocking_timeout.")
         return min(most, left)
 
     def after(self, answer: HookResponse) -> HookRequest:
-        """Return what the next listener is to see: the upload as `answer` changed it."""
+        """Return the request for the next listener: with the upload as `answer` changed it."""
         if answer.change is None:
             return self
         return replace(self, info=answer.change.applied_to(self.info))
@@ -65,11 +62,11 @@ class HookRequest:
 
 @dataclass(frozen=True)
 class ChangeFileInfo:
-    """What a pre-create hook wants an upload to be (tusd's ``FileInfoChanges``).
+    """What a pre-create hook changes about an upload (tusd's ``FileInfoChanges``).
 
-    Nothing of it is trusted: ids and paths are checked like everything from outside.
+    The id and the path are validated before they are used.
 
-    :param path: relative to the data store's root.
+    :param path: relative to the root of the data store.
     """
 
     id: str | None = None
@@ -77,7 +74,7 @@ class ChangeFileInfo:
     path: str | None = None
 
     def applied_to(self, info: FileInfo) -> FileInfo:
-        """Return an upload as the hook wants it."""
+        """Return the upload with these changes."""
         storage = info.storage
         return info.replace(
             id=self.id or info.id,
@@ -88,15 +85,15 @@ class ChangeFileInfo:
 
 @dataclass(frozen=True)
 class HookResponse:
-    """What a hook answered (tusd's ``HookResponse``).
+    """The answer of a hook (tusd's ``HookResponse``).
 
     :param reject: refuse the request: ``RejectTermination`` for pre-terminate and
         ``RejectUpload`` for every other blocking hook. A 4xx refusal by pre-finish is final.
     :param status: the HTTP status for the client, ``None`` for the protocol's own.
     :param body: the body for the client, ``None`` for the protocol's own.
-    :param headers: more headers for the client.
-    :param change: what pre-create changes.
-    :param stop: end the PATCH that is running, and its upload (post-receive).
+    :param headers: additional headers for the client.
+    :param change: how to change the upload (pre-create only).
+    :param stop: stop the running PATCH and terminate its upload (post-receive only).
     """
 
     reject: bool = False
@@ -107,7 +104,7 @@ class HookResponse:
     stop: bool = False
 
     def followed_by(self, second: HookResponse) -> HookResponse:
-        """Return two answers as one; where both say something `second` counts."""
+        """Return two answers combined; where they contradict, `second` wins."""
         change = second.change or self.change
         if self.change is not None and second.change is not None:
             first = self.change
@@ -127,16 +124,16 @@ class HookResponse:
         )
 
 
-#: Asks one listener: a transport, or one of the programs or URLs of a transport.
+#: Sends a hook to one listener: a transport, or one program or URL of a transport.
 Ask = Callable[[HookRequest], HookResponse | None]
 
 
 def ask_in_turn(listeners: Iterable[Ask], request: HookRequest) -> HookResponse | None:
-    """Ask one listener after the other, until one rejects.
+    """Send a hook to one listener after the other, until one rejects.
 
-    Each of them sees the upload as those before it have changed it.
+    Each listener gets the upload as the answers before have changed it.
 
-    :returns: what the answers are together, ``None`` if nobody had anything to say.
+    :returns: the answers combined, ``None`` if there are none.
     """
     answer: HookResponse | None = None
     for ask in listeners:
@@ -151,11 +148,11 @@ def ask_in_turn(listeners: Iterable[Ask], request: HookRequest) -> HookResponse 
 
 
 class Hook(ABC):
-    """A transport: brings a hook to an application and brings the answer back.
+    """A transport: sends hooks to the application and returns its answers.
 
-    :cvar name: by which events, logs and the command line call it.
-    :cvar may_refuse: whether its failure to deliver a blocking hook refuses the request.
-    :ivar types: the hooks that it is sent.
+    :cvar name: the name in events, logs and on the command line.
+    :cvar may_refuse: whether the request is refused if a blocking hook cannot be sent.
+    :ivar types: the types of hooks to send.
     """
 
     name: ClassVar[str]
@@ -164,40 +161,39 @@ class Hook(ABC):
 
     @property
     def forwards(self) -> Collection[str]:
-        """The names of the client's headers that are sent along, in any case."""
+        """The names of the request headers that are forwarded, in any case."""
         return ()
 
     def prepare(self) -> None:
-        """Check the configuration; nothing that lives with the process is made yet.
+        """Check the configuration. Open no connections yet: the process may fork.
 
-        :raises ConfigurationError: if the transport cannot work as it is configured.
+        :raises ConfigurationError: if the transport cannot work as configured.
         """
 
     def check(self) -> None:
-        """Find out, at little cost, whether hooks can be sent now. May be called often.
+        """Check that hooks can be sent now. It is cheap and may be called often.
 
         :raises Exception: if they cannot.
         """
 
     @abstractmethod
     def send(self, request: HookRequest) -> HookResponse | None:
-        """Send one hook and return the answer, ``None`` if there is nothing to say.
+        """Send a hook and return the answer, ``None`` if there is none.
 
-        It may be called from many greenlets or threads at once, and must not block the
-        others: no waiting but on gevent's (patched) primitives. It always ends, after its
-        timeout at the latest and at the hook's deadline. For a blocking hook the request
-        waits; for a post-hook the caller repeats what failed.
+        It is called from many greenlets or threads at once and must not block the others: wait
+        only on primitives that gevent patches. It must return by its timeout and by the deadline
+        of `request`. If it raises, a blocking hook refuses the request, and a post-hook is
+        retried.
 
-        :raises HookRefusal: to refuse the request with the application's own answer.
-        :raises HookFailed: if the hook could not be reached or took too long; a blocking
-            hook then refuses the request with a 503. The cause is its ``__cause__`` or its
-            message for the log.
-        :raises HookBroken: likewise with a 500, if the answer cannot be understood.
-        :raises Exception: as ``HookFailed``, for everything that nobody thought of.
+        :raises HookRefusal: to refuse the request with an answer of the application.
+        :raises HookFailed: if the application could not be reached or took too long; the request
+            is answered 503. Its ``__cause__``, or its message, is logged.
+        :raises HookBroken: if the answer is invalid; the request is answered 500.
+        :raises Exception: treated as ``HookFailed``.
         """
 
     def call(self, request: HookRequest) -> HookResponse | None:
-        """Do as ``send``, and tell those of it who count."""
+        """Call ``send``, and report its duration and outcome to the telemetry."""
         if not hook_sent.receivers:
             return self.send(request)
         began = time.monotonic()
@@ -221,4 +217,4 @@ class Hook(ABC):
             )
 
     def close(self) -> None:
-        """Release what this process holds. The transport may be used again afterwards."""
+        """Release connections and the like. The transport may be used again afterwards."""

@@ -1,4 +1,4 @@
-"""The settings of hooks that all transports have in common: which there are, and how they look."""
+"""The settings of hooks that all transports share."""
 
 from __future__ import annotations
 
@@ -36,41 +36,41 @@ class EnabledHooks:
 
 @dataclass(frozen=True)
 class HookSettings:
-    """How hooks look, and how often progress is told."""
+    """The format and the limits of hooks."""
 
     section: ClassVar[str] = "hooks"
 
     format: FormatName = option(
         FormatName.DEFAULT,
-        "What hooks look like. The first three are rustus' and differ in the payload alone; "
-        "`tusd-v2` is what tusd sends today, and hooks come when tusd would send them. There a "
-        "header that comes twice has two values; under other servers than `tuswsgi serve` and "
-        "our worker for gunicorn it has one, joined by a comma.",
+        "The format of hooks. The first three are rustus' and differ only in the payload; "
+        "`tusd-v2` is what tusd 2 sends, at the times when tusd sends it. In it, a repeated header "
+        "has several values; under servers other than `tuswsgi serve` and our gunicorn worker it "
+        "has one, joined by commas.",
         rustus="HOOKS_FORMAT",
     )
     blocking_timeout: float | None = option(
         None,
-        "How long a request may wait for one of its blocking hooks, all transports, URLs, "
-        "attempts and the pauses between them together; then it is told to come back (503). "
-        "Unset, the sum of what the transports may take: a receiver that hangs costs a request "
-        "11 s by HTTP (4 attempts of 2 s, 3 pauses of 1 s) and 63 s by gRPC, a program 60 s.",
+        "How long a request may wait for one of its blocking hooks, including all transports, "
+        "URLs, attempts and pauses; then it is answered 503. Unset: as long as the transports "
+        "allow. With their defaults, a receiver that hangs delays a request by 11 s over HTTP (4 "
+        "attempts of 2 s, 3 pauses of 1 s) and by 63 s over gRPC, a program by 60 s.",
         kind=Duration,
     )
     max_headers: int = option(
         64 * KiB,
-        "How many bytes of a request's headers, names and values, hooks are told of. Beyond that "
-        "headers are left out whole, the longest first, and those that are sent along "
-        "(`proxy_headers`, `forward_headers`) after all others.",
+        "How many bytes of request headers (names and values) a hook carries at most. Beyond that, "
+        "whole headers are dropped: the longest first, and forwarded ones (`proxy_headers`, "
+        "`forward_headers`) last.",
         kind=Size,
     )
     progress_interval: float = option(
         1.0,
-        "The least time between two `post-receive` of an upload while bytes arrive.",
+        "The shortest time between two `post-receive` hooks of an upload while bytes arrive.",
         kind=Duration,
         aliases=("progress-hooks-interval",),
     )
 
     @property
     def follows_tusd(self) -> bool:
-        """Whether hooks come when today's tusd sends them."""
+        """Whether hooks are sent when tusd 2 sends them."""
         return payload_format(self.format).follows_tusd

@@ -1,29 +1,29 @@
-"""Records and events as JSON, in one form for every store that keeps text.
+"""The JSON of records and events, for all stores that keep text.
 
-This file owns the form and nothing else: where the text is kept, and what is to be done
-about text that cannot be read, is the business of the stores. It does not use
-marshmallow: the text is our own and is read on every request, and a schema takes five
-times as long to check what no client ever touched.
+It does not use marshmallow: every request reads a record, and a schema would take five times
+as long to validate what this server wrote itself.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from tuswsgi.core.events import Event, HookType
 from tuswsgi.core.info import FileInfo, FinalResponse, Metadata, State, Storage
 
-#: Built once: ``json.dumps`` with arguments builds an encoder for each call.
+#: ``json.dumps`` with arguments would build an encoder for each call.
 _encoder = json.JSONEncoder(separators=(",", ":"))
 _decoder = json.JSONDecoder()
 
 _DEFAULTS = vars(FileInfo(id=""))
+_EVENT_FIELDS = [field.name for field in fields(Event)]
 
 
 class CorruptRecord(ValueError):
-    """A text that is no record of this server."""
+    """A text that this server did not write."""
 
 
 def encode(data: Mapping[str, Any]) -> str:
@@ -37,7 +37,6 @@ def decode(text: str | bytes) -> dict[str, Any]:
     :raises CorruptRecord: if `text` is not a JSON object.
     """
     try:
-        # What ``encode`` returned begins with the object, so nothing is skipped before it.
         text = text if isinstance(text, str) else text.decode()
         data, end = _decoder.raw_decode(text)
     except ValueError as error:
@@ -48,7 +47,7 @@ def decode(text: str | bytes) -> dict[str, Any]:
 
 
 def dump(info: FileInfo) -> dict[str, Any]:
-    """Return a record as values that JSON knows, without fields that have their default."""
+    """Return a record as a JSON object, without the fields that have their default."""
     data = {name: value for name, value in vars(info).items() if value is not _DEFAULTS[name]}
     data["storage"] = {
         "type": info.storage.type,
@@ -67,10 +66,10 @@ def dump(info: FileInfo) -> dict[str, Any]:
 def load(data: Mapping[str, Any]) -> FileInfo:
     """Return the record that ``dump`` was given.
 
-    Fields that are missing have their defaults and unknown ones are ignored, so that
-    neighbouring versions of the server read each other's records.
+    Missing fields get their defaults and unknown ones are ignored, so that two versions of the
+    server can read each other's records during an update.
 
-    :raises CorruptRecord: if `data` is something else.
+    :raises CorruptRecord: if `data` is invalid.
     """
     try:
         get = data.get
@@ -107,42 +106,19 @@ def load(data: Mapping[str, Any]) -> FileInfo:
 
 
 def dump_event(event: Event) -> dict[str, Any]:
-    """Return an event as values that JSON knows."""
-    return {
-        "id": event.id,
-        "type": event.type.value,
-        "upload": event.upload,
-        "sequence": event.sequence,
-        "created_at": event.created_at,
-        "transport": event.transport,
-        "payload": dict(event.payload),
-        "due_at": event.due_at,
-        "attempts": event.attempts,
-        "error": event.error,
-        "dead": event.dead,
-    }
+    """Return an event as a JSON object."""
+    return {**vars(event), "type": event.type.value, "payload": dict(event.payload)}
 
 
 def load_event(data: Mapping[str, Any]) -> Event:
     """Return the event that ``dump_event`` was given.
 
-    :raises CorruptRecord: if `data` is something else.
+    :raises CorruptRecord: if `data` is invalid.
     """
     try:
-        return Event(
-            id=data["id"],
-            type=HookType(data["type"]),
-            upload=data["upload"],
-            sequence=data["sequence"],
-            created_at=data["created_at"],
-            transport=data.get("transport", ""),
-            payload=data.get("payload", {}),
-            due_at=data.get("due_at", 0.0),
-            attempts=data.get("attempts", 0),
-            error=data.get("error"),
-            dead=data.get("dead", False),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        values = {name: data[name] for name in _EVENT_FIELDS if name in data}
+        return Event(**{**values, "type": HookType(data["type"])})
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptRecord(f"Not an event of an upload: {error!r}") from error
 
 
