@@ -204,21 +204,21 @@ def test_what_cannot_be_used_is_said_upload_by_upload(
     outside = tmp_path / "elsewhere"
     outside.write_bytes(b"hello")
     reasons = {
-        rustus.upload(b"", 5, storage="s3_storage"): "not in files but in s3_storage",
+        rustus.upload(b"", 5, storage="s3_storage"): "in s3_storage, not in files",
         rustus.upload(b"hello", 9, path=str(outside)): f"{outside} is not below",
         rustus.upload(b"hello", 9, path="../elsewhere"): "../elsewhere is not below",
         rustus.upload(b"hello", 9, path=None): "is not below",
         rustus.upload(b"hello", 3, offset=2): "5 bytes where the upload has 3",
         rustus.upload(b"he", 5, offset=5): "2 bytes where the upload has 5",
-        rustus.upload(b"", None, is_final=True): "never made of its parts",
+        rustus.upload(b"", None, is_final=True): "never concatenated",
         rustus.upload(b"", 5, metadata={"a\tb": ""}): "metadata cannot be sent",
         rustus.upload(b"", 5, id="another"): "It is the record of another",
-        rustus.upload(b"", 5, created_at="today"): "no record of rustus",
+        rustus.upload(b"", 5, created_at="today"): "not a record of rustus",
     }
     for text in ("", "{", "[]", "null", '{"id": 1}'):
         id = rustus.upload(b"", 5)
         rustus.keep(id, text)
-        reasons[id] = "no record of rustus"
+        reasons[id] = "not a record of rustus"
     good = rustus.upload(b"hello", 9)
     lines = copy(code=1).splitlines()
     for id, reason in reasons.items():

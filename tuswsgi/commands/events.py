@@ -82,9 +82,9 @@ def as_json(events: Iterable[Event]) -> str:
     )
 
 
-def as_table(events: Iterable[Event], now: float | None = None) -> str:
+def as_table(events: Iterable[Event]) -> str:
     """Return events as a table for people."""
-    now = time.time() if now is None else now
+    now = time.time()
     return table([_HEAD, *(_row(event, now) for event in events)])
 
 

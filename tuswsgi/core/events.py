@@ -82,8 +82,8 @@ class Event:
     :param due_at: the time before which it is not delivered.
     :param attempts: how often its delivery has failed.
     :param error: why it failed the last time.
-    :param dead: whether it is a dead letter: it is kept for the operator, and the next event of
-        its upload goes.
+    :param dead: whether it is a dead letter: it is kept for the operator, and does not hold up
+        the next event of its upload.
     """
 
     id: str

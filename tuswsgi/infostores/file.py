@@ -78,7 +78,7 @@ class FileInfoStore(InfoStore):
 
     info_dir: Path = option(
         None,
-        "The directory of the info store `file`. Unset: a directory beside the data.",
+        "The directory of `file-info-storage`. Unset: a directory below the data directory.",
         rustus="INFO_DIR",
     )
     force_fsync: bool = False

@@ -1,9 +1,8 @@
-"""Records that rustus wrote, as records of ours: to be read, never to be written.
+"""Reads the records of rustus, releases 0.1 to 1.1, and converts them to ours.
 
-This file owns rustus' JSON, where its releases from 0.1 to 1.1 keep it, and what becomes of
-each field. The bytes stay where rustus put them: the records that come out of here belong to
-files below the same data directory. Source: rustus, ``src/file_info.rs``,
-``src/info_storage/impls`` and ``src/data_storage/impls/file_storage.rs``.
+The bytes stay where rustus put them: a converted record refers to a file below the same data
+directory. Source: rustus, ``src/file_info.rs``, ``src/info_storage/impls`` and
+``src/data_storage/impls/file_storage.rs``.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from tuswsgi.core.paths import contained
 if TYPE_CHECKING:
     import redis
 
-#: What rustus' file storage calls itself, and the only one before 0.4, which has no name.
+#: The name of rustus' file storage. Releases before 0.4 have no other, and store no name.
 _FILE_STORAGE = "file_storage"
 
 _SUFFIX = ".info"
 
-#: What rustus names uploads: UUIDs, without hyphens in its first releases. Its Redis may hold
-#: keys of others too.
+#: The ids of uploads: UUIDs, without hyphens in the first releases. Other keys in rustus' Redis
+#: are not its own.
 _UUID = re.compile(rb"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}")
 
-#: Seconds that a Redis may take to answer.
+#: The longest wait for an answer of Redis, in seconds.
 _PATIENCE = 10.0
 
 _size = validate.Range(0, MAX_SIZE)
 
 
 class NotConvertible(Exception):
-    """A record that cannot become one of ours, with a sentence that says why."""
+    """A record that cannot be converted. The message is a sentence that says why."""
 
 
 class RustusRecord(Schema):
-    """The JSON of a record. 0.1 to 0.3 did not write all of it."""
+    """The JSON of a record. Releases 0.1 to 0.3 do not write all fields."""
 
     class Meta:
         unknown = EXCLUDE
@@ -72,7 +71,7 @@ class RustusTexts(ABC):
     def ids(self) -> Sequence[str]:
         """Return the ids of all records, sorted.
 
-        :raises ConfigurationError: if there is no such place.
+        :raises ConfigurationError: if the directory or database does not exist.
         :raises Unavailable: if it cannot be read now.
         """
 
@@ -89,7 +88,7 @@ class RustusTexts(ABC):
 
 
 class RustusFiles(RustusTexts):
-    """The directory of rustus' ``file-info-storage``, with a file ``<id>.info`` each."""
+    """The directory of rustus' ``file-info-storage``: a file ``<id>.info`` per upload."""
 
     def __init__(self, info_dir: Path) -> None:
         self._directory = info_dir
@@ -113,7 +112,7 @@ class RustusFiles(RustusTexts):
 
 
 class RustusRedis(RustusTexts):
-    """The database of rustus' ``redis-info-storage``, with a key that is the id each."""
+    """The database of rustus' ``redis-info-storage``: a key per upload, which is its id."""
 
     def __init__(self, dsn: str) -> None:
         import redis
@@ -143,12 +142,12 @@ class RustusRedis(RustusTexts):
 
 
 class RustusRecords:
-    """The records of a rustus, converted.
+    """The converted records of a rustus.
 
-    :param data_dir: rustus' data directory, which is to be that of this server.
+    :param data_dir: rustus' data directory, which this server is to use too.
     :param url: the path of uploads, for the URLs of a final upload's parts.
-    :param without_files: convert finished uploads also if their bytes are not there (an
-        application may have moved them away); a download is answered 410 then.
+    :param without_files: also convert finished uploads whose files are missing, because the
+        application has moved them; downloads of these are answered 410.
     """
 
     def __init__(
@@ -162,21 +161,21 @@ class RustusRecords:
     def ids(self) -> Sequence[str]:
         """Return the ids of all records, sorted.
 
-        :raises ConfigurationError: if there is no place of that kind.
+        :raises ConfigurationError: if the directory or database does not exist.
         :raises Unavailable: if it cannot be read now.
         """
         return self._texts.ids()
 
     def read(self, id: str) -> FileInfo:
-        """Return a record.
+        """Return a converted record.
 
         :raises UploadNotFound: if there is none.
-        :raises NotConvertible: if it cannot become one of ours.
+        :raises NotConvertible: if it cannot be converted.
         :raises Unavailable: if it cannot be read now.
         """
         data = _parse(id, self._texts.text(id))
         if data["storage"] != _FILE_STORAGE:
-            raise NotConvertible(f"Its bytes are not in files but in {data['storage']}.")
+            raise NotConvertible(f"Its bytes are in {data['storage']}, not in files.")
         path, stat = self._find(id, data["path"] or "")
         is_finished = data["length"] is not None and data["offset"] == data["length"]
         if stat is None and not (is_finished and self._without_files):
@@ -206,23 +205,26 @@ class RustusRecords:
         self._texts.close()
 
     def _check(self, data: dict[str, Any], stat: os.stat_result | None, is_finished: bool) -> None:
-        """Refuse what rustus itself left in disorder."""
+        """Refuse uploads that rustus left inconsistent.
+
+        :raises NotConvertible: for these.
+        """
         if data["is_final"] and not is_finished:
-            raise NotConvertible("It is a final upload that was never made of its parts.")
+            raise NotConvertible("It is a final upload whose parts were never concatenated.")
         if stat is None or data["length"] is None:
             return
-        # rustus has no locks: two requests at once make a file longer than was promised.
+        # rustus has no locks: two requests at once make the file longer than the upload.
         if stat.st_size > data["length"] or (is_finished and stat.st_size != data["length"]):
             raise NotConvertible(
                 f"Its file has {stat.st_size} bytes where the upload has {data['length']}."
             )
 
     def _find(self, id: str, path: str) -> tuple[str, os.stat_result | None]:
-        """Return where below the data directory an upload's file is, and what it is like.
+        """Return the path of an upload's file below the data directory, and its status.
 
-        rustus keeps absolute paths. The directory may have moved since, or be mounted
-        elsewhere: it is the end of the path that counts, and a file has its upload's id for
-        a name, which no other upload has.
+        rustus stores absolute paths, and the directory may have been moved or mounted elsewhere
+        since. So the longest end of the path that exists is taken; the name of the file is
+        the upload's id, which no other upload has.
         """
         parts = PurePosixPath(path).parts
         if parts and parts[-1] == id:
@@ -237,7 +239,7 @@ class RustusRecords:
         return id, None
 
     def _concat(self, data: dict[str, Any]) -> str | None:
-        """Return what the client said in ``Upload-Concat``, as far as rustus remembers it."""
+        """Return ``Upload-Concat`` as the client sent it, as far as rustus has stored it."""
         if data["is_final"]:
             return "final;" + " ".join(f"{self._url}/{part}" for part in data["parts"] or ())
         return "partial" if data["is_partial"] else None
@@ -247,13 +249,13 @@ def _parse(id: str, text: bytes) -> dict[str, Any]:
     try:
         data: dict[str, Any] = _schema.loads(text.decode())
     except (ValueError, ValidationError) as error:
-        raise NotConvertible(f"It is no record of rustus: {error}") from error
+        raise NotConvertible(f"It is not a record of rustus: {error}") from error
     if data["id"] != id:
         raise NotConvertible(f"It is the record of {data['id']}.")
     try:
         check_id(id)
     except UploadNotFound:
-        raise NotConvertible("No upload can have such an id.") from None
+        raise NotConvertible("Its id is not valid for an upload.") from None
     return data
 
 

@@ -1,8 +1,7 @@
-"""One attempt to send a post-hook, and what follows from it.
+"""A single attempt to send a post-hook, and its consequences.
 
-A delivered event is removed. A failed one is put back, to be tried again after a pause that
-grows with each failure, or becomes a dead letter: it is kept for the operator, and the next
-event of its upload goes.
+An event that is delivered is removed. One that fails is put back and retried after a pause, or
+becomes a dead letter: it is kept for the operator, and the next event of its upload is sent.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Sender:
     def deliver(self, event: Event) -> bool:
         """Try to deliver an event that this process has claimed.
 
-        :returns: whether the next event of its upload may go: this one is delivered or dead.
+        :returns: whether the next event of its upload can be sent: this one is delivered or dead.
         """
         hook = next(hook for hook in self._hooks if hook.name == event.transport)
         try:
