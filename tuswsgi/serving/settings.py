@@ -24,7 +24,7 @@ from tuswsgi.config.server import LONGEST_LINE, LogLevel, ServerSettings
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.options import MAIN
 from tuswsgi.observing import metrics_directory, sentry
-from tuswsgi.observing.logs import LogFormat, formatter
+from tuswsgi.observing.logs import LogFormat, LogHandler, formatter
 from tuswsgi.observing.sentry import SentrySettings
 from tuswsgi.web.settings import WATCHED, MonitoringSettings
 
@@ -51,7 +51,7 @@ _ACCESS_FORMAT = (
 )
 
 #: Takes what all loggers of this process say, but for gunicorn's, who has handlers of its own.
-_handler = logging.StreamHandler()
+_handler = LogHandler()
 
 
 def gunicorn_settings(config: Config) -> dict[str, Any]:

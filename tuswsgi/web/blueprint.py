@@ -221,7 +221,9 @@ class TusBlueprint(flask.Blueprint):
     def _common_headers(self, environ: dict[str, Any]) -> Headers:
         # "The Tus-Resumable header MUST be included in every request and response except
         # for OPTIONS requests."
-        headers = [(TUS_RESUMABLE, VERSION), *self._cors.headers(environ)]
+        origin = environ.get("HTTP_ORIGIN")
+        cors = self._cors.without_origin if origin is None else self._cors.headers(environ, origin)
+        headers = [(TUS_RESUMABLE, VERSION), *cors]
         if self._tells_request_id or "HTTP_X_REQUEST_ID" in environ or REQUEST_ID in environ:
             headers.append((_REQUEST_ID_HEADER, request_id(environ)))
         return headers

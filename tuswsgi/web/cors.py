@@ -43,6 +43,9 @@ class Cors:
     def __init__(self, settings: WebSettings) -> None:
         self._any_origin = "*" in settings.cors
         self._origins = [origin_pattern(origin) for origin in settings.cors]
+        #: The headers of responses to requests without an origin. Caches have to know that others
+        #: have more.
+        self.without_origin = [("Vary", "Origin")] if settings.cors else []
         self._common = [
             ("Access-Control-Expose-Headers", ", ".join((*_EXPOSED, *settings.cors_expose_headers)))
         ]
@@ -54,17 +57,11 @@ class Cors:
             ("Access-Control-Max-Age", str(int(settings.cors_max_age))),
         ]
 
-    def headers(self, environ: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Return the headers for the answer to a request, whatever the answer is."""
-        if not self._origins:
-            return []
-        # The answer depends on the origin even if this request has none.
-        headers = [("Vary", "Origin")]
-        origin = environ.get("HTTP_ORIGIN")
-        if origin is None or not self.allows(origin):
-            return headers
-        headers.append(("Access-Control-Allow-Origin", origin))
-        headers += self._common
+    def headers(self, environ: Mapping[str, Any], origin: str) -> list[tuple[str, str]]:
+        """Return the headers of the response to a request that names its origin."""
+        if not self._origins or not self.allows(origin):
+            return self.without_origin
+        headers = [*self.without_origin, ("Access-Control-Allow-Origin", origin), *self._common]
         if "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
             headers += self._preflight
         return headers

@@ -24,7 +24,7 @@ from tuswsgi.core.errors import (
     UploadNotFound,
     may_pass,
 )
-from tuswsgi.observing.logs import CLIENT, UPLOAD_ID
+from tuswsgi.observing.logs import CLIENT, UPLOAD_ID, sole_handler
 from tuswsgi.transfer.body import RequestBody
 from tuswsgi.web.urls import request_uri
 
@@ -121,9 +121,14 @@ def _tell(level: int, fields: dict[str, Any], cause: BaseException | None) -> No
     line += f" in {fields['duration']:.2f} s from {fields['client'] or 'a unix socket'}"
     if "reason" in fields:
         line += f": {fields['reason']}"
-    log.log(level, "%s", line, exc_info=cause, extra=fields)
+    handler = None if cause is not None else sole_handler(log)
+    if handler is not None:
+        handler.emit_line(level, line)
+    else:
+        log.log(level, "%s", line, exc_info=cause, extra=fields)
 
 
 def _shown(text: str) -> str:
-    """Return a text of somebody else's on one line, shortened."""
-    return printable(" ".join(text[:_SHOWN].split()))
+    """Return the start of a text from outside on one line, without control characters."""
+    text = " ".join(text[:_SHOWN].split())
+    return text if text.isprintable() else printable(text)

@@ -73,10 +73,10 @@ class Answer:
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         start_response(self.status_line, self.headers_for(environ))
-        if environ["REQUEST_METHOD"] == "HEAD":
-            # gunicorn would leave it out as well, and complain each time.
-            return send((), self.request_body, environ, start_response)
-        content = (self.content,) if isinstance(self.content, bytes) else self.content
+        content: Iterable[bytes] = ()
+        # gunicorn would not send the content of a response to HEAD, but log each time.
+        if self.content and environ["REQUEST_METHOD"] != "HEAD":
+            content = (self.content,) if isinstance(self.content, bytes) else self.content
         return send(content, self.request_body, environ, start_response)
 
 
