@@ -171,7 +171,7 @@ def test_what_differs_is_overwritten_only_when_asked(way: tuple[str, str]) -> No
         target.create(old, [told(old), events[1], told(old, dead=True)])
         before = everything(target)
         output = copy(way, code=1)
-        assert f"{info.id}: The target has another record of it" in output
+        assert f"{info.id}: The target has a different record of it" in output
         assert everything(target) == before
         assert "1 overwritten, 0 there already." in copy(way, "--overwrite")
         assert everything(target) == everything(source)
@@ -316,8 +316,8 @@ def test_the_configured_store_is_the_other_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (["--from", "file:///a", "--to", "file:///a"], 2, "there and here are the same"),
-        ([], 2, "there and here are the same"),
+        (["--from", "file:///a", "--to", "file:///a"], 2, "source and target are the same"),
+        ([], 2, "source and target are the same"),
         (["--from", "file:///there/is/nothing"], 1, "nothing to copy at /there/is/nothing"),
         (["--from", "sqlite:////there/is/nothing"], 1, "nothing to copy at /there/is/nothing"),
         (["--from", "file://relative"], 1, "has to look like file:///directory"),
@@ -325,7 +325,11 @@ def test_the_configured_store_is_the_other_one(tmp_path: Path) -> None:
         (["--from", "postgres://127.0.0.1:1/a"], 1, "Error: "),
         (["--from", "redis://127.0.0.1:1"], 1, "Error: "),
         (["--from", "sqlite:///a", "--to", "rustus+file:///a"], 1, "not supported"),
-        (["--to", "file:///a", "--info-storage", "memory-info-storage"], 1, "in the memory"),
+        (
+            ["--to", "file:///a", "--info-storage", "memory-info-storage"],
+            1,
+            "in the server's memory",
+        ),
         (["--to", "file:///a", "--port", "no"], 2, "port"),
     ],
 )

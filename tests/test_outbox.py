@@ -115,7 +115,7 @@ def test_dead_letters_are_tried_again(infos: InfoStore, flags: list[str], by: st
         fail(infos, f"upload-{number}", attempts=200, due_at=time.time() + 600, dead=True)
     args = {"event": [ids[1]], "upload": ["upload-1"], "all": []}[by]
     count = 3 if by == "all" else 1
-    assert hooks("replay", *args, *flags).output == f"{count} will be tried again.\n"
+    assert hooks("replay", *args, *flags).output == f"{count} will be delivered again.\n"
     assert len(infos.outbox(dead=True)) == 3 - count
     again = infos.claim("somebody", time.time(), time.time() + 60)
     assert len(again) == count
@@ -126,8 +126,8 @@ def test_dead_letters_are_tried_again(infos: InfoStore, flags: list[str], by: st
 def test_an_id_that_nobody_gave_up(infos: InfoStore, flags: list[str]) -> None:
     waiting = write(infos, "upload-1")
     result = hooks("replay", waiting, *flags, code=1)
-    assert f"No post-hook with the ID {waiting} was given up." in result.output
-    assert hooks("replay", *flags).output == "0 will be tried again.\n"
+    assert f"There is no dead letter with the ID {waiting}." in result.output
+    assert hooks("replay", *flags).output == "0 will be delivered again.\n"
 
 
 def test_a_store_in_memory_cannot_be_looked_into() -> None:

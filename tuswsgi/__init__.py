@@ -1,7 +1,7 @@
 """tuswsgi: a server for tus, the protocol of resumable uploads, in a Flask blueprint.
 
-The names below are the public ones. They are imported when they are first used, so that
-the command line starts quickly and nothing is loaded that is not needed.
+The names below are public. They are imported at their first use, so that the command line
+starts quickly and only what is used is loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tuswsgi.hooks.base import HookResponse as HookResponse
     from tuswsgi.infostores.base import InfoStore as InfoStore
     from tuswsgi.lockers.base import Locker as Locker
+    from tuswsgi.observing.signals import upload_created as upload_created
+    from tuswsgi.observing.signals import upload_finished as upload_finished
+    from tuswsgi.observing.signals import upload_progress as upload_progress
+    from tuswsgi.observing.signals import upload_terminated as upload_terminated
     from tuswsgi.web.blueprint import request_method as request_method
 
 _HOMES = {
@@ -40,6 +44,10 @@ _HOMES = {
     "TusError": "core.errors",
     "create_app": "app",
     "request_method": "web.blueprint",
+    "upload_created": "observing.signals",
+    "upload_finished": "observing.signals",
+    "upload_progress": "observing.signals",
+    "upload_terminated": "observing.signals",
 }
 
 __all__ = list(_HOMES)

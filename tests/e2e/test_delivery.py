@@ -243,7 +243,7 @@ def test_what_is_given_up_can_be_tried_again(serve: Serve, receiver: Receiver) -
     command = [sys.executable, "-m", "tuswsgi", "hooks", "replay", letter["id"]]
     data_dir = ["--data-dir", str(server.data_dir)]
     result = subprocess.run([*command, *data_dir], capture_output=True, text=True, check=True)
-    assert result.stdout == "1 will be tried again.\n"
+    assert result.stdout == "1 will be delivered again.\n"
     wait_until(lambda: receiver.accepted("post-create") == {upload}, "the replayed hook")
     assert {one.id for one in receiver.arrivals if one.type == "post-create"} == {letter["id"]}
     wait_until(lambda: outbox(server, "dead") == outbox(server, "pending") == [], "its end")

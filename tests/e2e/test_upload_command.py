@@ -54,7 +54,7 @@ def test_a_file_that_changes_is_not_uploaded(
         if offset == 400_000:
             change(file)
 
-    with pytest.raises(UploadFailed, match="file was changed while it was uploaded"):
+    with pytest.raises(UploadFailed, match="file was changed during the upload"):
         _upload(file, _url(server), state, progress=progress)
     assert seen[-1] == (400_000, 1_000_000)
     assert json.loads(state.read_text()) == {}
@@ -71,7 +71,7 @@ def test_the_command_fails_for_a_file_that_changes(
         change(file)
         out, err = command.communicate(timeout=PATIENCE)
     assert (command.returncode, out) == (1, "")
-    assert "file was changed while it was uploaded. Upload it again, or a copy" in err
+    assert "file was changed during the upload. Upload it again, or a copy" in err
     assert "100%" not in err
 
 
@@ -148,7 +148,7 @@ def test_a_server_without_progress_is_left_alone_after_some_attempts(
 ) -> None:
     server = strange({"Upload-Offset": "0"}, {"Upload-Offset": "0"}, _CREATED)
     said: list[str] = []
-    with pytest.raises(UploadFailed, match="has no more of them than before"):
+    with pytest.raises(UploadFailed, match="its offset is the same as before"):
         _upload(_file(tmp_path), _at(server), tmp_path / "state.json", say=said.append, retries=2)
     assert server.count("PATCH") == 3
     assert [line.rpartition("Trying again ")[2] for line in said] == ["in 0.5 s.", "in 1 s."]

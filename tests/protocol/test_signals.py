@@ -7,8 +7,9 @@ from typing import Any
 import flask
 import pytest
 
-from tuswsgi import FileInfo, Tus
-from tuswsgi.observing.signals import (
+from tuswsgi import (
+    FileInfo,
+    Tus,
     upload_created,
     upload_finished,
     upload_progress,

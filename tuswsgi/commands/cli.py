@@ -1,9 +1,8 @@
 """The command line: ``tuswsgi serve``, ``config``, ``hooks``, ``info``, ``db`` and ``upload``.
 
-It owns flags, output and exit codes (2 for a wrong configuration, 1 for everything else
-that fails) and no behaviour; so do the modules of other commands. Whatever is slow to import
-is imported by the command that needs it, so that ``--help`` is quick, and after gevent has
-patched where that counts.
+It defines flags, output and exit codes (2 for a wrong configuration, 1 for other failures).
+Commands import what they need when they run, so that ``--help`` is quick and gevent patches
+before anything else is imported.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class ServeCommand(ConfiguredCommand):
     """The one command that runs under gevent."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        # Before anything else is imported: what holds an unpatched socket, lock or sleep
-        # would block all connections of a worker.
+        # Before anything else is imported: a module that holds an unpatched socket, lock or
+        # sleep would block all connections of a worker.
         from gevent import monkey
 
         monkey.patch_all()
@@ -72,8 +71,8 @@ def main() -> None:
 def serve(load: Callable[[], Config]) -> None:
     """Run the server.
 
-    Each option can be given as a flag, as an environment variable and in the INI file, in
-    this order of precedence.
+    An option can be set by a flag, an environment variable or the INI file, in this order of
+    precedence.
     """
     with failing(exit_code=2):
         from tuswsgi.serving.master import Master
@@ -86,13 +85,13 @@ def serve(load: Callable[[], Config]) -> None:
 
 @main.group()
 def config() -> None:
-    """Look at the configuration."""
+    """Check, show and document the configuration."""
 
 
 @config.command(cls=ConfiguredCommand)
 @config_option
 def check(load: Callable[[], Config]) -> None:
-    """Say whether the configuration is correct."""
+    """Report all mistakes in the configuration."""
     with failing(exit_code=2):
         from tuswsgi.config.backends import Backends
         from tuswsgi.serving.settings import gunicorn_settings
@@ -115,7 +114,7 @@ def show(load: Callable[[], Config]) -> None:
 
 
 @config.command()
-@click.option("--check", is_flag=True, help="Only say whether the files are up to date.")
+@click.option("--check", is_flag=True, help="Only check whether the files are up to date.")
 @click.option("--stdout", is_flag=True, help="Print the files instead of writing them.")
 @click.option(
     "--directory",
@@ -142,14 +141,14 @@ def docs(check: bool, stdout: bool, directory: Path) -> None:
 
 @main.group()
 def hooks() -> None:
-    """Look after post-hooks that were not delivered, also while the server runs."""
+    """List and replay post-hooks that were not delivered, also while the server runs."""
 
 
 @hooks.command(cls=ConfiguredCommand)
 @config_option
 @json_option
 def pending(load: Callable[[], Config], as_json: bool) -> None:
-    """List the post-hooks that are still to be delivered, oldest first."""
+    """List the post-hooks that wait for delivery, oldest first."""
     from tuswsgi.commands import events
 
     with _events(load) as infos:
@@ -160,7 +159,7 @@ def pending(load: Callable[[], Config], as_json: bool) -> None:
 @config_option
 @json_option
 def dead(load: Callable[[], Config], as_json: bool) -> None:
-    """List the post-hooks that were given up, oldest first."""
+    """List the dead letters: post-hooks whose delivery was given up, oldest first."""
     from tuswsgi.commands import events
 
     with _events(load) as infos:
@@ -171,17 +170,17 @@ def dead(load: Callable[[], Config], as_json: bool) -> None:
 @config_option
 @click.argument("id", required=False)
 def replay(load: Callable[[], Config], id: str | None) -> None:
-    """Try post-hooks again that were given up.
+    """Deliver dead letters again.
 
-    ID is that of a post-hook or of an upload; without it all of them are tried.
+    ID is that of a post-hook or of an upload. Without it all dead letters are delivered again.
     """
     from tuswsgi.commands import events
 
     with _events(load) as infos:
         count = events.replay(infos, id)
     if id is not None and not count:
-        raise click.ClickException(f"No post-hook with the ID {id} was given up.")
-    click.echo(f"{count} will be tried again.")
+        raise click.ClickException(f"There is no dead letter with the ID {id}.")
+    click.echo(f"{count} will be delivered again.")
 
 
 @contextmanager
@@ -200,16 +199,16 @@ def _events(load: Callable[[], Config]) -> Iterator[InfoStore]:
 
 @main.group()
 def db() -> None:
-    """Look after the tables of the SQL databases that are configured.
+    """Create and upgrade the tables of the configured SQL databases.
 
-    The server makes and upgrades them by itself when it starts.
+    The server does it by itself when it starts.
     """
 
 
 @db.command("version", cls=ConfiguredCommand)
 @config_option
 def db_version(load: Callable[[], Config]) -> None:
-    """Say of which version the tables are, and which one this program needs."""
+    """Print the version of the tables, and the one that this program needs."""
     from tuswsgi.connections.tables import SCHEMA, version
 
     with _databases(load, must_exist=True) as databases:
@@ -223,7 +222,7 @@ def db_version(load: Callable[[], Config]) -> None:
 @db.command(cls=ConfiguredCommand)
 @config_option
 def upgrade(load: Callable[[], Config]) -> None:
-    """Create the tables, or bring older ones up to date. Newer ones are left alone."""
+    """Create the tables, or upgrade older ones."""
     from tuswsgi.connections.tables import SCHEMA, prepare_tables
 
     with _databases(load) as databases:
@@ -251,23 +250,25 @@ def _databases(
                 raise click.ClickException("No SQL database is configured.")
             yield databases
     except Unavailable as error:
-        raise click.ClickException("The database cannot be used now; the log says why.") from error
+        raise click.ClickException("The database is not available; the log says why.") from error
 
 
 @main.group()
 def info() -> None:
-    """Look after the records of uploads."""
+    """Copy the records of uploads."""
 
 
 @info.command(cls=ConfiguredCommand)
 @config_option
-@click.option("--from", "source", metavar="DSN", help="Where the records are.")
-@click.option("--to", "target", metavar="DSN", help="Where they shall be.")
-@click.option("--overwrite", is_flag=True, help="Replace what differs there, with its post-hooks.")
+@click.option("--from", "source", metavar="DSN", help="The store to copy from.")
+@click.option("--to", "target", metavar="DSN", help="The store to copy to.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace records of the target that differ, and their hooks."
+)
 @click.option(
     "--without-files",
     is_flag=True,
-    help="Take finished uploads of rustus also if their files are gone.",
+    help="Copy finished uploads of rustus even if their files are missing.",
 )
 def copy(
     load: Callable[[], Config],
@@ -276,22 +277,22 @@ def copy(
     overwrite: bool,
     without_files: bool,
 ) -> None:
-    """Copy the records of all uploads, with post-hooks that are not delivered, to another store.
+    """Copy the records of all uploads and their undelivered post-hooks to another store.
 
-    A DSN is file:///directory, one of --info-db-dsn, or the place of a rustus' records:
-    rustus+file:///info-dir or rustus+redis://host:6379, with rustus' data directory as
-    --data-dir. Without one it is the configured store. Stop the servers first. Nothing is
-    changed in the source, and what was cut off is continued by doing it again.
+    A DSN is file:///directory or written as in --info-db-dsn; --from also takes the records of
+    rustus, as rustus+file:///info-dir or rustus+redis://host:6379, with rustus' data directory
+    as --data-dir. The default is the configured store. Stop the servers first. The source is
+    not changed. Run the command again if it was interrupted.
     """
     if source == target:
-        raise click.UsageError("Say --from or --to, or both: there and here are the same.")
+        raise click.UsageError("Give --from or --to: source and target are the same store.")
     with failing(exit_code=2):
         configuration = load()
     from tuswsgi.commands import copy
     from tuswsgi.core.display import printable
     from tuswsgi.core.errors import TusError
 
-    click.echo("The servers of both stores must be stopped until this ends.", err=True)
+    click.echo("Keep the servers of both stores stopped until this has ended.", err=True)
     try:
         with (
             failing(exit_code=1),
@@ -328,7 +329,7 @@ def _headers(
 @main.command()
 @click.argument("file", type=FileArgument(exists=True))
 @click.argument("url")
-@click.option("--chunk-size", default="8MiB", help="Bytes in one request.  [default: 8MiB]")
+@click.option("--chunk-size", default="8MiB", help="The size of a request.  [default: 8MiB]")
 @click.option(
     "--header",
     "headers",
@@ -337,12 +338,12 @@ def _headers(
     callback=_headers,
     help="Send this header to the server, e.g. 'Authorization: Bearer ...'; repeatable.",
 )
-@click.option("--retries", default=8, help="Failed attempts in a row.  [default: 8]")
+@click.option("--retries", default=8, help="How many attempts in a row may fail.  [default: 8]")
 @click.option(
     "--state",
     type=FileArgument(),
     default=Path("~/.cache/tuswsgi/uploads.json"),
-    help="Where unfinished uploads are remembered.  [default: ~/.cache/tuswsgi/uploads.json]",
+    help="The file with the URLs of unfinished uploads.  [default: ~/.cache/tuswsgi/uploads.json]",
 )
 def upload(
     file: Path,

@@ -1,8 +1,7 @@
-"""A small client, so that a server can be tried without another tool.
+"""A small client for ``tuswsgi upload``.
 
-It uploads one file with tuspy, remembers the upload's URL until it is complete, and comes
-back after errors that pass by themselves. It owns no protocol and no output: tuspy speaks
-tus, and the command line shows the progress.
+It uploads a file with tuspy, remembers the upload's URL until it is complete, and retries
+after temporary errors.
 """
 
 from __future__ import annotations
@@ -36,42 +35,42 @@ _BACKOFF = Backoff(first=0.5, longest=30.0, jitter=0)
 #: Characters of an answer's body that are printed as the reason for an error.
 _LONGEST_REASON = 500
 
-#: The statuses below 500 after which clients of the tus family come back.
-_PASSING = {409, 423, 429}
+#: The statuses below 500 after which tus clients retry.
+_TEMPORARY = {409, 423, 429}
 
-#: How a server says that it does not know an upload (any more).
+#: The statuses of uploads that do not exist (any more).
 _FORGOTTEN = {404, 410}
 
 _PORTS = {"http": 80, "https": 443}
 
 
 class UploadFailed(Exception):
-    """The file could not be uploaded; the text says why."""
+    """The file could not be uploaded."""
 
 
 class FileChanged(UploadFailed):
-    """The file is not the one any more that the upload was begun with."""
+    """The file was changed since the upload began."""
 
 
 class _NoProgress(Exception):
-    """The server took bytes and says that it has no more than before."""
+    """The server accepted bytes, but its offset is the same as before."""
 
 
 @dataclass
 class Remembered:
     """The URLs of unfinished uploads, in a JSON file that only its owner can read.
 
-    Several processes may use it at once. A file that cannot be understood counts as empty.
+    Several processes may use it at once. An invalid file counts as empty.
     """
 
     file: Path
 
     def get(self, key: str) -> str | None:
-        """Return the URL that was remembered under `key`."""
+        """Return the URL for `key`."""
         return self._read().get(key)
 
     def set(self, key: str, url: str | None) -> None:
-        """Remember a URL; ``None`` forgets it.
+        """Remember the URL for `key`; ``None`` forgets it.
 
         :raises OSError: if the file cannot be written.
         """
@@ -94,8 +93,8 @@ class Remembered:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # Not the file itself, in whose place another one is put. It stays: who removes a lock's
-        # file lets two in.
+        # A file of its own, since the other one is replaced. It is never removed: two processes
+        # could then lock different files.
         fd = os.open(self._beside("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -105,7 +104,7 @@ class Remembered:
 
     def _replace(self, text: str) -> None:
         new = self._beside("new")
-        new.unlink(missing_ok=True)  # of a process that was killed
+        new.unlink(missing_ok=True)  # left by a process that was killed
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "w", encoding="utf-8") as file:
             file.write(text)
@@ -116,7 +115,7 @@ class Remembered:
 
 
 class Source:
-    """A file as it was when it was opened; for tuspy a stream of always the same length.
+    """A file as it was when it was opened, as a stream of constant length for tuspy.
 
     :ivar length: in bytes.
     :raises UploadFailed: if it is not a regular file.
@@ -141,14 +140,14 @@ class Source:
     def read(self, n: int) -> bytes:
         """Return exactly `n` bytes.
 
-        :raises FileChanged: if the file is not as it was.
+        :raises FileChanged: if the file was changed.
         """
         block = self._stream.read(n)
-        # Looked at after reading: what was read before a change is what it was.
+        # Checked after reading, so that these bytes are from before any change.
         if len(block) != n or not self._is_unchanged():
             raise FileChanged(
-                f"{_shown(self._file)} was changed while it was uploaded. Upload it again, "
-                "or a copy of it if it goes on changing."
+                f"{_shown(self._file)} was changed during the upload. Upload it again, or a copy "
+                "of it if it keeps changing."
             )
         return block
 
@@ -160,10 +159,10 @@ class Source:
 
 
 class _Uploader(Uploader):
-    """tuspy's uploader, but it looks closely at what the server says.
+    """tuspy's uploader, with checks of the server's answers.
 
     :param length: the length of the file.
-    :param headers: sent to the server of the client only: an upload may be on another one.
+    :param headers: sent only to the server where uploads are created, since they may be secret.
     """
 
     def __init__(self, length: int, headers: Mapping[str, str], **options: Any) -> None:
@@ -180,14 +179,13 @@ class _Uploader(Uploader):
 
     @catch_requests_error  # type: ignore[untyped-decorator]
     def get_offset(self) -> int:
-        """Ask the server, also whether it expects as many bytes as there are."""
+        """Return the server's offset, and check its Upload-Length."""
         answer = requests.head(str(self.url), headers=self.get_headers())
         _check(answer.status_code, answer.content)
         length = answer.headers.get("Upload-Length")
         if length is not None and length != str(self._length):
             raise UploadFailed(
-                f"The upload on the server is of {printable(length)} bytes, the file of "
-                f"{self._length}."
+                f"The upload on the server has {printable(length)} bytes, the file {self._length}."
             )
         return self._offset(answer.headers.get("Upload-Offset"))
 
@@ -211,15 +209,15 @@ class _Uploader(Uploader):
 
 @dataclass
 class Upload:
-    """One file on its way to one server.
+    """The upload of one file.
 
-    :param url: where uploads are created. Its credentials go to this server only, and no further:
-        neither into `remembered` nor into what ``run`` returns.
+    :param url: where uploads are created. Its credentials are sent to this server only, and are
+        neither remembered nor returned.
     :param chunk_size: how many bytes one request carries; they are held in memory.
-    :param headers: sent with each request to the server of `url`, and to no other one.
-    :param retries: how many attempts in a row may fail without a byte's progress.
-    :param progress: called with the number of bytes that the server has, and with the file's.
-    :param say: called with a sentence when an attempt failed and another will follow.
+    :param headers: sent with each request to the server of `url`, and to no other server.
+    :param retries: how many attempts in a row may fail without progress.
+    :param progress: called with the server's offset and the length of the file, in bytes.
+    :param say: called with a message when an attempt failed and another one will follow.
     """
 
     file: Path
@@ -232,10 +230,10 @@ class Upload:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> str:
-        """Upload the file, or what is left of it, and return the URL of the upload.
+        """Upload the file, or the rest of it, and return the URL of the upload.
 
-        :raises UploadFailed: if the server refuses it or cannot be reached any more, or the file
-            was changed meanwhile.
+        :raises UploadFailed: if the server refuses it or cannot be reached, or if the file was
+            changed.
         :raises OSError: if the file cannot be read.
         """
         with self.file.open("rb") as stream:
@@ -257,7 +255,7 @@ class Upload:
             except (TusCommunicationError, _NoProgress) as error:
                 failures = 1 if self._offset > most else failures + 1
                 most = max(most, self._offset)
-                if not _passes(error) or failures > self.retries:
+                if not _is_temporary(error) or failures > self.retries:
                     raise UploadFailed(_reason(error)) from error
                 pause = _BACKOFF.after(failures)
                 self.say(f"{_reason(error)} Trying again in {pause:g} s.")
@@ -277,14 +275,14 @@ class Upload:
         return (self._resumed(url) if url else None) or self._created()
 
     def _resumed(self, url: str) -> _Uploader | None:
-        """Return where to go on, ``None`` if there is no such upload of this file."""
+        """Return an uploader for a remembered URL, ``None`` if the upload does not exist."""
         try:
             return self._make(url=self._with_credentials(url))
         except (UploadFailed, ValueError):
             return None
         except TusCommunicationError as error:
             if error.status_code in _FORGOTTEN or (
-                error.status_code is None and not _passes(error)
+                error.status_code is None and not _is_temporary(error)
             ):
                 return None
             raise
@@ -297,7 +295,7 @@ class Upload:
             raise UploadFailed("The server's answer has a wrong Location.") from error
         self._remember(_without_credentials(str(uploader.url)))
         if self._source.length == 0:
-            # No chunk will tell whether the server has all of it.
+            # There is no chunk whose answer would confirm the offset.
             uploader.offset = uploader.get_offset()
         return uploader
 
@@ -314,7 +312,7 @@ class Upload:
         )
 
     def _with_credentials(self, url: str) -> str:
-        """Return an upload's URL with the credentials that were given for its server."""
+        """Return an upload's URL with the credentials of ``url``, if it is on the same server."""
         own = urlsplit(self.url)
         other = urlsplit(url)
         if "@" not in own.netloc or "@" in other.netloc or _origin(own) != _origin(other):
@@ -326,7 +324,7 @@ class Upload:
         try:
             self.remembered.set(self._key, url)
         except OSError as error:
-            # Uploading is what it is here for.
+            # The upload can go on; it just cannot be resumed by another process.
             file = _shown(self.remembered.file)
             self.say(f"Unfinished uploads cannot be remembered in {file}: {error.strerror}.")
 
@@ -341,7 +339,7 @@ def _check(status: int, content: bytes) -> None:
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
-    """Return what differs when a file was changed, or another one took its place."""
+    """Return a value that changes when the file is changed or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -358,8 +356,8 @@ def _shown(file: Path) -> str:
     return printable(str(file))
 
 
-def _passes(error: TusCommunicationError | _NoProgress) -> bool:
-    """Whether a later attempt may succeed."""
+def _is_temporary(error: TusCommunicationError | _NoProgress) -> bool:
+    """Whether a retry may succeed."""
     if isinstance(error, _NoProgress):
         return True
     if error.status_code is None:
@@ -371,12 +369,12 @@ def _passes(error: TusCommunicationError | _NoProgress) -> bool:
                 requests.exceptions.ChunkedEncodingError,
             ),
         )
-    return error.status_code in _PASSING or error.status_code >= 500
+    return error.status_code in _TEMPORARY or error.status_code >= 500
 
 
 def _reason(error: TusCommunicationError | _NoProgress) -> str:
     if isinstance(error, _NoProgress):
-        return "The server took bytes, but has no more of them than before."
+        return "The server accepted bytes, but its offset is the same as before."
     if error.status_code is None:
         return f"The server cannot be reached: {_root(error)}."
     text = (error.response_content or b"").decode("utf-8", "replace").strip()
@@ -391,7 +389,7 @@ def _phrase(status: int) -> str:
 
 
 def _root(error: BaseException) -> str:
-    """Return what the system said, without the layers that wrapped it."""
+    """Return the message of the innermost exception."""
     text = str(error)
     cause: BaseException | None = error
     while cause is not None:

@@ -1,8 +1,8 @@
 """Copies the records of all uploads from one info store to another, for ``tuswsgi info copy``.
 
-It owns when two records are the same, what happens where they are not, and the proof that
-everything arrived. It can be cut off anywhere: each upload is written in one piece, the source
-is never changed, and the next run skips what is there. Bytes are none of its business.
+Afterwards it reads both stores and compares them. It may be interrupted at any time: each
+upload is written at once, the source is not changed, and the next run skips what was copied.
+The bytes of uploads are not copied.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.infostores.rustus import NotConvertible, RustusFiles, RustusRecords, RustusRedis
 from tuswsgi.infostores.settings import InfoStoreName
 
-#: What the DSN of a rustus' records begins with.
+#: The prefix of DSNs of rustus' records.
 _RUSTUS = "rustus+"
 
-#: More than any outbox holds.
+#: A limit that no outbox reaches.
 _ALL = 10**9
 
 _TYPES = list(HookType)
 
-#: Shows how far a pass over the ids has come: is given them and its name, yields them.
-Watch = Callable[[Sequence[str], str], AbstractContextManager[Iterable[str]]]
+#: Takes ids and a label, and yields the ids while it shows the progress.
+Progress = Callable[[Sequence[str], str], AbstractContextManager[Iterable[str]]]
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What is copied of an upload: its record and its events in their order, dead ones too.
+    """What is copied of an upload: its record and its events in order, including dead letters.
 
-    The claims on them stay behind: they are those of workers of the source.
+    The claims on events are not copied: they belong to workers of the source.
     """
 
     info: FileInfo
     events: Sequence[Event] = ()
 
     def is_kept_as(self, kept: Upload) -> bool:
-        """Whether `kept` says the same.
+        """Whether `kept` is a copy of this upload.
 
-        Its record may have been written more often. What was said at the last failure of an
-        event may differ: not every database takes every character of it.
+        Its record may have a higher sequence. The error messages of events may differ, since
+        not every database can store every character of them.
         """
         return (
             kept.info.sequence >= self.info.sequence
@@ -74,13 +74,13 @@ class Source(Protocol):
         """Return an upload.
 
         :raises UploadNotFound: if there is none.
-        :raises CorruptRecord: if what is there is no record.
-        :raises NotConvertible: if what is there cannot become one.
+        :raises CorruptRecord: if its record is damaged.
+        :raises NotConvertible: if its record cannot be converted.
         """
 
 
 class StoredUploads:
-    """The uploads of an info store. Its dead events are those of when this was made."""
+    """The uploads of an info store, with the dead letters at the time of construction."""
 
     def __init__(self, infos: InfoStore) -> None:
         self._infos = infos
@@ -97,12 +97,12 @@ class StoredUploads:
     def read(self, id: str) -> Upload:
         info = self._infos.load(id)
         pending = self._infos.events(id)
-        dead = sorted(self._dead.get(id, ()), key=_place)
-        return Upload(info, [*heapq.merge(pending, dead, key=_place)])
+        dead = sorted(self._dead.get(id, ()), key=_order)
+        return Upload(info, [*heapq.merge(pending, dead, key=_order)])
 
 
 class ConvertedUploads:
-    """The uploads of a rustus, which owes nobody a hook."""
+    """The uploads of rustus, which keeps no undelivered hooks."""
 
     def __init__(self, records: RustusRecords) -> None:
         self._records = records
@@ -116,10 +116,10 @@ class ConvertedUploads:
 
 @dataclass
 class Report:
-    """What became of the uploads.
+    """The result of a copy.
 
-    :param problems: why an upload is not in the target as it is in the source, by its id.
-    :param skipped: what a store said of records that it left out.
+    :param problems: why uploads were not copied, by their ids.
+    :param skipped: warnings of the stores about records that they skipped.
     """
 
     copied: int = 0
@@ -137,7 +137,7 @@ class Report:
         return self.is_over and not self.problems and not self.skipped
 
     def lines(self) -> Iterator[str]:
-        """Yield sentences for people, the summary last."""
+        """Yield the lines of the report, the summary last."""
         yield from self.skipped
         yield from (f"{id}: {reason}" for id, reason in self.problems.items())
         done = f"{self.copied} copied, {self.overwritten} overwritten, {self.present} there already"
@@ -155,8 +155,8 @@ class Report:
 class Copy:
     """One run from a source to a target.
 
-    :param source: returns the uploads; called anew for each pass.
-    :param overwrite: replace what the target has of an upload where it differs.
+    :param source: returns the uploads; called for each pass.
+    :param overwrite: replace records of the target that differ.
     """
 
     def __init__(
@@ -167,23 +167,23 @@ class Copy:
         self._overwrite = overwrite
         self.report = Report()
 
-    def run(self, watch: Watch = lambda ids, name: nullcontext(ids)) -> Report:
+    def run(self, progress: Progress = lambda ids, label: nullcontext(ids)) -> Report:
         """Copy everything, then read everything back.
 
-        :raises TusError: if a store cannot be used now; what was copied stays.
+        :raises TusError: if a store is not available; what was copied stays.
         """
-        with _heard(self.report):
+        with _collected_warnings(self.report):
             source = self._source()
             kept = StoredUploads(self._target)
             ids = source.ids()
-            with watch(ids, "Copying") as items:
+            with progress(ids, "Copying") as items:
                 for id in items:
                     self._attempt(id, self._copy, source, kept)
             source = self._source()
             kept = StoredUploads(self._target)
-            # Uploads that came or went meanwhile are as telling as those that changed.
+            # Uploads that came or went meanwhile show that a server runs, as changed ones do.
             ids = sorted({*ids, *source.ids()})
-            with watch(ids, "Comparing") as items:
+            with progress(ids, "Comparing") as items:
                 for id in items:
                     if id not in self.report.problems:
                         self._attempt(id, self._compare, source, kept)
@@ -204,16 +204,16 @@ class Copy:
         except CorruptRecord as error:
             problem = f"Its record cannot be read: {error}"
         except (UploadExists, InfoConflict):
-            problem = "Somebody else wrote it to the target at the same time."
+            problem = "Another process wrote it to the target at the same time."
         if problem is not None:
             self.report.problems[id] = problem
 
     def _copy(self, id: str, source: Source, kept: Source) -> str | None:
-        """Copy an upload; return what is in the way."""
+        """Copy an upload; return the problem, if there is one."""
         try:
             upload = source.read(id)
         except UploadNotFound:
-            return None  # comparing will tell
+            return None  # removed meanwhile; the comparison reports it
         try:
             old = kept.read(id)
         except UploadNotFound:
@@ -226,20 +226,20 @@ class Copy:
             self._replace(old, upload)
             self.report.overwritten += 1
         else:
-            return "The target has another record of it, which --overwrite replaces."
+            return "The target has a different record of it; --overwrite replaces it."
         return None
 
     def _replace(self, old: Upload, upload: Upload) -> None:
         for event in old.events:
             self._target.settle(event)
         held = old.info
-        # The next events must not come before those that are copied now.
+        # The sequence of later events must be higher than that of the copied ones.
         while held.sequence < upload.info.sequence - 1:
             held = self._target.save(held)
         self._target.save(upload.info.replace(sequence=held.sequence), upload.events)
 
     def _compare(self, id: str, source: Source, kept: Source) -> str | None:
-        """Compare an upload with what the target keeps of it; return what is wrong."""
+        """Compare an upload with its copy; return the problem, if there is one."""
         try:
             upload = source.read(id)
             if upload.is_kept_as(kept.read(id)):
@@ -247,20 +247,21 @@ class Copy:
                 self.report.events += len(upload.events)
                 return None
         except UploadNotFound:
-            pass  # it came or went
+            pass  # created or removed meanwhile
         return "It changed while it was copied. Stop the servers and run it again."
 
 
-def _place(event: Event) -> tuple[int, int]:
-    """Return where an event belongs among those of its upload.
+def _order(event: Event) -> tuple[int, int]:
+    """Return the sort key of an event among those of its upload.
 
-    The hooks of one write, which share its sequence, are told in the order of their types.
+    Hooks that were recorded with one change share its sequence, and are sent in the order of
+    their types.
     """
     return event.sequence, _TYPES.index(event.type)
 
 
-class _Ears(logging.Handler):
-    """Collects what stores only say in the log: which records they leave out."""
+class _WarningCollector(logging.Handler):
+    """Collects the warnings of stores about records that they skip."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(logging.WARNING)
@@ -271,14 +272,14 @@ class _Ears(logging.Handler):
 
 
 @contextmanager
-def _heard(report: Report) -> Iterator[None]:
+def _collected_warnings(report: Report) -> Iterator[None]:
     logger = logging.getLogger("tuswsgi.infostores")
-    ears = _Ears(report)
-    logger.addHandler(ears)
+    collector = _WarningCollector(report)
+    logger.addHandler(collector)
     try:
         yield
     finally:
-        logger.removeHandler(ears)
+        logger.removeHandler(collector)
 
 
 @contextmanager
@@ -292,9 +293,9 @@ def opened(
 ) -> Iterator[Copy]:
     """Open two stores to copy from one to the other.
 
-    :param source: its DSN, ``None`` for the configured store. ``rustus+file:///directory`` and
-        ``rustus+`` before the DSN of a Redis are the records of a rustus.
-    :param target: as `source`, and no rustus.
+    :param source: a DSN, ``None`` for the configured store. ``rustus+file:///directory`` and
+        ``rustus+redis://...`` are the records of rustus.
+    :param target: as `source`, but not those of rustus.
     :param without_files: see ``RustusRecords``.
     :raises ConfigurationError: if one of them cannot be used.
     :raises Unavailable: if one of them cannot be reached.
@@ -330,7 +331,7 @@ def _store(dsn: str | None, config: Config) -> AbstractContextManager[InfoStore]
     if dsn is not None:
         return prepared(backends.info_store_at(dsn))
     if backends.info_store_name is InfoStoreName.MEMORY:
-        raise ConfigurationError("The configured records are in the memory of a server.")
+        raise ConfigurationError("The records are in the server's memory.")
     return prepared(backends.info_store())
 
 

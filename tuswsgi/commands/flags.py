@@ -1,8 +1,4 @@
-"""What the commands of the command line have in common: flags, output and exit codes.
-
-A command that needs the configuration has a flag for each option. Whatever is slow to import
-is imported when it is needed.
-"""
+"""The flags and exit codes that commands share. A configured command has a flag for each option."""
 
 from __future__ import annotations
 
@@ -25,8 +21,7 @@ FileArgument = partial(click.Path, path_type=Path, dir_okay=False)
 class ConfiguredCommand(click.Command):
     """A command with a flag for each option of the server.
 
-    The callback gets the flags that were given as ``load``, a function that returns the
-    configuration.
+    Its callback gets ``load``, a function that returns the configuration with these flags.
     """
 
     @cached_property
@@ -75,7 +70,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 @contextmanager
 def failing(exit_code: int) -> Iterator[None]:
-    """End the program with the sentences of a wrong configuration."""
+    """Print a ``ConfigurationError`` and exit."""
     from tuswsgi.core.errors import ConfigurationError
 
     try:
@@ -112,7 +107,7 @@ def _metavar(option: Option) -> str:
 
 
 def _joined(value: Any) -> Any:
-    """Return the value of a flag, that of a repeated one as a list's text."""
+    """Return the value of a flag; values of a repeated flag are joined as in the INI file."""
     if isinstance(value, tuple):
         return ",".join(value) if value else None
     return value

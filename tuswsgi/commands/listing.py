@@ -1,7 +1,6 @@
-"""The uploads of a server as its operator looks at them: found, shown and removed.
+"""Finds, shows and removes uploads for an operator, as text and as JSON.
 
-It works beside the servers that use the same stores, and takes the same locks. How an upload
-is removed is the protocol's; how it looks, as a line or as JSON, is decided here.
+It works while servers use the same stores, and takes the same locks.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _HEAD = ("ID", "STATE", "KIND", "SIZE", "OFFSET", "AGE", "OWNER", "FILENAME")
 
 
 class Kind(str, Enum):
-    """What an upload is in concatenations."""
+    """The role of an upload in concatenations."""
 
     PLAIN = "plain"
     PARTIAL = "partial"
@@ -45,12 +44,12 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which uploads are looked for; what is unset leaves none out.
+    """A filter for uploads; a field that is ``None`` matches all.
 
-    :param before: created before this time.
-    :param metadata: values that the metadata has, as text.
-    :param smallest: of at least so many bytes; likewise `largest`. An upload whose length is
-        deferred has the size that it has reached.
+    :param before: created before this Unix time.
+    :param metadata: pairs that the metadata has, as text.
+    :param smallest: the minimum size in bytes; likewise `largest`. The size of an upload whose
+        length is deferred is its offset.
     """
 
     states: frozenset[State] | None = None
@@ -62,7 +61,7 @@ class Wanted:
     largest: int | None = None
 
     def matches(self, info: FileInfo) -> bool:
-        """Return whether an upload is looked for."""
+        """Return whether an upload passes the filter."""
         size = info.offset if info.size is None else info.size
         return (
             (self.kinds is None or Kind.of(info) in self.kinds)
@@ -78,7 +77,7 @@ class Wanted:
 def opened(config: Config) -> Iterator[Uploads]:
     """Open the uploads of the configured server.
 
-    :raises ConfigurationError: if they cannot be used, or only by the server itself.
+    :raises ConfigurationError: if they cannot be opened, or are in the server's memory.
     """
     backends = Backends(config)
     if backends.in_memory:
@@ -102,9 +101,9 @@ def opened(config: Config) -> Iterator[Uploads]:
 def find(
     uploads: Uploads, wanted: Wanted, on_look: Callable[[], None] = lambda: None
 ) -> Iterator[FileInfo]:
-    """Yield the uploads that are wanted, state by state, each in the order of the ids.
+    """Yield the uploads that match, state by state, in the order of their ids.
 
-    :param on_look: called for each upload that is looked at.
+    :param on_look: called for each upload that is checked.
     """
     for state in State:
         if wanted.states is None or state in wanted.states:
@@ -115,23 +114,23 @@ def find(
 
 
 def as_table(infos: Sequence[FileInfo]) -> str:
-    """Return uploads as a table for people."""
+    """Return uploads as a table."""
     now = time.time()
     return table([_HEAD, *(_row(info, now) for info in infos)])
 
 
 def as_json(info: FileInfo) -> str:
-    """Return an upload as JSON on one line. Times are Unix times."""
+    """Return an upload as JSON on one line, with Unix times."""
     return json.dumps(_fields(info))
 
 
 @dataclass(frozen=True)
 class Details:
-    """An upload with what only the other stores know of it.
+    """An upload with its state in the data store and its undelivered events.
 
-    :param offset: what the data store says; ``None`` if the bytes are not there.
-    :param location: where an operator finds the bytes.
-    :param events: what is to be told to hooks, and what was given up.
+    :param offset: the offset according to the data store, ``None`` if the bytes are missing.
+    :param location: where the bytes are, e.g. the path of a file.
+    :param events: the pending ones and the dead letters.
     """
 
     info: FileInfo
@@ -141,7 +140,7 @@ class Details:
 
     @classmethod
     def of(cls, uploads: Uploads, id: str) -> Details:
-        """Look at an upload; its lock is not taken.
+        """Return the details of an upload, without taking its lock.
 
         :raises UploadNotFound: if there is none with this id.
         """
@@ -155,11 +154,11 @@ class Details:
         return cls(info, offset, location, [*infos.events(id), *infos.events(id, dead=True)])
 
     def as_json(self) -> str:
-        """Return all of it as JSON on one line."""
+        """Return the details as JSON on one line."""
         return json.dumps(self._fields())
 
     def as_text(self) -> str:
-        """Return all of it for people, a line for each field."""
+        """Return the details as text, a line for each field."""
         lines = []
         for name, value in self._fields().items():
             lines += _lines(name, value)
@@ -190,9 +189,9 @@ class Details:
 
 
 def remove(uploads: Uploads, id: str) -> str | None:
-    """Remove an upload as a DELETE does, whoever owns it.
+    """Remove an upload as a DELETE does, regardless of its owner.
 
-    :returns: why that was not possible, ``None`` if it was removed.
+    :returns: why it could not be removed, ``None`` if it was.
     """
     try:
         uploads.remove(id)
@@ -235,7 +234,7 @@ def _row(info: FileInfo, now: float) -> tuple[str, ...]:
 
 
 def _lines(name: str, value: Any) -> list[str]:
-    """Return a field for people; one that has fields of its own has lines of its own."""
+    """Return the lines of a field; a nested field has lines of its own."""
     head = f"{name}:".ljust(14)
     if isinstance(value, Mapping) and value:
         return [f"{name}:", *(f"  {printable(f'{key}: {text}')}" for key, text in value.items())]

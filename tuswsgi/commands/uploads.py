@@ -1,7 +1,6 @@
-"""The commands that look after uploads: ``tuswsgi gc`` and ``tuswsgi uploads``.
+"""The commands ``tuswsgi gc`` and ``tuswsgi uploads``: their flags and output.
 
-As all commands they own flags and output; what they do is ``inventory``'s and the clean-up's.
-They work beside running servers.
+They work while servers run.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ Load = Callable[[], "Config"]
 @click.option(
     "--quarantine-many",
     is_flag=True,
-    help="Move uploads without a record to the quarantine even if they are many.",
+    help="Move files without a record to the quarantine even if there are many of them.",
 )
 def gc(load: Load, dry_run: bool, quarantine_many: bool) -> None:
-    """Remove now what nobody needs any more, as the servers do now and then.
+    """Clean up now, as the servers do regularly.
 
-    The options of the section gc say what that is. An upload in use stays.
+    The section gc of the configuration says which uploads are removed. Uploads in use stay.
     """
     with _uploads(load) as (config, uploads):
         from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings, TooManyStrays
@@ -70,11 +69,11 @@ def gc(load: Load, dry_run: bool, quarantine_many: bool) -> None:
 
 @click.group()
 def uploads() -> None:
-    """Look at uploads and remove them, also while the server runs."""
+    """List, show and remove uploads, also while the server runs."""
 
 
 def _parse(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-    """Return a size or a duration, as the configuration takes it."""
+    """Parse a size or a duration as the configuration does."""
     from marshmallow import ValidationError
 
     from tuswsgi.core.options import Duration, Size
@@ -106,7 +105,7 @@ _STATES = ("receiving", "waiting", "finished", "refused", "terminated", "expired
 )
 @click.option("--partial", "is_partial", is_flag=True, help="Only partial uploads.")
 @click.option("--final", "is_final", is_flag=True, help="Only final uploads.")
-@_duration("--older-than", help="Created so long ago, or longer, e.g. 7d.")
+@_duration("--older-than", help="Created at least this long ago, e.g. 7d.")
 @click.option("--owner", help="Of this owner.")
 @_size("--larger-than", help="Of at least this size, e.g. 1GiB.")
 @_size("--smaller-than", help="Of at most this size.")
@@ -114,11 +113,11 @@ _STATES = ("receiving", "waiting", "finished", "refused", "terminated", "expired
     "--metadata", "pairs", metavar="KEY=VALUE", multiple=True, help="With this pair; repeatable."
 )
 def list_(load: Load, as_json: bool, **filters: Any) -> None:
-    """List uploads, tombstones included. With --json each is an object on a line."""
+    """List uploads, including tombstones. With --json, each is an object on a line."""
     from tuswsgi.commands import listing
 
     wanted = _wanted(**filters)
-    # Lines that come one by one show that it goes on.
+    # Lines that appear one by one are a progress bar of their own.
     is_shown = as_json and sys.stdout.isatty()
     with _uploads(load) as (_, found), _progress("Looking", hidden=is_shown) as step:
         infos = listing.find(found, wanted, step)
@@ -135,7 +134,7 @@ def list_(load: Load, as_json: bool, **filters: Any) -> None:
 @json_option
 @click.argument("id")
 def show(load: Load, as_json: bool, id: str) -> None:
-    """Show all that is known of the upload ID."""
+    """Show the upload ID in full."""
     from tuswsgi.commands.listing import Details
     from tuswsgi.core.errors import UploadNotFound
 
@@ -152,9 +151,9 @@ def show(load: Load, as_json: bool, id: str) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
 def rm(load: Load, yes: bool, ids: Sequence[str]) -> None:
-    """Remove the uploads ID... as a DELETE does, whoever owns them.
+    """Remove uploads as a DELETE does, regardless of their owners.
 
-    One that is being received is ended.
+    An upload that is being received is stopped.
     """
     from tuswsgi.commands import listing
 
@@ -215,11 +214,11 @@ def _uploads(load: Load) -> Iterator[tuple[Config, Uploads]]:
 
 @contextmanager
 def _progress(label: str, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
-    """Show on a terminal how many things were looked at; yields what counts one more."""
+    """Show a counter on a terminal; yields a function that counts one more."""
     if hidden or not sys.stderr.isatty():
         yield lambda: None
         return
-    # How many there are nobody knows before all were looked at.
+    # The total is unknown until the end.
     things: Iterator[int] = count()
     with click.progressbar(
         things, label=label, file=sys.stderr, show_pos=True, update_min_steps=100
