@@ -32,21 +32,22 @@ class Outbox:
     post-receive, and with `fire-and-forget` every post-hook, is never recorded: it is sent
     once by this process. The others are delivered at least once.
 
-    :param infos: the store that keeps the events.
+    :param store: where the events are kept.
     :param hooks: the transports; may be added to later.
     :param on_answer: called with a post-receive hook whose answer stops its upload.
     """
 
     def __init__(
         self,
-        infos: EventStore,
+        store: EventStore,
         hooks: HookManager,
         settings: DeliverySettings,
         on_answer: OnAnswer,
     ) -> None:
+        self.store = store
         self.keeps_events = settings.delivery is DeliveryMode.AT_LEAST_ONCE
         self._hooks = hooks
-        self._delivery = PerProcess(lambda: Delivery(infos, hooks.hooks, settings, on_answer))
+        self._delivery = PerProcess(lambda: Delivery(store, hooks.hooks, settings, on_answer))
 
     def record(self, type: HookType, info: FileInfo, request: RequestInfo) -> Sequence[Event]:
         """Return the events to write with a change of state, one per transport.

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tuswsgi.core.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
@@ -22,7 +22,7 @@ from tuswsgi.core.events import Event, HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, Metadata, State, Storage
 from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.observing.signals import tell, upload_created
-from tuswsgi.outbox.held import HeldPostCreate
+from tuswsgi.outbox.post_create import PostCreate, deliver_held
 from tuswsgi.protocol.context import Context
 from tuswsgi.protocol.finishing import Finisher
 from tuswsgi.protocol.quota import Limit, Quota
@@ -135,12 +135,13 @@ class Creator:
             existing = context.find(info.id)
             if existing is None:
                 info = self._with_storage(info, post)
-                held = self._held_post_create(info, post)
-                info, existing = self._create_or_find(info, held.events, hold)
+                post_create = self._post_create(info, post)
+                events = () if post_create is None else post_create.events
+                info, existing = self._create_or_find(info, events, hold)
             if existing is None:
                 # A holder that lost the lock before stores no bytes without a record.
                 hold.settle()
-                return self._receive(info, post, held, hold)
+                return self._receive(info, post, post_create, hold)
             if existing.id == info.id:
                 if known is None:
                     self._check_same(info, existing, post.request)
@@ -255,40 +256,34 @@ class Creator:
         except Exception:
             log.exception("The upload %s failed, but still counts in the quota", id)
 
-    def _held_post_create(self, info: FileInfo, post: Post) -> HeldPostCreate:
+    def _post_create(self, info: FileInfo, post: Post) -> PostCreate | None:
         """Return the post-create of an upload, held back if its POST may complete the upload."""
-        hooks = self.context.hooks
-        infos = self.context.infos
         if info.is_final:
-            return HeldPostCreate(infos, (), 0.0)
-        events = self.context.outbox.record(HookType.POST_CREATE, info, post.request)
-        if hooks.follows_tusd or (post.reader.is_empty and info.size != 0):
-            return HeldPostCreate(infos, events, 0.0)
-        silence = self.context.settings.network_timeout + hooks.progress_interval
-        return HeldPostCreate(infos, events, silence)
+            return None
+        hooks = self.context.hooks
+        silence = None
+        if not hooks.follows_tusd and (info.size == 0 or not post.reader.is_empty):
+            silence = self.context.settings.network_timeout + hooks.progress_interval
+        return PostCreate(self.context.outbox, info, post.request, silence)
 
-    def _receive(self, info: FileInfo, post: Post, held: HeldPostCreate, hold: Hold) -> FileInfo:
+    def _receive(
+        self, info: FileInfo, post: Post, post_create: PostCreate | None, hold: Hold
+    ) -> FileInfo:
         """Append the bytes of a POST to an upload whose record is written."""
         context = self.context
         tell(upload_created, context.sender, info)
-        if info.is_final:
+        if post_create is None:
             return info
-        if not held.holds:
-            context.outbox.tell(HookType.POST_CREATE, info, post.request)
+        post_create.begin(info)
         reception = Reception(
-            context, self.quota, info, 0, post.reader, post.limit, hold, held.prolong
+            context, self.quota, info, 0, post.reader, post.limit, hold, post_create.prolong
         )
         try:
             info = reception.receive()
             if reception.completes(info):
                 info = self.finisher.finish(info, post.request, hold)
         finally:
-            if held.holds and self._is_reported(info):
-                held.free()
-                context.outbox.tell(HookType.POST_CREATE, info, post.request)
-            elif held.holds:
-                held.drop()
-                context.outbox.wake(info.id)
+            post_create.end(info, is_reported=self._is_reported(info))
         if reception.fault is not None and not info.is_finished:
             raise reception.fault
         return info
@@ -317,15 +312,10 @@ class Creator:
 
         :raises UploadExists: if it is not the one that `info` asks for.
         """
-        infos = self.context.infos
-        existing = take_over(self.context, infos.load(id), hold)
+        existing = take_over(self.context, self.context.infos.load(id), hold)
         if not _is_same(info, existing):
             raise UploadExists
-        now = time.time()
-        for event in infos.events(id):
-            if event.type is HookType.POST_CREATE and event.due_at > now:
-                infos.put_back(replace(event, due_at=0.0))
-        self.context.outbox.wake(id)
+        deliver_held(self.context.outbox, id)
         if existing.state is State.WAITING:
             return existing
         return self.finisher.finish_if_complete(existing, request, hold)
