@@ -160,17 +160,17 @@ class TestFileDataStore(DataStoreContract):
         stale = marker_of(path.with_name(gone.id))
         stale.write_text("0\n")
         marker_of(path).write_text("0\n")
-        found = {place.storage.path.rpartition("/")[2]: place for place in store.places(LATER)}
+        found = {file.storage.path.rpartition("/")[2]: file for file in store.files(LATER)}
         assert set(found) == {path.name, left.name, stale.name}
-        assert {place.upload for place in found.values() if place.is_temporary} == {
+        assert {file.upload for file in found.values() if file.is_temporary} == {
             info.id,
             gone.id,
         }
-        for place in found.values():
-            assert store.clear(place)
+        for file in found.values():
+            assert store.delete_file(file)
         segment = f".{path.name}.segment1"
         assert files_below(store.data_dir) == sorted([marker_of(path).name, segment])
-        (orphan, _) = sorted(store.places(LATER), key=lambda place: place.storage.path)
+        (orphan, _) = sorted(store.files(LATER), key=lambda file: file.storage.path)
         assert orphan.storage.path.endswith(segment)
         assert orphan.is_temporary, "its upload is gone"
         store.delete(sealed)
@@ -182,14 +182,14 @@ class TestFileDataStore(DataStoreContract):
             (store.data_dir / name).write_text("mine")
         (store.data_dir / "link").symlink_to("/etc/passwd")
         (store.data_dir / "directory").symlink_to("/etc")
-        assert list(store.places(LATER)) == []
+        assert list(store.files(LATER)) == []
 
     def test_mv_puts_back_what_was_moved(self, store):
         info = created(store)
         path = Path(store.location(info))
         path.write_bytes(b"bytes")
-        (place,) = store.places(LATER)
-        location = Path(store.quarantine(place).location)
+        (file,) = store.files(LATER)
+        location = Path(store.quarantine(file).location)
         relative = path.relative_to(store.data_dir)
         (folder,) = (store.data_dir / ".tuswsgi" / "quarantine").iterdir()
         assert location == (folder / relative).absolute()
@@ -202,18 +202,18 @@ class TestFileDataStore(DataStoreContract):
         path = Path(store.location(info))
         path.write_bytes(b"bytes")
         marker_of(path).write_text("3\n")
-        (place,) = store.places(LATER)
-        moved = store.quarantine(place)
-        assert list(store.places(LATER)) == []
-        assert store.put_back(moved)
+        (file,) = store.files(LATER)
+        moved = store.quarantine(file)
+        assert list(store.files(LATER)) == []
+        assert store.restore(moved)
         assert store.offset(info) == 3
         assert [*(store.data_dir / ".tuswsgi" / "quarantine").iterdir()] == []
 
     def test_nothing_stays_of_what_is_discarded(self, store):
         path = Path(store.location(created(store)))
         marker_of(path).write_text("0\n")
-        (place,) = store.places(LATER)
-        assert store.discard(store.quarantine(place))
+        (file,) = store.files(LATER)
+        assert store.discard(store.quarantine(file))
         assert list((store.data_dir / ".tuswsgi" / "quarantine").iterdir()) == []
 
     def test_segments_go_to_the_quarantine_and_come_back(self, store):
@@ -222,14 +222,14 @@ class TestFileDataStore(DataStoreContract):
         for block in (b"two,", b"last"):
             info = info.replace(storage=store.seal(info))
             store.append(info, store.offset(info), Blocks(block), SURE)
-        (place,) = store.places(LATER)
-        found = store.quarantine(place)
-        assert list(store.places(LATER)) == []
+        (file,) = store.files(LATER)
+        found = store.quarantine(file)
+        assert list(store.files(LATER)) == []
         with pytest.raises(UploadGone):
             store.offset(info)
-        assert store.put_back(found)
+        assert store.restore(found)
         assert content(store, info) == b"one,two,last"
-        assert [one.storage.path for one in store.places(LATER)] == [info.storage.path]
+        assert [one.storage.path for one in store.files(LATER)] == [info.storage.path]
 
     def test_segments_of_an_upload_before_are_not_taken_over(self, store):
         before = created(store, size=12)
@@ -267,20 +267,20 @@ class TestFileDataStore(DataStoreContract):
         path = Path(store.location(info))
         path.write_bytes(b"bytes")
         marker_of(path).write_text("3\n")
-        (place,) = store.places(LATER)
+        (file,) = store.files(LATER)
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", die)
             with pytest.raises(Death):
-                store.quarantine(place)
+                store.quarantine(file)
         assert store.offset(info) == 3
-        assert store.quarantine(place) is not None
+        assert store.quarantine(file) is not None
         with pytest.raises(UploadGone):
             store.offset(info)
         first, second = store.quarantined()
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", die)
             with pytest.raises(Death):
-                store.put_back(first)
+                store.restore(first)
         assert store.offset(info) == 3
         assert store.discard(first)
         assert store.discard(second)
@@ -293,12 +293,12 @@ class TestFileDataStore(DataStoreContract):
         monkeypatch.setattr(os, "link", refuse)
         info = created(store)
         store.append(info, 0, Blocks(b"bytes"), SURE)
-        (place,) = store.places(LATER)
-        moved = store.quarantine(place)
+        (file,) = store.files(LATER)
+        moved = store.quarantine(file)
         store.create(info)
-        assert not store.put_back(moved)
+        assert not store.restore(moved)
         store.delete(info)
-        assert store.put_back(moved)
+        assert store.restore(moved)
         assert content(store, info) == b"bytes"
 
     def test_what_an_operator_put_beside_the_quarantine_stays(self, store):
@@ -308,8 +308,8 @@ class TestFileDataStore(DataStoreContract):
             (quarantine / name).write_text("mine")
         assert list(store.quarantined()) == []
 
-    def test_a_directory_that_is_gone_has_no_places(self, tmp_path):
-        assert list(FileDataStore(tmp_path / "gone").places(LATER)) == []
+    def test_a_directory_that_is_gone_has_no_files(self, tmp_path):
+        assert list(FileDataStore(tmp_path / "gone").files(LATER)) == []
 
     @pytest.mark.parametrize(
         "path",
@@ -482,7 +482,7 @@ class TestFileDataStoreWithStructure(TestFileDataStore):
         assert info.storage.path == f"{now.year}/{now.month}/node-1/{info.id}"
         assert store.location(info) == str(store.data_dir / info.storage.path)
 
-    def test_a_place_is_made_once(self, store):
+    def test_an_upload_is_created_once(self, store):
         # Another day the same id has another path: ids are unique among records.
         info = created(store)
         with pytest.raises(Exception, match="exists"):

@@ -1,8 +1,8 @@
-"""The contract of data stores: where the bytes of uploads are kept.
+"""The contract of data stores, which store the bytes of uploads.
 
-A data store owns one fact: how many bytes of an unfinished upload are kept. It knows
-files or objects, never sockets, headers or hooks. The contract is tested by
-``tuswsgi.testing.datastores``, which a store of your own can run too.
+Only a data store knows how many bytes of an unfinished upload are stored. It knows files or
+objects, never sockets, headers or hooks. The contract is tested by
+``tuswsgi.testing.datastores``, which you can run for a store of your own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from tuswsgi.lockers.base import SURE, Hold
 
 
 class Source(Protocol):
-    """What ``append`` reads from: a body that has been counted and limited.
+    """What ``append`` reads from: a body that is counted and limited.
 
-    The end of the source is always clean. A connection that broke, a takeover and a
-    stop look like the end of the input; whoever made the source looks at its error
-    after the store has kept what arrived.
+    A source never fails. If the connection breaks, or the server or another request ends the
+    body, the source just ends; after ``append`` the caller looks at why.
     """
 
     @property
@@ -30,33 +29,32 @@ class Source(Protocol):
         """Whether the bytes count only if ``accepted`` says so (Upload-Checksum)."""
 
     def read(self, n: int) -> bytes:
-        """Return 1 to `n` bytes, as soon as any are there; ``b""`` at the end."""
+        """Return 1 to `n` bytes, as soon as there are any; ``b""`` at the end."""
 
     def copy_to(self, fd: int, offset: int) -> int:
-        """Write everything that is left to the file `fd` from `offset` on.
+        """Write all remaining bytes to the file `fd` from `offset` on, in the fastest way.
 
-        The fastest way that the server allows is taken. `fd` must not be in append
-        mode; its position is not used.
+        `fd` must not be in append mode; its position is not used.
 
-        :returns: the number of bytes written, when the end has been reached.
+        :returns: how many bytes were written, once the end was reached.
         :raises OSError: if the file cannot be written; what was written before stays.
         """
 
     def accepted(self, stored: Callable[[], Iterable[bytes]]) -> bool:
-        """Whether a provisional source arrived whole and matches its checksum.
+        """Return whether a provisional source arrived whole and matches its checksum.
 
-        To be asked once, after the end of the source.
+        To be called once, after the end of the source.
 
-        :param stored: returns the bytes that this ``append`` stored, in blocks; they
-            are asked for only if the checksum came after them.
+        :param stored: returns the bytes that this ``append`` has stored, in blocks. It is
+            called only if the checksum came after them.
         """
 
 
 class Readable(Protocol):
     """The bytes of an upload, opened for one reader at one position.
 
-    An object that also has ``fileno`` is a file whose position is the next byte; the
-    server may then send from the descriptor.
+    An object that also has ``fileno`` is a file whose position is the next byte; the server may
+    then send from the descriptor.
     """
 
     def read(self, n: int = -1, /) -> bytes:
@@ -67,14 +65,14 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Something that lies in a data store, whether anybody knows of it or not.
+class StoredFile:
+    """A file or object in a data store, with or without a record.
 
-    :param upload: what would be the id of the upload, as the name says it.
+    :param upload: the id of the upload that it belongs to, according to its name.
     :param storage: where it is; the path is one that an operator can find.
-    :param size: how many bytes it takes.
-    :param changed_at: when it was changed the last time.
-    :param is_temporary: it is the store's own, and left there by a crash if it is old.
+    :param size: in bytes.
+    :param changed_at: when it was last changed.
+    :param is_temporary: the store made it for itself; an old one was left by a crash.
     """
 
     upload: str
@@ -86,22 +84,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """Something that was moved away from the uploads, for nobody knew of it.
+    """A file that was moved to the quarantine.
 
-    :param place: what it was, and where.
+    :param file: as it was before.
     :param location: where an operator finds it now.
     :param moved_at: when it was moved.
     """
 
-    place: Place
+    file: StoredFile
     location: str
     moved_at: float
 
 
 class OpenUpload:
-    """The empty place of a new upload, ready for its first bytes.
+    """A new and empty upload, open for its first bytes.
 
-    :ivar storage: where it is, as ``DataStore.create`` says it.
+    :ivar storage: where it is, as ``DataStore.create`` returns it.
     """
 
     def __init__(self, store: DataStore, info: FileInfo) -> None:
@@ -110,37 +108,37 @@ class OpenUpload:
         self._info = info
 
     def append(self, source: Source) -> int:
-        """Keep the bytes of `source`, as ``DataStore.append`` does at offset 0. At most once."""
+        """Append as ``DataStore.append`` does at offset 0. To be called once at most."""
         return self._store.append(self._info.replace(storage=self.storage), 0, source, SURE)
 
     def close(self) -> None:
-        """Release what is held, not the place."""
+        """Release what is held open. The upload stays."""
 
 
 class DataStore(ABC):
-    """Keeps the bytes of uploads.
+    """Stores the bytes of uploads.
 
     Whoever calls ``append``, ``seal``, ``finish``, ``concatenate`` or ``delete`` holds the
-    lock of the upload. Every method may be interrupted by the death of the process, and after
-    that every method must work on what is left. Methods are called by many greenlets or
-    threads at once, for different uploads.
+    lock of the upload. Any method may be interrupted by the death of the process, and every
+    method must work on what is left then. Many greenlets or threads call methods at once, for
+    different uploads.
 
-    A holder can lose its lock and not know it. So a store calls ``hold.check`` immediately
-    before each step that changes what others may rely on: a byte that is cut off, a file that
-    takes another one's place. And it keeps the bytes that come after ``seal`` where a writer
-    from before it does not reach them, whatever that one does and however late.
+    A holder may have lost its lock without knowing. So a store calls ``hold.check`` immediately
+    before each step that changes what others may rely on, such as cutting off bytes or replacing
+    a file. And it puts the bytes that come after ``seal`` where writers from before cannot reach
+    them, whatever they do and however late.
 
-    A full store raises ``StorageFull``; trouble that passes raises ``Unavailable``;
-    anything else that goes wrong is an ``OSError`` or the backend's own error, which
-    the client sees as a 500 and the log in full.
+    A full store raises ``StorageFull``, and temporary trouble ``Unavailable``. Anything else
+    that goes wrong is an ``OSError`` or the backend's own error: the client gets a 500, and the
+    log has the traceback.
     """
 
     #: The store's name, in ``Storage.type`` and in hooks.
     type: str = ""
 
-    #: What the store can serve beyond plain appending: of ``CHECKSUM`` (with its
-    #: trailer), ``CONCATENATION``, ``TERMINATION`` and ``GETTING``. The other extensions
-    #: need nothing of a store.
+    #: What the store supports beyond plain appending, out of ``OF_STORES``: ``CHECKSUM`` with its
+    #: trailer, ``CONCATENATION``, ``TERMINATION`` and ``GETTING``. The other extensions need
+    #: nothing from a store.
     extensions: frozenset[Extension] = frozenset()
 
     @abstractmethod
@@ -154,35 +152,33 @@ class DataStore(ABC):
         """Release what this process holds. The store may be used again afterwards."""
 
     def check(self) -> None:
-        """Find out, at little cost, whether bytes can be kept now. May be called often.
+        """Find out, at little cost, whether bytes can be stored now. May be called often.
 
         :raises Exception: if they cannot.
         """
 
     def storage_for(self, info: FileInfo) -> Storage:
-        """Return where ``create`` will keep a new upload: at its path, if that was chosen.
+        """Return where ``create`` would store a new upload: at its path, if it has one.
 
-        Nothing is made yet, and who asks twice may hear two places.
+        Nothing is created, and a second call may return another path.
 
-        :raises UploadNotFound: if no upload may lie there.
+        :raises UploadNotFound: if the path is not allowed.
         """
         return Storage(self.type, info.storage.path or info.id)
 
     @abstractmethod
     def create(self, info: FileInfo) -> Storage:
-        """Make an empty place for a new upload.
+        """Create a new, empty upload; of two calls for one id or path at most one succeeds.
 
-        The place is made exclusively: two calls for one id or path never both succeed.
-
-        :returns: where it is, to be kept in the upload's info.
-        :raises UploadExists: if the place is taken.
+        :returns: where it is, for its record.
+        :raises UploadExists: if the path is in use.
         """
 
     def create_open(self, info: FileInfo) -> OpenUpload:
-        """Do as ``create`` for who goes on with ``append`` at once; to be closed by the caller.
+        """Create a new upload as ``create`` does, open for its first bytes. The caller closes it.
 
-        The id must be a new one, that nobody ever had: nothing can be left of an upload
-        before it, as may be where a hook chooses an id or a path again.
+        The id must never have been used before: leftovers of an upload with the same id, which
+        there may be if a hook chooses ids, are not removed.
 
         :raises UploadExists: as ``create``.
         """
@@ -190,55 +186,55 @@ class DataStore(ABC):
 
     @abstractmethod
     def offset(self, info: FileInfo) -> int:
-        """Return how many bytes of an unfinished upload are kept.
+        """Return how many bytes of an unfinished upload are stored.
 
-        This number is told to clients, so the bytes below it survive the death of any
-        process (and a power loss where the store is configured to promise that). Bytes
-        that a provisional source left behind do not count.
+        Clients are told this number, so the bytes below it must survive the death of any process
+        (and a power loss if the store is configured for that). Provisional bytes that were not
+        accepted do not count.
 
-        :raises UploadGone: if the upload's bytes are not there any more.
+        :raises UploadGone: if the upload's bytes are gone.
         """
 
     @abstractmethod
     def append(self, info: FileInfo, offset: int, source: Source, hold: Hold) -> int:
-        """Keep the bytes of `source` from `offset` on.
+        """Store the bytes of `source` from `offset` on.
 
         `offset` is what ``offset`` returned under the lock that is still held. No append
-        shortens an upload, with one exception: bytes of a provisional source that were
-        not accepted are removed, also by the next ``append`` if a crash came in between.
+        shortens an upload, with one exception: provisional bytes that were not accepted are
+        removed, after a crash by the next ``append``.
 
-        :returns: the new offset, from what this call has kept: what others have written
-            meanwhile is not its own.
-        :raises OffsetMismatch: if `offset` is not the store's own; nothing is changed.
-        :raises StorageFull: if there is no room; what fitted is kept and counts.
+        :returns: the new offset, computed from what this call has stored; bytes that other
+            processes have written meanwhile are not included.
+        :raises OffsetMismatch: if `offset` is wrong; nothing is changed.
+        :raises StorageFull: if there is not enough space; the bytes that fitted count.
         :raises LockLost: if the lock was lost before a step.
         """
 
     @abstractmethod
     def seal(self, info: FileInfo) -> Storage:
-        """Keep what there is of an unfinished upload from whoever wrote it until now.
+        """Protect the bytes of an unfinished upload from a former holder of its lock.
 
-        The holder of its lock before may not know that it lost it. From now on ``offset`` is
-        what it was, or more, whatever that one still writes, cuts off or removes. It may be
-        done again for the same `info`, by others too, of whom only one gets to save its record.
+        That process may not know that it lost the lock. From now on ``offset`` is at least what
+        it was, whatever that process still writes, cuts off or deletes. Several processes may
+        seal the same `info`; only one of them gets to save its record.
 
-        :returns: where the upload goes on; the caller saves that in the record before it does
+        :returns: where the upload continues; the caller saves that in the record before it does
             anything else.
-        :raises UploadGone: if the upload's bytes are not there any more.
+        :raises UploadGone: if the upload's bytes are gone.
         """
 
     def finish(self, info: FileInfo, hold: Hold) -> Storage:
-        """Do what is left to do once all `info.size` bytes are kept.
+        """Do what is left to do once all `info.size` bytes are stored.
 
-        It may be called again after a crash and must then do nothing or the rest.
+        After a crash it is called again, and does what is still missing.
 
         :returns: where the bytes are from now on, for the record of the finished upload.
         :raises LockLost: if the lock was lost before a step.
         """
         return info.storage
 
-    def tidy(self, info: FileInfo) -> None:
-        """Remove what ``finish`` has made superfluous, once its result is in the record.
+    def delete_leftovers(self, info: FileInfo) -> None:
+        """Delete what is no longer needed once the result of ``finish`` is in the record.
 
         :param info: the upload as ``finish`` got it.
         """
@@ -246,12 +242,10 @@ class DataStore(ABC):
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
         """Fill the empty upload `info` with the bytes of finished `parts`, in their order.
 
-        Nobody sees a half-filled upload: afterwards ``offset`` is the sum of the parts,
-        before it is 0, also after a crash. It may be called again.
+        This is atomic: ``offset`` is 0 until it is the sum of the parts, also after a crash. It
+        may be called again, and by several processes at once, which all make the same bytes.
 
-        Two who build it at once make the same of it, and neither disturbs the other.
-
-        :raises UploadGone: if the bytes of a part are not there any more.
+        :raises UploadGone: if the bytes of a part are gone.
         :raises LockLost: if the lock was lost before a step.
         """
         raise NotImplementedError
@@ -260,57 +254,57 @@ class DataStore(ABC):
     def open(self, info: FileInfo, start: int = 0) -> Readable:
         """Open the bytes of an upload from `start` on. Takes no lock.
 
-        :raises UploadGone: if they are not there (any more).
+        :raises UploadGone: if they are gone.
         """
 
     @abstractmethod
     def delete(self, info: FileInfo) -> None:
-        """Remove the bytes and whatever belongs to them. What is not there is no error."""
+        """Delete the bytes and all that belongs to them. Bytes that are gone are no error."""
 
-    def places(self, before: float) -> Iterator[Place]:
-        """Yield what was not changed since the time `before`, in any order.
+    def files(self, before: float) -> Iterator[StoredFile]:
+        """Yield the files that were not changed since the time `before`, in any order.
 
-        That is the data of uploads, with and without a record, and what only a crash can
-        have left. A store that cannot tell yields nothing. Takes no lock, and lets others
+        These are the files of uploads with and without a record, and what crashes have left. A
+        store that cannot list its files yields none. Takes no lock, and lets other greenlets
         run.
         """
         return iter(())
 
-    def clear(self, place: Place) -> bool:
-        """Remove for good what ``places`` found if it is still as it was then.
+    def delete_file(self, file: StoredFile) -> bool:
+        """Delete a file that ``files`` yielded, if it has not changed since.
 
-        That is for what is temporary, and for what is left of uploads that were removed.
+        For temporary files, and for those of removed uploads.
 
-        :returns: whether it was removed.
+        :returns: whether it was deleted.
         """
         return False
 
-    # What has no record may be missed all the same: records may be those of a backup. So it
-    # is moved to a quarantine, from where an operator can put it back by hand, and where
-    # neither ``places`` nor any other method finds it. A store that has none leaves it.
+    # A file without a record may still be needed: the records may come from an old backup. So it
+    # is moved to a quarantine, where an operator finds it and no other method does. A store
+    # without a quarantine leaves it where it is.
 
-    def quarantine(self, place: Place) -> Quarantined | None:
-        """Move what ``places`` found to the quarantine if it is still as it was then.
+    def quarantine(self, file: StoredFile) -> Quarantined | None:
+        """Move a file that ``files`` yielded to the quarantine, if it has not changed since.
 
         :returns: ``None`` if it was not moved.
         """
         return None
 
     def quarantined(self) -> Iterator[Quarantined]:
-        """Yield what is in the quarantine, in any order. Lets others run."""
+        """Yield the files in the quarantine, in any order. Lets other greenlets run."""
         return iter(())
 
-    def put_back(self, found: Quarantined) -> bool:
-        """Move it from the quarantine to its place, unless something else is there now.
+    def restore(self, found: Quarantined) -> bool:
+        """Move a file from the quarantine back to its path, unless that is in use.
 
         :returns: whether it was moved.
         """
         return False
 
     def discard(self, found: Quarantined) -> bool:
-        """Remove what is in the quarantine for good.
+        """Delete a file in the quarantine.
 
-        :returns: whether it was removed.
+        :returns: whether it was deleted.
         """
         return False
 
@@ -319,5 +313,5 @@ class DataStore(ABC):
         return info.storage.path
 
     def free_space(self) -> int | None:
-        """Return how many bytes more fit; ``None`` where nobody knows."""
+        """Return how many bytes are free, ``None`` if that is unknown."""
         return None

@@ -1,12 +1,12 @@
-"""Keeps the bytes of each upload in one file below a directory.
+"""Stores the bytes of each upload in one file below a directory.
 
-The file's size is the upload's offset: there is no second record that a crash could
-make disagree. The one exception is a body with a checksum: while it is not verified a
-marker beside the file says from where on the bytes do not count yet.
+The size of the file is the offset of the upload, so no crash can make the two disagree. There
+is one exception: while the checksum of a body is not verified, a marker beside the file says
+where the unverified bytes begin.
 
-An upload that was taken over from somebody who may still write goes on in a file of its own,
-a segment; of those before it only so many bytes count as the record says. When the last byte
-is there, all of them are joined to one file.
+If an upload is taken over from a process that may still write, it continues in another file, a
+segment. Of the files before that, only the number of bytes in the record counts. All are joined
+to one file when the upload is finished.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from tuswsgi.datastores import quarantine, scan
 from tuswsgi.datastores.base import (
     DataStore,
     OpenUpload,
-    Place,
     Quarantined,
     Readable,
     Source,
+    StoredFile,
 )
 from tuswsgi.datastores.segments import SegmentReader, copy_file
 from tuswsgi.lockers.base import SURE, Hold
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-#: In ``Storage.details``: how many bytes count of the upload's file, and of each segment but the
-#: last one.
+#: In ``Storage.details``: how many bytes count of the upload's file and of each segment, except
+#: for the last.
 _SEALED = "sealed"
 
 
@@ -70,7 +70,7 @@ _SEALED = "sealed"
 class FileDataStore(DataStore):
     """Files on a local or network file system.
 
-    :param data_dir: the directory of the files; it is made if it is missing.
+    :param data_dir: the directory of the files; it is created if it is missing.
     :param force_fsync: whether acknowledged bytes must survive a power loss.
     """
 
@@ -126,8 +126,8 @@ class FileDataStore(DataStore):
     def create(self, info: FileInfo) -> Storage:
         storage = self.storage_for(info)
         close(self._make(storage))
-        # The path may have been another upload's, who died while it was removed.
-        _unlink(*scan.beside(f"{self.data_dir}/{storage.path}"))
+        # A crash while another upload with this path was removed may have left its segments.
+        _unlink(*scan.companions(f"{self.data_dir}/{storage.path}"))
         return storage
 
     def create_open(self, info: FileInfo) -> OpenUpload:
@@ -139,8 +139,8 @@ class FileDataStore(DataStore):
             self._check_sealed(info)
         with self._opened(info, os.O_RDONLY) as fd:
             if self.force_fsync:
-                # A worker that was killed has written without syncing, and whoever
-                # asks will tell a client that these bytes are safe.
+                # A client will be told that these bytes are safe, but a worker may have been
+                # killed between write and sync.
                 run_in_thread(os.fdatasync, fd)
             size = os.fstat(fd).st_size
             marked = self._marked(info)
@@ -160,12 +160,12 @@ class FileDataStore(DataStore):
             if marked is not None and not source.provisional:
                 hold.check()
                 self._unmark(info)
-            return start + self.keep(info, fd, verified, source, hold)
+            return start + self.store(info, fd, verified, source, hold)
 
-    def keep(self, info: FileInfo, fd: int, size: int, source: Source, hold: Hold) -> int:
+    def store(self, info: FileInfo, fd: int, size: int, source: Source, hold: Hold) -> int:
         """Append to an open file of `size` bytes, all of which count, and return its new size."""
         if source.provisional:
-            return self._keep_provisional(info, fd, size, source, hold)
+            return self._store_provisional(info, fd, size, source, hold)
         size += self._copy(source, fd, size)
         if self.force_fsync:
             run_in_thread(os.fdatasync, fd)
@@ -174,7 +174,7 @@ class FileDataStore(DataStore):
     def seal(self, info: FileInfo) -> Storage:
         sealed = [*_sealed(info), self.offset(info) - _start(info)]
         storage = replace(info.storage, details={_SEALED: sealed})
-        # Neither exclusively nor emptied: another one who seals may be late, or early.
+        # Neither exclusive nor truncating: several processes may seal the upload at once.
         path = self._path(info.replace(storage=storage), _segment(len(sealed)))
         close(self._make_file(path, 0))
         self._sync_directory(path.parent)
@@ -189,8 +189,8 @@ class FileDataStore(DataStore):
                 run_in_thread(os.fsync, fd)
         return info.storage
 
-    def tidy(self, info: FileInfo) -> None:
-        run_in_thread(_unlink, *scan.beside(self._text_path(info)))
+    def delete_leftovers(self, info: FileInfo) -> None:
+        run_in_thread(_unlink, *scan.companions(self._text_path(info)))
 
     def concatenate(self, info: FileInfo, parts: Sequence[FileInfo], hold: Hold) -> None:
         with self._opened(info, os.O_RDONLY):
@@ -210,25 +210,25 @@ class FileDataStore(DataStore):
 
     def delete(self, info: FileInfo) -> None:
         path = self._path(info)
-        # To free the blocks of a huge file takes the kernel its time.
-        run_in_thread(_unlink, path, *scan.beside(str(path)))
+        # The kernel takes long to free the blocks of a huge file.
+        run_in_thread(_unlink, path, *scan.companions(str(path)))
         if path.parent.exists():
             self._sync_directory(path.parent)
 
-    def places(self, before: float) -> Iterator[Place]:
-        return scan.places(str(self.data_dir), self.type, before)
+    def files(self, before: float) -> Iterator[StoredFile]:
+        return scan.stored_files(str(self.data_dir), self.type, before)
 
-    def clear(self, place: Place) -> bool:
-        return scan.clear(str(self.data_dir), place)
+    def delete_file(self, file: StoredFile) -> bool:
+        return scan.delete(str(self.data_dir), file)
 
-    def quarantine(self, place: Place) -> Quarantined | None:
-        return quarantine.quarantine(str(self.data_dir), place)
+    def quarantine(self, file: StoredFile) -> Quarantined | None:
+        return quarantine.quarantine(str(self.data_dir), file)
 
     def quarantined(self) -> Iterator[Quarantined]:
         return quarantine.quarantined(str(self.data_dir), self.type)
 
-    def put_back(self, found: Quarantined) -> bool:
-        return quarantine.put_back(str(self.data_dir), found)
+    def restore(self, found: Quarantined) -> bool:
+        return quarantine.restore(str(self.data_dir), found)
 
     def discard(self, found: Quarantined) -> bool:
         return quarantine.discard(found)
@@ -244,10 +244,9 @@ class FileDataStore(DataStore):
         return Path(self._text_path(info, hidden))
 
     def _text_path(self, info: FileInfo, hidden: str = "") -> str:
-        """Return where the bytes are; as text, since it is on the way of every request.
+        """Return the path of an upload's file; as text, since every request needs it.
 
-        :param hidden: the purpose of a file of our own beside them: ids never begin with a
-            dot.
+        :param hidden: the suffix of a hidden file beside it; ids never begin with a dot.
         """
         path = contained(info.storage.path or info.id)
         if hidden:
@@ -278,9 +277,9 @@ class FileDataStore(DataStore):
         return f"{directories}/{info.id}" if directories else info.id
 
     def _make(self, storage: Storage) -> int:
-        """Make the file of a new upload and return it open.
+        """Create the file of a new upload and return its descriptor.
 
-        :raises UploadExists: if there is one.
+        :raises UploadExists: if the file exists.
         """
         path = f"{self.data_dir}/{storage.path}"
         try:
@@ -329,7 +328,7 @@ class FileDataStore(DataStore):
                 close(fd)
 
     def _opened(self, info: FileInfo, flags: int) -> _Opened:
-        """Open the file that takes an upload's bytes."""
+        """Open the file that an upload is appended to."""
         hidden = _segment(len(_sealed(info))) if info.storage.details else ""
         return _Opened(self._text_path(info, hidden), flags)
 
@@ -340,10 +339,10 @@ class FileDataStore(DataStore):
             raise _translated(error) from error
 
     def _build(self, info: FileInfo, files: Sequence[tuple[str, int]], hold: Hold) -> None:
-        """Put a file in the place of an upload's, made of the first bytes of others.
+        """Replace the file of an upload by one that joins the first bytes of other files.
 
-        It has a name of its own before that: somebody who lost the lock may be at it, too. What
-        that one makes is the same, so that it does no harm when it comes later.
+        It gets a random name first: a process that lost the lock may build the same file. Since
+        both have the same bytes, it does no harm if that process comes later.
 
         :param files: their paths, and how many bytes of each.
         """
@@ -352,8 +351,8 @@ class FileDataStore(DataStore):
         try:
             target, has_name = self._make_unnamed(unfinished)
             try:
-                # One by one: the kernel lets one writer at a time into a file, and a second
-                # thread would only spin at its lock.
+                # One by one: the kernel lets only one writer into a file, and a second thread
+                # would spin on its lock.
                 for part, length in files:
                     with _Opened(part, os.O_RDONLY) as fd:
                         if copy_file(fd, target, length) != length:
@@ -373,9 +372,9 @@ class FileDataStore(DataStore):
         self._sync_directory(path.parent)
 
     def _make_unnamed(self, path: Path) -> tuple[int, bool]:
-        """Make a file that is to be at `path` later, and return whether it is there already.
+        """Create a file that gets the name `path` later, and return whether it has it already.
 
-        Where the file system can, it has no name, and the death of its maker leaves nothing.
+        If the file system supports files without a name, a crash leaves nothing.
         """
         if UNNAMED and os.path.isdir("/proc/self/fd"):
             try:
@@ -389,7 +388,7 @@ class FileDataStore(DataStore):
         return self._make_file(path, os.O_EXCL), True
 
     def _segments(self, info: FileInfo) -> Sequence[tuple[str, int]]:
-        """Return the files of an upload that was sealed, and how many bytes of each count."""
+        """Return the files of a sealed upload, and how many bytes of each count."""
         sealed = self._sealed_files(info)
         if not sealed:
             return ()
@@ -402,7 +401,7 @@ class FileDataStore(DataStore):
                 raise UploadGone
 
     def _sealed_files(self, info: FileInfo) -> Sequence[tuple[str, int]]:
-        """Return the files that take no more bytes, and how many of each count."""
+        """Return the files of a sealed upload but the last, and how many bytes of each count."""
         return [
             (self._text_path(info, _segment(number) if number else ""), length)
             for number, length in enumerate(_sealed(info))
@@ -411,10 +410,10 @@ class FileDataStore(DataStore):
     def _cut(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
         if self.force_fsync:
-            # The marker goes next, and must not go first when the power fails.
+            # The marker is deleted next; after a power loss it must not be gone before the bytes.
             run_in_thread(os.fdatasync, fd)
 
-    def _keep_provisional(
+    def _store_provisional(
         self, info: FileInfo, fd: int, size: int, source: Source, hold: Hold
     ) -> int:
         hold.check()
@@ -425,7 +424,7 @@ class FileDataStore(DataStore):
             copied = self._copy(source, fd, size)
             accepted = source.accepted(lambda: _blocks(fd, size, copied))
         finally:
-            # Who has lost the lock leaves them marked: they never count then, either.
+            # If the lock is lost, the bytes stay marked and never count.
             if not accepted and not hold.is_lost():
                 self._cut(fd, size)
         if self.force_fsync:
@@ -436,7 +435,7 @@ class FileDataStore(DataStore):
 
     def _marked(self, info: FileInfo) -> int | None:
         path = self._text_path(info, _marker_of(info))
-        # There hardly ever is one, and an exception takes longer than this question.
+        # There hardly ever is a marker, and an exception takes longer than this check.
         if not os.access(path, os.F_OK):
             return None
         try:
@@ -447,8 +446,8 @@ class FileDataStore(DataStore):
             text = os.read(fd, 32)
         finally:
             close(fd)
-        # A crash while the marker was written left it empty or cut off, and nothing
-        # unverified in the file yet.
+        # A crash while the marker was written has left it incomplete, and the file without
+        # unverified bytes.
         return int(text) if text.endswith(b"\n") else MAX_SIZE
 
     def _mark(self, info: FileInfo, offset: int) -> None:
@@ -476,7 +475,7 @@ class FileDataStore(DataStore):
 class _Opened:
     """The descriptor of an upload's file, for the length of a ``with`` block.
 
-    Not a generator: every slow connection keeps one of these.
+    Not a generator, to save memory: every slow connection has one.
 
     :raises UploadGone: if there is no file.
     """
@@ -497,7 +496,7 @@ class _Opened:
 
 
 class _OpenFile(OpenUpload):
-    """The file of a new upload. What is new has no marker, so none is looked for."""
+    """The file of a new upload. It has no marker yet, so none is looked for."""
 
     def __init__(self, store: FileDataStore, info: FileInfo, fd: int) -> None:
         self.storage = info.storage
@@ -506,24 +505,24 @@ class _OpenFile(OpenUpload):
         self._fd = fd
 
     def append(self, source: Source) -> int:
-        return self._files.keep(self._info, self._fd, 0, source, SURE)
+        return self._files.store(self._info, self._fd, 0, source, SURE)
 
     def close(self) -> None:
         close(self._fd)
 
 
 def _directory(text: str) -> str:
-    """Return what a client says as a part of a directory's name: it must not lead away."""
+    """Return a client's text as the name of a directory; it must not lead out of the parent."""
     text = re.sub(r"^\.|[/\\]", "_", "".join(char for char in text if char.isprintable()))
-    # Two of them fit into one name.
+    # Two of these fit into one name.
     return text.encode()[:120].decode(errors="ignore") or "_"
 
 
 def _name_file(fd: int, path: Path) -> None:
-    """Give a file a name that has none."""
+    """Give a file without a name one."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Only with a directory Python asks the kernel to follow the link in /proc.
+        # Python makes the kernel follow the link in /proc only if a directory is given.
         os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=directory, follow_symlinks=True)
     finally:
         close(directory)
@@ -554,8 +553,8 @@ def _sealed(info: FileInfo) -> Sequence[int]:
 
 
 def _start(info: FileInfo) -> int:
-    """Return the offset of the first byte in the file that takes bytes."""
-    # Hardly any upload has details, and this is asked on the way of every request.
+    """Return the offset of the first byte of the file that is appended to."""
+    # Hardly any upload has details, and every request calls this.
     return sum(_sealed(info)) if info.storage.details else 0
 
 
@@ -571,5 +570,5 @@ def _segment(number: int) -> str:
 
 
 def _marker_of(info: FileInfo) -> str:
-    """Return the purpose of the marker of the file that takes bytes."""
+    """Return the suffix of the marker of the file that is appended to."""
     return f"unverified{len(_sealed(info))}" if info.storage.details else "unverified"

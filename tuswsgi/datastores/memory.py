@@ -1,6 +1,6 @@
-"""Keeps bytes in the memory of one process: for tests and for trying things out.
+"""Stores bytes in the memory of one process, for tests and for trying things out.
 
-It obeys the whole contract, so it stands in for real stores in tests of the protocol.
+It fulfils the whole contract, so it can replace a real store in tests of the protocol.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import replace
 from tuswsgi.core.errors import OffsetMismatch, UploadExists, UploadGone
 from tuswsgi.core.extensions import OF_STORES
 from tuswsgi.core.info import FileInfo, Storage
-from tuswsgi.datastores.base import DataStore, Place, Readable, Source
+from tuswsgi.datastores.base import DataStore, Readable, Source, StoredFile
 from tuswsgi.lockers.base import Hold
 
 _BLOCK = 64 * 1024
 
 
 class MemoryDataStore(DataStore):
-    """Bytes in a dictionary; they are gone with the process."""
+    """Stores bytes in a dictionary; they are lost with the process."""
 
     type = "memory_storage"
     extensions = OF_STORES
@@ -45,19 +45,19 @@ class MemoryDataStore(DataStore):
         return len(self._bytes(info))
 
     def append(self, info: FileInfo, offset: int, source: Source, hold: Hold) -> int:
-        kept = self._bytes(info)
-        if len(kept) != offset:
-            raise OffsetMismatch(len(kept))
+        stored = self._bytes(info)
+        if len(stored) != offset:
+            raise OffsetMismatch(len(stored))
         arrived = bytearray()
         while block := source.read(_BLOCK):
             arrived += block
             if not source.provisional:
-                self._put(_key(info), kept + arrived)
+                self._put(_key(info), stored + arrived)
         if source.provisional:
             if not source.accepted(lambda: [bytes(arrived)]):
                 return offset
             hold.check()
-            self._put(_key(info), kept + arrived)
+            self._put(_key(info), stored + arrived)
         return offset + len(arrived)
 
     def seal(self, info: FileInfo) -> Storage:
@@ -80,25 +80,25 @@ class MemoryDataStore(DataStore):
             if key == name or key.startswith(f"{name}#"):
                 self._remove(key)
 
-    def places(self, before: float) -> Iterator[Place]:
+    def files(self, before: float) -> Iterator[StoredFile]:
         for key in tuple(self._uploads):
-            place = self._place(key)
-            if place is not None and place.changed_at < before:
-                yield place
+            file = self._file(key)
+            if file is not None and file.changed_at < before:
+                yield file
 
-    def clear(self, place: Place) -> bool:
-        key = place.storage.path or ""
-        if self._place(key) != place:
+    def delete_file(self, file: StoredFile) -> bool:
+        key = file.storage.path or ""
+        if self._file(key) != file:
             return False
         self._remove(key)
         return True
 
-    def _place(self, key: str) -> Place | None:
-        kept = self._uploads.get(key)
-        if kept is None:
+    def _file(self, key: str) -> StoredFile | None:
+        data = self._uploads.get(key)
+        if data is None:
             return None
         name = key.rpartition("/")[2]
-        return Place(name, Storage(self.type, key), len(kept), self._changed_at[key])
+        return StoredFile(name, Storage(self.type, key), len(data), self._changed_at[key])
 
     def _put(self, key: str, data: bytes) -> None:
         self._changed_at[key] = time.time()

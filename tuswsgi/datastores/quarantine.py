@@ -1,8 +1,8 @@
-"""Where files that no record tells of wait, for somebody to miss them.
+"""The quarantine: a hidden directory for files without a record.
 
-This file owns a hidden directory of the directory of uploads: ``.tuswsgi/quarantine/<time>/``
-has what was moved there at a time, by the same paths as before, so that ``mv`` puts it back.
-Everything is renamed within one file system and never copied. What is in there is no upload.
+``.tuswsgi/quarantine/<time>/`` below the directory of uploads has the files that were moved
+there at that time, by the same paths as before, so that ``mv`` restores them. They are renamed
+within one file system, never copied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import count
 from tuswsgi.core.paths import make_directory
 from tuswsgi.core.process import let_others_run, run_in_thread
 from tuswsgi.datastores import scan
-from tuswsgi.datastores.base import Place, Quarantined
+from tuswsgi.datastores.base import Quarantined, StoredFile
 
 _ROOT = ".tuswsgi/quarantine"
 
@@ -26,26 +26,26 @@ _TIME = "%Y-%m-%dT%H%M%SZ"
 #: A time, and a number where a path was taken already in that second.
 _FOLDER = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d{6}Z)(\.\d+)?", re.ASCII)
 
-#: How many files are looked at before others run.
+#: How many files are looked at before other greenlets run.
 _PAGE = 100
 
 
-def quarantine(directory: str, place: Place) -> Quarantined | None:
-    """Move a file that ``places`` found; see ``DataStore.quarantine``."""
-    if not scan.is_still(directory, place):
+def quarantine(directory: str, file: StoredFile) -> Quarantined | None:
+    """Move a file to the quarantine; see ``DataStore.quarantine``."""
+    if not scan.is_unchanged(directory, file):
         return None
-    source = f"{directory}/{place.storage.path}"
+    source = f"{directory}/{file.storage.path}"
     moved_at = int(time.time())
-    target = _free_path(directory, place, moved_at)
+    target = _free_path(directory, file, moved_at)
     try:
         _move(source, target)
     except FileNotFoundError:
         return None  # another process was faster
-    return Quarantined(place, os.path.abspath(target), moved_at)
+    return Quarantined(file, os.path.abspath(target), moved_at)
 
 
 def quarantined(directory: str, type: str) -> Iterator[Quarantined]:
-    """Yield what was moved; see ``DataStore.quarantined``.
+    """Yield the files in the quarantine; see ``DataStore.quarantined``.
 
     :param type: the name of the data store.
     """
@@ -58,16 +58,16 @@ def quarantined(directory: str, type: str) -> Iterator[Quarantined]:
         if moved_at is None:
             continue
         below = f"{directory}/{_ROOT}/{folder}"
-        for number, path in enumerate(scan.files(below, "")):
+        for number, path in enumerate(scan.paths(below, "")):
             if number % _PAGE == 0:
                 let_others_run()
-            if (place := scan.look(below, path, type)) is not None:
-                yield Quarantined(place, os.path.abspath(f"{below}/{path}"), moved_at)
+            if (file := scan.look_at(below, path, type)) is not None:
+                yield Quarantined(file, os.path.abspath(f"{below}/{path}"), moved_at)
 
 
-def put_back(directory: str, found: Quarantined) -> bool:
-    """Move a file to where it was; see ``DataStore.put_back``."""
-    target = f"{directory}/{found.place.storage.path}"
+def restore(directory: str, found: Quarantined) -> bool:
+    """Move a file back to its path; see ``DataStore.restore``."""
+    target = f"{directory}/{found.file.storage.path}"
     try:
         if os.path.lexists(target):
             return False
@@ -79,10 +79,10 @@ def put_back(directory: str, found: Quarantined) -> bool:
 
 
 def discard(found: Quarantined) -> bool:
-    """Remove a file for good; see ``DataStore.discard``."""
-    rest = scan.beside(found.location)
+    """Delete a file in the quarantine; see ``DataStore.discard``."""
+    rest = scan.companions(found.location)
     try:
-        # To free the blocks of a huge file takes the kernel its time.
+        # The kernel takes long to free the blocks of a huge file.
         run_in_thread(os.unlink, found.location)
         for path in rest:
             run_in_thread(os.unlink, path)
@@ -92,23 +92,23 @@ def discard(found: Quarantined) -> bool:
     return True
 
 
-def _free_path(directory: str, place: Place, moved_at: int) -> str:
+def _free_path(directory: str, file: StoredFile, moved_at: int) -> str:
     folder = f"{directory}/{_ROOT}/{time.strftime(_TIME, time.gmtime(moved_at))}"
     for number in count():
-        path = f"{folder}{f'.{number}' if number else ''}/{place.storage.path}"
+        path = f"{folder}{f'.{number}' if number else ''}/{file.storage.path}"
         if not os.path.lexists(path):
             return path
     raise AssertionError  # there is always one more number
 
 
 def _move(source: str, target: str) -> None:
-    """Rename a file with what belongs to it, but never over another one.
+    """Rename a file and its companions, but never over another file.
 
-    Whoever dies in between leaves two names of one file, and no file without what belongs to
-    it: what has lost its upload is for the clean-up.
+    If the process dies in between, a file has two names, but never lacks a companion.
+    Companions without an upload are removed by the clean-up.
     """
     make_directory(os.path.dirname(target))
-    pairs = [*zip(scan.beside(source), scan.beside(source, target), strict=True)]
+    pairs = [*zip(scan.companions(source), scan.companions(source, target), strict=True)]
     pairs.append((source, target))
     named: list[tuple[str, str]] = []
     try:
@@ -124,11 +124,11 @@ def _move(source: str, target: str) -> None:
 
 
 def _name(old: str, new: str) -> None:
-    """Give a file one more name, or another one where the file system knows no second names."""
+    """Give a file a second name; rename it if the file system has no hard links."""
     try:
         os.link(old, new, follow_symlinks=False)
     except FileExistsError:
-        # Somebody died here, and left both names.
+        # A process died here, and left both names.
         if not os.path.samefile(old, new):
             raise
     except (NotADirectoryError, FileNotFoundError):
@@ -140,7 +140,7 @@ def _name(old: str, new: str) -> None:
 
 
 def _unname(old: str, new: str) -> None:
-    """Take a name from a file that has another one, or give it that where it has not."""
+    """Remove the name `old` of a file that also has the name `new`; rename it if it has not."""
     if not os.path.lexists(new):
         os.rename(old, new)
     elif os.path.lexists(old):
@@ -157,7 +157,7 @@ def _time_of(folder: str) -> float | None:
 
 def _remove_empty_folders(found: Quarantined) -> None:
     folder = os.path.dirname(found.location)
-    for _ in range((found.place.storage.path or "").count("/") + 1):
+    for _ in range((found.file.storage.path or "").count("/") + 1):
         try:
             os.rmdir(folder)
         except OSError:

@@ -1,8 +1,4 @@
-"""Reads and copies bytes that lie in several files, one after the other.
-
-This file knows paths and lengths. Which files an upload is made of is the business of the
-store.
-"""
+"""Reads and copies bytes from several files, one after the other."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tuswsgi.core.events import RequestInfo
 from tuswsgi.core.info import FileInfo, State, check_id, made_at
 from tuswsgi.core.options import Duration, option
 from tuswsgi.core.process import let_others_run
-from tuswsgi.datastores.base import Place, Quarantined
+from tuswsgi.datastores.base import Quarantined, StoredFile
 from tuswsgi.lockers.base import SURE, Hold
 from tuswsgi.observing.telemetry import bytes_reclaimed, quarantine_changed, report
 from tuswsgi.protocol.uploads import Uploads
@@ -317,7 +317,7 @@ class CleanUp:
         return Reason.DATA_LOST if is_lost else None
 
     def _kept(self, info: FileInfo) -> int | None:
-        """Return how many bytes of an upload are there, ``None`` if it has not even a place."""
+        """Return how many bytes of an upload are there, ``None`` if it has not even a file."""
         try:
             return self._data.offset(info)
         except UploadGone:
@@ -363,20 +363,20 @@ class CleanUp:
         before = (
             time.time() - (self._settings.grace or 0.0) - self._uploads.settings.network_timeout
         )
-        strays: list[Place] = []
+        strays: list[StoredFile] = []
         left = {info.storage.path for info in self._records(_GONE) if _has_chosen_path(info)}
         known = _Known()
         found = self._suspects(before, left)
         while page := [*islice(found, _PLACES)]:
-            if any(not place.is_temporary for place, _ in page):
-                known = self._known({place.storage.path for place, _ in page})
-            for place, reason in page:
-                if place.storage.path in known.taken:
+            if any(not file.is_temporary for file, _ in page):
+                known = self._known({file.storage.path for file, _ in page})
+            for file, reason in page:
+                if file.storage.path in known.taken:
                     continue
                 if reason is Reason.NO_RECORD:
-                    strays.append(place)
+                    strays.append(file)
                 else:
-                    yield from self._clear(place, left)
+                    yield from self._clear(file, left)
             if self._quarantine_many:
                 yield from self._quarantine_all(strays, known)
                 strays = []
@@ -384,7 +384,7 @@ class CleanUp:
                 raise TooManyStrays(len(strays), known.number)
         yield from self._quarantine_all(strays, known)
 
-    def _suspects(self, before: float, left: _Paths) -> Iterator[tuple[Place, Reason]]:
+    def _suspects(self, before: float, left: _Paths) -> Iterator[tuple[StoredFile, Reason]]:
         """Yield what may be nobody's.
 
         Of all that is neither temporary nor left of an upload that was removed, that is only
@@ -393,13 +393,13 @@ class CleanUp:
         by itself, makes no strays of finished uploads.
         """
         since = None if self._infos.is_forgetful else self._oldest()
-        for place in self._data.places(before):
+        for file in self._data.files(before):
             self._on_look()
-            made = made_at(place.upload)
+            made = made_at(file.upload)
             is_ours = since is not None and made is not None and since < made < before
-            reason = self._fate(place, left)
+            reason = self._fate(file, left)
             if reason is not None and (is_ours or reason is not Reason.NO_RECORD):
-                yield place, reason
+                yield file, reason
 
     def _oldest(self) -> float | None:
         """Return when the oldest id of this server's own was made that is still known."""
@@ -412,22 +412,22 @@ class CleanUp:
             let_others_run()
         return None
 
-    def _fate(self, place: Place, left: _Paths = ()) -> Reason | None:
-        """Return why a place is not that of an upload; ``None`` if it is, for all we know.
+    def _fate(self, file: StoredFile, left: _Paths = ()) -> Reason | None:
+        """Return why a file is not that of an upload; ``None`` if it is, for all we know.
 
         :param left: the paths that hooks chose for uploads that were removed.
         """
-        if place.is_temporary:
+        if file.is_temporary:
             return Reason.TEMPORARY
         try:
-            info = self._infos.load(place.upload)
+            info = self._infos.load(file.upload)
         except UploadNotFound:
-            return Reason.LEFT_OVER if place.storage.path in left else Reason.NO_RECORD
+            return Reason.LEFT_OVER if file.storage.path in left else Reason.NO_RECORD
         except ValueError:
             return None  # there is a record, but nobody can read it
         if not info.is_gone:
             return None
-        return Reason.LEFT_OVER if _is_at(info, place) else Reason.NO_RECORD
+        return Reason.LEFT_OVER if _is_at(info, file) else Reason.NO_RECORD
 
     def _known(self, paths: Collection[str | None]) -> _Known:
         """Look through all uploads for those under another name: a hook chose their paths."""
@@ -441,43 +441,43 @@ class CleanUp:
                 taken.add(info.storage.path)
         return _Known(number, newest, taken)
 
-    def _clear(self, place: Place, left: _Paths) -> Iterator[Removal]:
+    def _clear(self, file: StoredFile, left: _Paths) -> Iterator[Removal]:
         removal = None
-        with log_failures(place.upload), self._locked(place) as hold:
-            reason = self._fate(place, left)
+        with log_failures(file.upload), self._locked(file) as hold:
+            reason = self._fate(file, left)
             if reason is not None and reason is not Reason.NO_RECORD:
                 hold.check()
-                if self._dry_run or self._data.clear(place):
-                    removal = _removal(reason, place)
+                if self._dry_run or self._data.delete_file(file):
+                    removal = _removal(reason, file)
                     self._tell(removal)
         if removal is not None:
             yield removal
 
-    def _quarantine_all(self, strays: Sequence[Place], known: _Known) -> Iterator[Removal]:
-        for place in strays:
+    def _quarantine_all(self, strays: Sequence[StoredFile], known: _Known) -> Iterator[Removal]:
+        for file in strays:
             self._on_look()
             # What is younger than every record waits: the records may be those of a backup.
-            if self._quarantine_many or (made_at(place.upload) or 0.0) <= known.newest:
-                yield from self._quarantine(place)
+            if self._quarantine_many or (made_at(file.upload) or 0.0) <= known.newest:
+                yield from self._quarantine(file)
 
-    def _quarantine(self, place: Place) -> Iterator[Removal]:
+    def _quarantine(self, file: StoredFile) -> Iterator[Removal]:
         is_moved = False
-        with log_failures(place.upload), self._locked(place) as hold:
-            if self._fate(place) is Reason.NO_RECORD:
+        with log_failures(file.upload), self._locked(file) as hold:
+            if self._fate(file) is Reason.NO_RECORD:
                 hold.check()
-                is_moved = self._dry_run or self._move(place)
+                is_moved = self._dry_run or self._move(file)
         if is_moved:
-            yield _removal(Reason.NO_RECORD, place)
+            yield _removal(Reason.NO_RECORD, file)
 
-    def _move(self, place: Place) -> bool:
-        moved = self._data.quarantine(place)
+    def _move(self, file: StoredFile) -> bool:
+        moved = self._data.quarantine(file)
         if moved is None:
             return False
         self._report_change("quarantined")
         log.warning(
             "No record tells of %s (%d bytes): it was moved to %s",
-            place.storage.path,
-            place.size,
+            file.storage.path,
+            file.size,
             moved.location,
         )
         # A POST may have written its record just now.
@@ -489,47 +489,47 @@ class CleanUp:
             yield from self._look_again(found)
 
     def _look_again(self, found: Quarantined) -> Iterator[Removal]:
-        removal = _removal(Reason.QUARANTINE, found.place, time.time() - found.moved_at)
+        removal = _removal(Reason.QUARANTINE, found.file, time.time() - found.moved_at)
         is_removed = False
-        with log_failures(removal.id), self._locked(found.place) as hold:
+        with log_failures(removal.id), self._locked(found.file) as hold:
             hold.check()
-            if not self._put_back(found) and self._is_over(removal, found.place):
+            if not self._put_back(found) and self._is_over(removal, found.file):
                 is_removed = self._dry_run or self._data.discard(found)
                 if is_removed:
                     self._tell(removal)
         if is_removed:
             yield removal
 
-    def _is_over(self, removal: Removal, place: Place) -> bool:
+    def _is_over(self, removal: Removal, file: StoredFile) -> bool:
         age = self._settings.quarantine_age
-        return age is not None and removal.age > age and self._fate(place) is not None
+        return age is not None and removal.age > age and self._fate(file) is not None
 
     def _put_all_back(self) -> None:
         for found in self._data.quarantined():
             self._on_look()
-            with log_failures(found.place.upload), self._locked(found.place) as hold:
+            with log_failures(found.file.upload), self._locked(found.file) as hold:
                 hold.check()
                 self._put_back(found)
 
     def _put_back(self, found: Quarantined) -> bool:
-        """Move something to its place if an upload is known by now that has its bytes there."""
-        if self._dry_run or not self._is_missed(found.place) or not self._data.put_back(found):
+        """Move something to its file if an upload is known by now that has its bytes there."""
+        if self._dry_run or not self._is_missed(found.file) or not self._data.restore(found):
             return False
         self._report_change("put back")
-        log.warning("%s has a record now and was put back", found.place.storage.path)
+        log.warning("%s has a record now and was put back", found.file.storage.path)
         return True
 
-    def _is_missed(self, place: Place) -> bool:
+    def _is_missed(self, file: StoredFile) -> bool:
         try:
-            info = self._infos.load(place.upload)
+            info = self._infos.load(file.upload)
         except (UploadNotFound, ValueError):
             return False
-        return not info.is_gone and _is_at(info, place)
+        return not info.is_gone and _is_at(info, file)
 
     @contextmanager
-    def _locked(self, place: Place) -> Iterator[Hold]:
+    def _locked(self, file: StoredFile) -> Iterator[Hold]:
         try:
-            id = check_id(place.upload)
+            id = check_id(file.upload)
         except UploadNotFound:
             # A hook chose the path, and nobody needs what is temporary.
             yield SURE
@@ -589,14 +589,14 @@ def log_failures(id: str) -> Iterator[None]:
         log.exception("The upload %s could not be swept", id)
 
 
-def _removal(reason: Reason, place: Place, age: float | None = None) -> Removal:
+def _removal(reason: Reason, file: StoredFile, age: float | None = None) -> Removal:
     return Removal(
-        reason, place.upload, time.time() - place.changed_at if age is None else age, place.size
+        reason, file.upload, time.time() - file.changed_at if age is None else age, file.size
     )
 
 
-def _is_at(info: FileInfo, place: Place) -> bool:
-    return (info.storage.path or info.id) == place.storage.path
+def _is_at(info: FileInfo, file: StoredFile) -> bool:
+    return (info.storage.path or info.id) == file.storage.path
 
 
 def _has_chosen_path(info: FileInfo) -> bool:

@@ -47,7 +47,7 @@ class Finisher:
         hold.check()
         saved = self.context.infos.save(finished, events)
         if saved.storage is not info.storage:
-            self.context.data.tidy(info)
+            self.context.data.delete_leftovers(info)
         self.announce(saved, request)
         return saved
 

@@ -1,8 +1,8 @@
 """The contract of data stores as tests: subclass ``DataStoreContract``.
 
-Each test holds a store to a sentence of ``DataStore``'s documentation. What a store does
-when its process dies in the middle is not tested here: only its author knows how to stage
-that. Tests of an extension that the store does not declare are skipped.
+Each test checks one sentence of ``DataStore``'s documentation. What happens when a process
+dies in the middle of a method is not tested here: only the author of a store knows how to
+provoke it. Tests of an extension that the store does not declare are skipped.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Died(BaseException):
 
 
 def created(store: DataStore, id: str | None = None, **fields: Any) -> FileInfo:
-    """Return a new upload that has its place in `store`."""
+    """Return a new upload that was created in `store`."""
     info = FileInfo(id=new_id() if id is None else id, created_at=1.5, **fields)
     return replace(info, storage=store.create(info))
 
@@ -127,7 +127,7 @@ class DataStoreContract:
 
     @pytest.fixture
     def other(self, store: DataStore) -> DataStore:
-        """Another prepared store on the same place, as a second process has it."""
+        """Another prepared store on the same data, as a second process has it."""
         pytest.skip("the bytes belong to one instance")
 
     @pytest.fixture
@@ -157,7 +157,7 @@ class DataStoreContract:
         store.prepare()
         assert content(store, info) == b"kept"
 
-    def test_a_new_place_is_empty(self, store: DataStore) -> None:
+    def test_a_new_upload_is_empty(self, store: DataStore) -> None:
         info = created(store, size=5, metadata=Metadata.of({"filename": "../кошка"}))
         assert info.storage.type == store.type
         assert store.offset(info) == 0
@@ -165,7 +165,7 @@ class DataStoreContract:
         location = store.location(info)
         assert location is None or location
 
-    def test_a_place_is_made_once(self, store: DataStore) -> None:
+    def test_an_upload_is_created_once(self, store: DataStore) -> None:
         info = created(store)
         store.append(info, 0, Blocks(b"first"), SURE)
         for second in (info, FileInfo(id=info.id)):
@@ -186,25 +186,25 @@ class DataStoreContract:
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(create, range(8))) == 1
 
-    def test_an_open_place_takes_the_first_bytes(self, store: DataStore) -> None:
+    def test_an_open_upload_takes_the_first_bytes(self, store: DataStore) -> None:
         info = FileInfo(id=new_id(), size=len(LARGE) + 4)
-        place = store.create_open(info)
-        info = replace(info, storage=place.storage)
+        upload = store.create_open(info)
+        info = replace(info, storage=upload.storage)
         assert store.offset(info) == 0
-        assert place.append(Blocks(b"", LARGE)) == len(LARGE)
-        place.close()
+        assert upload.append(Blocks(b"", LARGE)) == len(LARGE)
+        upload.close()
         assert store.offset(info) == len(LARGE)
         assert store.append(info, len(LARGE), Blocks(b"more"), SURE) == len(LARGE) + 4
         assert content(store, info) == LARGE + b"more"
 
-    def test_an_open_place_may_stay_empty(self, store: DataStore) -> None:
+    def test_an_open_upload_may_stay_empty(self, store: DataStore) -> None:
         info = FileInfo(id=new_id())
-        place = store.create_open(info)
-        place.close()
-        info = replace(info, storage=place.storage)
+        upload = store.create_open(info)
+        upload.close()
+        info = replace(info, storage=upload.storage)
         assert store.append(info, 0, Blocks(b"later"), SURE) == 5
 
-    def test_an_open_place_is_made_once(self, store: DataStore) -> None:
+    def test_an_open_upload_is_created_once(self, store: DataStore) -> None:
         info = created(store)
         store.append(info, 0, Blocks(b"first"), SURE)
         with pytest.raises(UploadExists):
@@ -213,10 +213,10 @@ class DataStoreContract:
 
     @pytest.mark.usefixtures("verifying")
     @pytest.mark.parametrize("accepts", [True, False])
-    def test_an_open_place_keeps_what_is_accepted(self, store: DataStore, accepts: bool) -> None:
+    def test_an_open_upload_stores_what_is_accepted(self, store: DataStore, accepts: bool) -> None:
         info = FileInfo(id=new_id())
-        place = store.create_open(info)
-        info = replace(info, storage=place.storage)
+        upload = store.create_open(info)
+        info = replace(info, storage=upload.storage)
         offsets = []
         source = Blocks(
             b"first",
@@ -224,8 +224,8 @@ class DataStoreContract:
             accepts=accepts,
             before_answer=lambda kept: offsets.append(store.offset(info)),
         )
-        assert place.append(source) == (5 if accepts else 0)
-        place.close()
+        assert upload.append(source) == (5 if accepts else 0)
+        upload.close()
         assert offsets == [0]
         assert content(store, info) == (b"first" if accepts else b"")
         assert store.offset(info) == (5 if accepts else 0)
@@ -433,8 +433,8 @@ class DataStoreContract:
             finished = replace(info, offset=len(data), storage=store.finish(info, SURE))
             assert content(store, finished) == data
             assert content(store, info) == data, "the record may not be saved"
-        store.tidy(info)
-        store.tidy(info)
+        store.delete_leftovers(info)
+        store.delete_leftovers(info)
         assert content(store, finished) == data
         store.delete(finished)
         with pytest.raises(UploadGone):
@@ -624,104 +624,104 @@ class DataStoreContract:
     @pytest.fixture
     def listing(self, store: DataStore) -> None:
         """For stores that tell what lies in them."""
-        if type(store).places is DataStore.places:
+        if type(store).files is DataStore.files:
             pytest.skip("the store does not tell what lies in it")
 
-    def test_places_are_told_by_their_age(self, store: DataStore, listing: None) -> None:
+    def test_files_are_listed_by_their_age(self, store: DataStore, listing: None) -> None:
         before = time.time() - 60
         info = created(store)
         other = created(store)
         store.append(info, 0, Blocks(b"bytes"), SURE)
-        assert list(store.places(before)) == []
-        found = {place.upload: place for place in store.places(time.time() + 60)}
+        assert list(store.files(before)) == []
+        found = {file.upload: file for file in store.files(time.time() + 60)}
         assert set(found) == {info.id, other.id}
-        place = found[info.id]
-        assert (place.storage.path, place.size) == (info.storage.path, 5)
-        assert abs(place.changed_at - time.time()) < 60
-        assert not place.is_temporary
+        file = found[info.id]
+        assert (file.storage.path, file.size) == (info.storage.path, 5)
+        assert abs(file.changed_at - time.time()) < 60
+        assert not file.is_temporary
 
-    def test_a_place_is_cleared_once(self, store: DataStore, listing: None) -> None:
+    def test_a_file_is_deleted_once(self, store: DataStore, listing: None) -> None:
         info = created(store)
         neighbour = created(store)
         store.append(neighbour, 0, Blocks(b"bytes"), SURE)
-        (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
-        assert store.clear(place)
-        assert not store.clear(place)
+        (file,) = (file for file in store.files(time.time() + 60) if file.upload == info.id)
+        assert store.delete_file(file)
+        assert not store.delete_file(file)
         with pytest.raises(UploadGone):
             store.offset(info)
         assert content(store, neighbour) == b"bytes"
 
-    def test_a_place_that_has_changed_is_not_cleared(self, store: DataStore, listing: None) -> None:
+    def test_a_changed_file_is_not_deleted(self, store: DataStore, listing: None) -> None:
         info = created(store)
-        (place,) = store.places(time.time() + 60)
+        (file,) = store.files(time.time() + 60)
         store.append(info, 0, Blocks(b"bytes"), SURE)
-        assert not store.clear(place)
+        assert not store.delete_file(file)
         assert content(store, info) == b"bytes"
 
     @pytest.fixture
     def quarantining(self, store: DataStore, listing: None) -> None:
         """For stores that have a quarantine."""
         info = created(store)
-        (place,) = store.places(time.time() + 60)
-        if store.quarantine(place) is None:
+        (file,) = store.files(time.time() + 60)
+        if store.quarantine(file) is None:
             assert store.offset(info) == 0
             pytest.skip("the store has no quarantine")
         (found,) = store.quarantined()
         assert store.discard(found)
 
-    def test_what_is_in_the_quarantine_is_no_upload(
+    def test_a_file_in_the_quarantine_is_no_upload(
         self, store: DataStore, quarantining: None
     ) -> None:
         info = created(store)
         neighbour = created(store)
         store.append(info, 0, Blocks(b"bytes"), SURE)
-        (place,) = (place for place in store.places(time.time() + 60) if place.upload == info.id)
-        moved = store.quarantine(place)
+        (file,) = (file for file in store.files(time.time() + 60) if file.upload == info.id)
+        moved = store.quarantine(file)
         assert moved is not None
-        assert moved.place == place
+        assert moved.file == file
         assert abs(moved.moved_at - time.time()) < 60
         assert list(store.quarantined()) == [moved]
-        assert store.quarantine(place) is None
-        assert [place.upload for place in store.places(time.time() + 60)] == [neighbour.id]
+        assert store.quarantine(file) is None
+        assert [file.upload for file in store.files(time.time() + 60)] == [neighbour.id]
         with pytest.raises(UploadGone):
             store.offset(info)
 
-    def test_what_has_changed_is_not_moved(self, store: DataStore, quarantining: None) -> None:
+    def test_a_file_that_has_changed_is_not_moved(
+        self, store: DataStore, quarantining: None
+    ) -> None:
         info = created(store)
-        (place,) = store.places(time.time() + 60)
+        (file,) = store.files(time.time() + 60)
         store.append(info, 0, Blocks(b"bytes"), SURE)
-        assert store.quarantine(place) is None
+        assert store.quarantine(file) is None
         assert content(store, info) == b"bytes"
 
-    def test_what_was_moved_is_put_back(self, store: DataStore, quarantining: None) -> None:
+    def test_a_file_is_restored(self, store: DataStore, quarantining: None) -> None:
         info = created(store)
         store.append(info, 0, Blocks(b"bytes"), SURE)
-        (place,) = store.places(time.time() + 60)
-        moved = store.quarantine(place)
+        (file,) = store.files(time.time() + 60)
+        moved = store.quarantine(file)
         assert moved is not None
-        assert store.put_back(moved)
-        assert not store.put_back(moved)
+        assert store.restore(moved)
+        assert not store.restore(moved)
         assert list(store.quarantined()) == []
         assert content(store, info) == b"bytes"
         store.append(info, 5, Blocks(b" more"), SURE)
         assert content(store, info) == b"bytes more"
 
-    def test_nothing_is_put_in_the_place_of_another(
-        self, store: DataStore, quarantining: None
-    ) -> None:
+    def test_a_file_never_replaces_another(self, store: DataStore, quarantining: None) -> None:
         info = created(store)
         store.append(info, 0, Blocks(b"first"), SURE)
-        (place,) = store.places(time.time() + 60)
-        assert (first := store.quarantine(place)) is not None
+        (file,) = store.files(time.time() + 60)
+        assert (first := store.quarantine(file)) is not None
         store.create(info)
         store.append(info, 0, Blocks(b"second"), SURE)
-        assert not store.put_back(first)
+        assert not store.restore(first)
         assert content(store, info) == b"second"
         # Both are kept if the second one goes there, too.
-        (place,) = store.places(time.time() + 60)
-        assert (second := store.quarantine(place)) is not None
-        assert sorted(found.place.size for found in store.quarantined()) == [5, 6]
-        assert store.put_back(first)
+        (file,) = store.files(time.time() + 60)
+        assert (second := store.quarantine(file)) is not None
+        assert sorted(found.file.size for found in store.quarantined()) == [5, 6]
+        assert store.restore(first)
         assert content(store, info) == b"first"
         assert store.discard(second)
         assert not store.discard(second)
