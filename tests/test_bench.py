@@ -37,7 +37,7 @@ def test_it_measures_ours_and_compares_it_with_others(tmp_path):
     assert result["missing"] == ""
     assert result["results"][0] > 0
     assert result["cpu"][0] > 0
-    assert row(table, "requests/s")[0] == "POST with 1 KiB, 16 connections"
+    assert row(table, "requests/s")[0] == "POST with 1 KiB and metadata, 16 connections"
     assert list(tmp_path.iterdir()) == [file]
 
     # A server with half of our speed that spends twice as much, as tusd's figures are known by.

@@ -4,4 +4,7 @@
 Peers need npm or pip's package index once. It takes half an hour; ``--quick`` takes minutes and
 only shows that it works. Nothing else should run meanwhile: only ratios within one run count,
 and CPU per GiB or per request is steadier than what the clock says.
+
+All servers have their default settings, also for the log. With ``--dir`` on a tmpfs and ``--disk``
+on a disk, downloads are measured from both.
 """

@@ -55,6 +55,10 @@ def _pair(text: str) -> tuple[str, str]:
     help="Where servers keep uploads.  [default: the temporary directory]",
 )  # fmt: skip
 @click.option(
+    "--disk", type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="A directory on a disk, for downloads that are not in memory.  [default: as --dir]",
+)  # fmt: skip
+@click.option(
     "--cache", type=click.Path(path_type=Path), default="~/.cache/tuswsgi-bench",
     help="Where peers are installed.  [default: ~/.cache/tuswsgi-bench]",
 )  # fmt: skip
@@ -72,6 +76,7 @@ def main(
     urls: Sequence[tuple[str, str]],
     pids: Sequence[tuple[str, str]],
     directory: Path | None,
+    disk: Path | None,
     cache: Path,
     json_file: Path | None,
     chart: Path | None,
@@ -79,8 +84,8 @@ def main(
 ) -> None:
     """Compare tuswsgi with other tus servers, all under the same load.
 
-    WORKLOADS: any of patch, streams, paced, checksum, get, slow, post, head, tls, concat, latency;
-    all of them if none is named.
+    WORKLOADS: any of patch, streams, paced, checksum, get, get-disk, slow, post, head, tls, concat,
+    latency; all of them if none is named.
     """
     if chart and importlib.util.find_spec("matplotlib") is None:
         raise click.ClickException("The chart needs matplotlib: pip install -e '.[bench]'")
@@ -94,8 +99,8 @@ def main(
             raise click.ClickException(f"No server is left: {left_out}")
         scale = QUICK if quick else 1.0
         chosen = [WORKLOADS[key](scale) for key in workloads or WORKLOADS]
-        with _directory(directory) as base:
-            figures = _run(chosen, peers, left_out, rounds, base)
+        with _directory(directory) as base, _directory(disk or directory) as disk_base:
+            figures = _run(chosen, peers, left_out, rounds, base, disk_base)
     click.echo(report.tables(figures))
     if json_file:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
@@ -109,11 +114,12 @@ def _run(
     left_out: dict[str, str],
     rounds: int,
     directory: Path,
+    disk: Path,
 ) -> report.Json:
-    if shutil.disk_usage(directory).free < _DISK * len(peers):
+    if min(shutil.disk_usage(path).free for path in (directory, disk)) < _DISK * len(peers):
         raise click.ClickException(f"Less than {_DISK * len(peers) // GiB} GiB are free here.")
     _raise_file_limit()
-    plan = Plan(workloads, peers, rounds, directory, make_certificate(directory))
+    plan = Plan(workloads, peers, rounds, directory, disk, make_certificate(directory))
     with (
         closing(plan.steps()) as steps,
         click.progressbar(steps, len(plan), item_show_func=_show, file=sys.stderr) as bar,

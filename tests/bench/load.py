@@ -34,7 +34,7 @@ _PUSH = 1024 * 1024
 #: What a paced stream sends at once: what a network card hands over at 10 MB/s and more.
 _PACED_PUSH = 16 * 1024
 #: Some servers show no upload without a name and a type.
-_METADATA = {"Upload-Metadata": "filename YmVuY2g=,filetype YXBwbGljYXRpb24vb2N0ZXQtc3RyZWFt"}
+METADATA = {"Upload-Metadata": "filename YmVuY2g=,filetype YXBwbGljYXRpb24vb2N0ZXQtc3RyZWFt"}
 
 
 class Upload(NamedTuple):
@@ -55,7 +55,7 @@ def options(target: Target) -> Answer:
 
 def create(target: Target, size: int, count: int = 1, **headers: object) -> list[Upload]:
     """Create empty uploads."""
-    headers = {"Upload-Length": size, "Content-Length": 0, **_METADATA, **headers}
+    headers = {"Upload-Length": size, "Content-Length": 0, **METADATA, **headers}
     request = target.request("POST", **headers)
     deadline = _deadline()
     uploads = []
@@ -72,7 +72,7 @@ def concatenate(target: Target, parts: Sequence[Upload]) -> Upload:
     size = sum(part.size for part in parts)
     concat = "final;" + " ".join(part.path for part in parts)
     with target.connect() as connection:
-        request = target.request("POST", Upload_Concat=concat, Content_Length=0, **_METADATA)
+        request = target.request("POST", Upload_Concat=concat, Content_Length=0, **METADATA)
         path = _create(connection, request)
         while _offset(connection, target, path) != size:
             _check(deadline)

@@ -82,18 +82,34 @@ class Server:
         """Return the extensions that it says it has."""
         return set(load.options(self.target).header("Tus-Extension").replace(" ", "").split(","))
 
+    def evict(self, uploads: Sequence[Upload]) -> None:
+        """Make the next reads of uploads come from the disk.
+
+        :raises Unsupported: if the server's directory is unknown.
+        """
+        for path in self._files(uploads):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def release(self, uploads: Sequence[Upload]) -> None:
         """Give back the disk space of uploads.
 
         Files are truncated, for to remove them makes the creation of the next ones slower on
         some file systems. A server whose directory is unknown is asked to remove them.
         """
-        for upload in uploads:
-            if self.directory is None:
+        if self.directory is None:
+            for upload in uploads:
                 load.delete(self.target, upload)
-                continue
-            for path in self.directory.rglob(upload.path.rpartition("/")[2]):
-                os.truncate(path, 0)
+            return
+        for path in self._files(uploads):
+            os.truncate(path, 0)
+
+    def _files(self, uploads: Sequence[Upload]) -> Iterator[Path]:
+        if self.directory is None:
+            raise Unsupported("Its directory is unknown.")
+        for upload in uploads:
+            yield from self.directory.rglob(upload.path.rpartition("/")[2])
 
 
 class Peer(ABC):
@@ -151,14 +167,12 @@ class ExternalPeer(Peer):
 
 
 def ours(cache: Path) -> Peer:
-    """Return this checkout's server, with its default configuration but as silent as the
-    others are: none of them logs requests.
-    """
+    """Return this checkout's server. As all others it logs what it logs by default."""
 
     def command(launch: Launch) -> list[str]:
         command = ["env", f"PYTHONPATH={_ROOT}", sys.executable, "-m", "tuswsgi", "serve"]
         command += ["--host", _HOST, "--port", str(launch.port)]
-        command += ["--workers", str(launch.workers), "--log-level", "warning"]
+        command += ["--workers", str(launch.workers)]
         command += ["--data-dir", str(launch.directory / "data")]
         if launch.certificate:
             command += ["--certfile", str(launch.certificate.certificate)]
@@ -177,7 +191,7 @@ def tusd(cache: Path) -> Peer:
         raise Unavailable("There is no tusd on the PATH.")
 
     def command(launch: Launch) -> list[str]:
-        command = [program, "-host", _HOST, "-port", str(launch.port), "-verbose=false"]
+        command = [program, "-host", _HOST, "-port", str(launch.port)]
         command += ["-base-path", "/files/", "-upload-dir", str(launch.directory / "data")]
         if launch.certificate:
             command += ["-tls-certificate", str(launch.certificate.certificate)]
@@ -217,7 +231,7 @@ def tuspyserver(cache: Path) -> Peer:
 
     def command(launch: Launch) -> list[str]:
         command = ["env", f"BENCH_DIRECTORY={launch.directory / 'data'}", python, "-m", "uvicorn"]
-        command += ["--app-dir", str(_SERVERS), "fastapi_app:app", "--no-access-log"]
+        command += ["--app-dir", str(_SERVERS), "fastapi_app:app"]
         command += ["--host", _HOST, "--port", str(launch.port)]
         command += ["--workers", str(launch.workers)]
         if launch.certificate:
@@ -235,7 +249,7 @@ def resumable_upload(cache: Path) -> Peer:
 
     def command(launch: Launch) -> list[str]:
         command = [python, "-m", "resumable_upload", "serve", "--enable-downloads"]
-        command += ["--host", _HOST, "--port", str(launch.port), "--log-level", "WARNING"]
+        command += ["--host", _HOST, "--port", str(launch.port)]
         command += ["--upload-dir", str(launch.directory / "data")]
         return [*command, "--db-path", str(launch.directory / "uploads.db")]
 

@@ -66,6 +66,7 @@ class Plan:
     peers: Sequence[Peer]
     rounds: int
     directory: Path
+    disk: Path
     certificate: Certificate | None
     results: list[Result] = field(default_factory=list)
 
@@ -78,7 +79,7 @@ class Plan:
         for workload in self.workloads:
             results = {peer: Result(workload, peer.name) for peer in self.peers}
             self.results.extend(results.values())
-            directory = self.directory / workload.key
+            directory = (self.disk if workload.on_disk else self.directory) / workload.key
             with ExitStack() as stack:
                 stack.callback(shutil.rmtree, directory, ignore_errors=True)
                 bench = _Bench(workload, directory, self.certificate, stack)

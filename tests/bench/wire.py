@@ -85,10 +85,10 @@ class Target:
         headers = {"Upload-Offset": 0, "Content-Length": length, **_TYPE, **headers}
         return self.request("PATCH", path, **headers)
 
-    def post(self, body: bytes) -> bytes:
+    def post(self, body: bytes, **headers: object) -> bytes:
         """Return a request that creates an upload with all of its content."""
         size = len(body)
-        head = self.request("POST", Upload_Length=size, Content_Length=size, **_TYPE)
+        head = self.request("POST", Upload_Length=size, Content_Length=size, **_TYPE, **headers)
         return head + body
 
 

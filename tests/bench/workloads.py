@@ -51,6 +51,8 @@ class Workload(ABC):
     #: How many processes of ours serve it.
     workers: ClassVar[int] = 2
     tls: ClassVar[bool] = False
+    #: Whether uploads are kept on a disk; otherwise they are where all the others are.
+    on_disk: ClassVar[bool] = False
     #: Whether each round wants a server that has done nothing yet.
     restart: ClassVar[bool] = False
     #: What ``Tus-Extension`` must name for it.
@@ -203,6 +205,26 @@ class Download(_Bulk):
         return self._sample(meter)
 
 
+class DownloadFromDisk(Download):
+    """A download of an upload that is not in memory."""
+
+    key = "get-disk"
+    on_disk = True
+
+    @property
+    def title(self) -> str:
+        return f"{super().title} from a disk"
+
+    def run(self, server: Server) -> Sample:
+        uploads = load.create(server.target, self.each)
+        load.send(server.target, uploads)
+        server.evict(uploads)
+        with server.meter() as meter:
+            load.download(server.target, uploads[0])
+        server.release(uploads)
+        return self._sample(meter)
+
+
 class Concatenation(Workload):
     key = "concat"
     unit = "ms"
@@ -287,10 +309,10 @@ class SmallPosts(_Small):
 
     @property
     def title(self) -> str:
-        return f"POST with 1 KiB, {self.connections} connections"
+        return f"POST with 1 KiB and metadata, {self.connections} connections"
 
     def _requests(self, server: Server) -> list[bytes]:
-        request = server.target.post(bytes(KiB))
+        request = server.target.post(bytes(KiB), **load.METADATA)
         if server.target.ask(request, 201).header("Upload-Offset") != str(KiB):
             raise Unsupported("The content of a POST is not kept.")
         return [request] * self.connections
@@ -348,6 +370,7 @@ WORKLOADS: dict[str, type[Workload]] = {
         PacedPatches,
         ChecksummedPatch,
         Download,
+        DownloadFromDisk,
         SlowConnections,
         SmallPosts,
         Heads,
