@@ -21,16 +21,19 @@ _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 #: A header's value (RFC 9110, 5.5), in Latin-1 as WSGI servers send it.
 _VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 
-#: Headers about the length of the body and the connection, which the server sets itself.
-_FRAMING = {
-    "connection",
-    "content-length",
-    "keep-alive",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-}
+#: Headers about one message and its connection: they are not passed on (RFC 9110, 7.6.1), and
+#: servers and clients set them themselves.
+CONNECTION_HEADERS = frozenset(
+    {
+        "connection",
+        "content-length",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
 
 #: The longest path and segment in bytes; data stores make longer names of them.
 _LONGEST_PATH = 1000
@@ -59,7 +62,7 @@ def check_headers(status: int | None, headers: Mapping[str, str]) -> dict[str, s
     for name, value in headers.items():
         if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
             raise HookBroken(f"The header {name!r} cannot be sent.")
-    return {name: value for name, value in headers.items() if name.lower() not in _FRAMING}
+    return {name: value for name, value in headers.items() if name.lower() not in CONNECTION_HEADERS}
 
 
 def _check_change(change: ChangeFileInfo) -> ChangeFileInfo:

@@ -25,6 +25,7 @@ from tuswsgi.core.display import printable
 from tuswsgi.core.errors import HookBroken, HookFailed, HookRefusal
 from tuswsgi.core.options import Duration, KiB, Size, option
 from tuswsgi.core.process import PerProcess
+from tuswsgi.hooks.answers import CONNECTION_HEADERS
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, check_object, decode_answer
@@ -38,10 +39,9 @@ log = logging.getLogger(__name__)
 #: Headers of the client's request that are never sent along: those that say how its own message
 #: is sent, or to whom, and those that hooks have of their own.
 _OURS = {
+    *CONNECTION_HEADERS,
     "accept-encoding",
-    "connection",
     "content-encoding",
-    "content-length",
     "content-type",
     "expect",
     "hook-id",
@@ -49,11 +49,6 @@ _OURS = {
     "hook-sequence",
     "host",
     "idempotency-key",
-    "keep-alive",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
     "webhook-signature",
     "x-request-id",
 }
