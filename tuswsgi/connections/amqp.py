@@ -58,6 +58,10 @@ def parse_url(url: str) -> pika.URLParameters:
             "The URL of the AMQP broker is not like amqp://user:password@host:5672/vhost."
         ) from None
     parameters.blocked_connection_timeout = parameters.blocked_connection_timeout or PATIENCE
+    if parameters.connection_attempts == 1:
+        # The first attempt may meet a broker, or a proxy, that is just going away.
+        parameters.connection_attempts = 2
+        parameters.retry_delay = 0
     properties = parameters.client_properties or {}
     parameters.client_properties = {"connection_name": "tuswsgi", **properties}
     return parameters
