@@ -1,9 +1,7 @@
-"""Connections to HTTP servers that are asked on behalf of a request which waits.
+"""An HTTP client on top of ``requests`` whose timeout bounds the whole response.
 
-This file owns how they are kept for the next question and how long an answer may take as
-a whole: what ``requests`` bounds by itself is each single wait for bytes, so that a server
-that sends a byte now and then could hold a client for ever. What is asked, and what an
-answer means, is for others to say.
+The timeouts of ``requests`` bound each wait for bytes. A server that sends a byte now and then
+could hold a client's request for ever.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any, cast
 import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3 import HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ReadTimeoutError
 from urllib3.util import Timeout
@@ -34,11 +32,11 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class HttpAnswer:
-    """What a server answered.
+    """A response.
 
-    :param headers: by their names in any case.
-    :param body: as much of the body as was wanted.
-    :param complete: whether that is all of it.
+    :param headers: a mapping that ignores the case of names.
+    :param body: the body, or the beginning of it.
+    :param complete: whether ``body`` is all of it.
     """
 
     status: int
@@ -52,16 +50,15 @@ class HttpAnswer:
 
 
 class HttpClient:
-    """Sends requests for all greenlets or threads of this process.
+    """Sends requests, for all greenlets or threads of a process.
 
-    Its connections stay open for the next request. It keeps no cookies, and follows no
-    redirects. Of the environment it takes the proxies (``HTTPS_PROXY``, ``NO_PROXY``, ...)
-    and the certificate authorities (``REQUESTS_CA_BUNDLE``), but no ``.netrc``: that would
-    replace the credentials that a request carries.
+    It keeps connections alive, stores no cookies and follows no redirects. From the environment
+    it takes proxies (``HTTPS_PROXY``, ``NO_PROXY``, ...) and certificate authorities
+    (``REQUESTS_CA_BUNDLE``), but not ``.netrc``, which would replace the credentials of requests.
 
-    :param timeout: for a request and its response together, in seconds. Only looking up
-        a server's name has a limit of its own, the resolver's.
-    :param max_answer: how many bytes of a body are read.
+    :param timeout: for a request and its response together, in seconds. It does not bound name
+        resolution, which has the resolver's timeout.
+    :param max_answer: the longest body to read, in bytes.
     """
 
     def __init__(self, timeout: float, max_answer: int) -> None:
@@ -72,7 +69,7 @@ class HttpClient:
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         session.headers.clear()
-        # Not to be compressed: a body is bounded as it comes.
+        # No compression: `max_answer` bounds the bytes that are received.
         session.headers.update({"User-Agent": "tuswsgi", "Accept-Encoding": "identity"})
         for scheme in ("http://", "https://"):
             session.mount(scheme, _BoundedAdapter(pool_maxsize=_IDLE_CONNECTIONS))
@@ -80,7 +77,7 @@ class HttpClient:
     def post(
         self, url: str, body: bytes, headers: Mapping[str, str], timeout: float | None = None
     ) -> HttpAnswer:
-        """Send a POST request and return the answer; see ``request``."""
+        """Send a POST request and return the response; see ``request``."""
         return self.request("POST", url, body, headers, timeout)
 
     def request(
@@ -91,12 +88,12 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> HttpAnswer:
-        """Send a request and return the answer.
+        """Send a request and return the response.
 
         :param timeout: in seconds, instead of the client's.
-        :raises ValueError: if the URL or a header cannot be sent.
-        :raises OSError: if there was no answer, or not all of it in time. The message does
-            not tell the URL, which may be a secret.
+        :raises ValueError: if the URL or a header is invalid.
+        :raises OSError: if the response did not arrive, or not all of it in time. The message
+            omits the URL, which may be secret.
         """
         try:
             with self._send(method, url, body, headers, timeout) as response:
@@ -113,10 +110,11 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> Generator[bytes, None, None]:
-        """Send a request and yield the lines of its answer, each as soon as it has come.
+        """Send a request and yield the lines of the response as they arrive.
 
-        :raises TimeoutError: if the time is over and the answer is not.
-        :raises ValueError: as ``request`` does, and likewise ``OSError``.
+        :raises TimeoutError: if the response is not complete in time.
+        :raises ValueError: as ``request`` does.
+        :raises OSError: as ``request`` does.
         """
         try:
             with self._send(method, url, body, headers, timeout) as response:
@@ -125,7 +123,7 @@ class HttpClient:
             raise _translated(error) from None
 
     def close(self) -> None:
-        """Close the connections that are idle."""
+        """Close idle connections."""
         self._session.close()
 
     def _send(
@@ -142,7 +140,7 @@ class HttpClient:
             url,
             data=body,
             headers=headers,
-            # Any: what urllib3 takes and requests hands on.
+            # requests passes urllib3's Timeout on, but its annotations do not say so.
             timeout=cast(Any, Timeout(total=total)),
             stream=True,
             allow_redirects=False,
@@ -160,7 +158,7 @@ class HttpClient:
 
 def _translated(error: requests.RequestException) -> Exception:
     cause = error.args[0] if error.args else None
-    # requests tells of the time that is over in mid-body as of a lost connection.
+    # In the middle of a body, requests reports a timeout as a lost connection.
     if isinstance(error, requests.Timeout) or isinstance(cause, ReadTimeoutError):
         return TimeoutError(_reason(error))
     kind = ValueError if isinstance(error, ValueError) else ConnectionError
@@ -168,29 +166,16 @@ def _translated(error: requests.RequestException) -> Exception:
 
 
 def _reason(error: requests.RequestException) -> str:
-    """Return what went wrong below ``requests``, whose own messages contain the URL."""
+    """Return the message of the cause: those of ``requests`` contain the URL."""
     cause = error.args[0] if error.args else error
     cause = getattr(cause, "reason", cause)
     return str(cause) if isinstance(cause, Exception) else type(error).__name__
 
 
-class _BoundedAdapter(HTTPAdapter):
-    """Uses connections whose timeout is for all of a response."""
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = _POOLS
-        return manager
-
-
 class _BoundedReader(io.RawIOBase):
-    """Reads from a socket until the socket's timeout is over, counted from now on.
+    """Reads from a socket until the socket's timeout has passed once.
 
-    :param raw: the file of the socket.
+    :param raw: the socket's file.
     """
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
@@ -229,12 +214,11 @@ class _BoundedTlsConnection(HTTPSConnection):
     response_class = _BoundedResponse
 
 
-class _BoundedPool(HTTPConnectionPool):
-    ConnectionCls = _BoundedConnection
+class _BoundedAdapter(HTTPAdapter):
+    """Makes connections whose timeout bounds the whole response."""
 
-
-class _BoundedTlsPool(HTTPSConnectionPool):
-    ConnectionCls = _BoundedTlsConnection
-
-
-_POOLS = {"http": _BoundedPool, "https": _BoundedTlsPool}
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        is_tls = isinstance(pool, HTTPSConnectionPool)
+        pool.ConnectionCls = _BoundedTlsConnection if is_tls else _BoundedConnection
+        return pool

@@ -1,8 +1,7 @@
-"""Servers that are asked by HTTP on behalf of requests, each at one or several addresses.
+"""HTTP servers such as etcd and Consul, at one or several addresses.
 
-This file owns which address is asked, for how long, and how many connections there are to
-it. What is asked must do no harm when it is done twice: whether a server that went away had
-done it nobody knows. What the answers mean is the business of the backends.
+A request is repeated at the next address when one fails. It must be idempotent, because a server
+that failed may have executed it.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from tuswsgi.core.errors import ConfigurationError, Unavailable
 
 log = logging.getLogger(__name__)
 
-#: The largest answer: what all locks of a process are called.
+#: The largest response, in bytes: the names of all locks of a process.
 _MAX_ANSWER = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a server is, and by what it knows us.
+    """The addresses of a server, and the credentials.
 
     :param urls: scheme, host and port of each address.
     """
@@ -37,7 +36,7 @@ class Addresses:
 
     @classmethod
     def parse(cls, dsn: str, default_port: int) -> Addresses:
-        """Read ``http://[user[:password]@]host[:port][,http://host2...]``.
+        """Parse ``http://[user[:password]@]host[:port][,http://host2...]``.
 
         :raises ConfigurationError: if it is something else. The message does not repeat the
             DSN, which may contain a password.
@@ -63,9 +62,9 @@ def _url(dsn: Dsn, default_port: int) -> str:
 
 
 class HttpServer:
-    """A server for all greenlets or threads of a process.
+    """A server, for all greenlets or threads of a process.
 
-    :param name: what it is called in the log.
+    :param name: its name in the log.
     """
 
     def __init__(self, name: str, urls: tuple[str, ...], settings: PoolSettings) -> None:
@@ -73,10 +72,10 @@ class HttpServer:
         self._urls = urls
         self._good = 0
         self._is_away = False
-        #: For a request and its answer, at whatever addresses.
+        #: Seconds for a request, at all addresses together.
         self.timeout = settings.pool_timeout
         self._pool = Pool(settings, self._open, HttpClient.close)
-        # One that waits long for something to happen must not be in the way of others.
+        # Long polls have a client of their own, so that they never use up the pool.
         self._listener = self._open()
 
     def request(
@@ -86,18 +85,20 @@ class HttpServer:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> HttpAnswer:
-        """Send a request to the first address that answers, and return the answer.
+        """Send a request to the first address that responds, and return the response.
 
-        :raises Unavailable: if none does, or only to tell that it is in trouble. One line in
-            the log tells when that begins.
+        :raises Unavailable: if no address responds with a status below 500. The first failure
+            is logged.
         """
         with self._pool.connection() as client:
             return self._ask_in_turn(client, method, path, body, headers, self.timeout)
 
     def wait(self, path: str, headers: Mapping[str, str], seconds: float) -> HttpAnswer:
-        """Send a GET request whose answer comes within `seconds`, or a little later.
+        """Send a GET request that the server may answer after up to `seconds` (a long poll).
 
-        :raises Unavailable: as ``request`` does. Only one thread may wait for answers.
+        Only one thread may use ``wait`` and ``lines``.
+
+        :raises Unavailable: as ``request`` does.
         """
         timeout = self.timeout + seconds
         return self._ask_in_turn(self._listener, "GET", path, None, headers, timeout)
@@ -105,10 +106,11 @@ class HttpServer:
     def lines(
         self, path: str, body: bytes, headers: Mapping[str, str], seconds: float
     ) -> Generator[bytes, None, None]:
-        """Send a POST request and yield the lines of its answer for `seconds`.
+        """Send a POST request and yield the lines of the response for `seconds`.
 
-        :raises Unavailable: if there is no answer, or it breaks off. Only one thread may
-            wait for answers.
+        Only one thread may use ``wait`` and ``lines``.
+
+        :raises Unavailable: if there is no response, or it breaks off.
         """
         url = self._urls[self._good] + path
         try:
@@ -160,12 +162,12 @@ class HttpServer:
         self._good = index
         if self._is_away:
             self._is_away = False
-            log.warning("%s is there again", self._name)
+            log.warning("%s responds again", self._name)
 
     def _lost(self, reason: str) -> None:
         if not self._is_away:
             self._is_away = True
-            log.error("%s does not answer: %s", self._name, reason)
+            log.error("%s does not respond: %s", self._name, reason)
 
     def _open(self) -> HttpClient:
         return HttpClient(self.timeout, _MAX_ANSWER)
