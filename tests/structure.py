@@ -1,6 +1,7 @@
-"""The structure of the package: its modules, what they import, and some figures.
+"""The structure of the code: its packages, what they import, and some figures.
 
-Run it with ``python tests/structure.py`` to see the table of packages and the figures.
+``python tests/structure.py`` prints them, and fails if an import is not allowed. ``test_layers``
+tests the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "tuswsgi"
 
-#: The packages and loose modules from the bottom up. Each may import those before it.
+#: The packages and loose modules from the bottom up. Each may import those before it, and no others.
 ORDER = (
     "core",
     "observing",
@@ -39,11 +40,9 @@ ORDER = (
     "__init__",
 )
 
-#: The package whose size is watched: it decides what requests do to uploads.
+#: The package that decides what requests do to uploads, and its modules that serve no requests.
 HEART = "protocol"
-
-#: What of it works beside the requests.
-BESIDE = ("cleanup", "sweep", "readiness")
+NOT_FOR_REQUESTS = ("cleanup", "sweep", "readiness")
 
 MODULES = {
     ".".join(("tuswsgi", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
@@ -54,7 +53,7 @@ MODULES = {
 
 
 def package(module: str) -> str:
-    """Return the package of a module below ``tuswsgi``, itself for a loose one."""
+    """Return the package of a module, or its own name if it is in none."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
@@ -65,10 +64,10 @@ def tree(module: str) -> ast.Module:
 
 
 def imports(module: str, *, of_types: bool = True, at_top: bool = False) -> Iterator[str]:
-    """Yield what a module imports, modules of this package by their full name.
+    """Yield the full names of the modules that a module imports.
 
-    :param of_types: also what is imported for annotations only.
-    :param at_top: only what is imported with the module.
+    :param of_types: include imports for annotations only.
+    :param at_top: leave out imports in functions.
     """
     yield from _imports(tree(module), of_types, at_top)
 
@@ -90,13 +89,13 @@ def _imports(node: ast.AST, of_types: bool, at_top: bool) -> Iterator[str]:
 
 
 def own_imports(module: str) -> set[str]:
-    """Return the modules of this package that a module imports, for types or in functions too."""
+    """Return the modules of tuswsgi that a module imports, in functions and for types too."""
     found = {name for name in imports(module) if name in MODULES}
     return found - {module}
 
 
 def arrows() -> dict[str, dict[str, set[str]]]:
-    """Return which package imports which, with the modules that do it."""
+    """Return which packages each package imports, with the imports of modules that cause it."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for module in MODULES:
         for imported in own_imports(module):
@@ -106,7 +105,7 @@ def arrows() -> dict[str, dict[str, set[str]]]:
 
 
 def circles() -> list[list[str]]:
-    """Return the sets of modules that import each other, directly or through others."""
+    """Return the groups of modules that import each other, directly or through others."""
     graph = {module: own_imports(module) for module in MODULES}
     return [sorted(circle) for circle in _components(graph) if len(circle) > 1]
 
@@ -138,7 +137,7 @@ def _components(graph: Mapping[str, Iterable[str]]) -> Iterator[set[str]]:
 
 
 def wrong_arrows() -> list[str]:
-    """Return the imports that do not lead strictly down."""
+    """Return the imports that do not lead down."""
     return [
         example
         for source, targets in arrows().items()
@@ -153,7 +152,7 @@ def lines(modules: Iterable[str]) -> int:
 
 
 def table() -> str:
-    """Return the packages from the top down, with what each imports."""
+    """Return the packages from the top down, with their sizes and imports."""
     found = arrows()
     rows = []
     for name in reversed(ORDER):
@@ -164,25 +163,25 @@ def table() -> str:
 
 
 def figures() -> dict[str, int]:
-    """Return what is told of the structure before and after a change of it."""
+    """Return the figures of the structure by their names."""
     packages = {package(module) for module in MODULES if MODULES[module].name == "__init__.py"}
     packages.discard("__init__")
     names = {package(module) for module in MODULES}
     heart = [module for module in MODULES if package(module) == HEART]
-    heart = [module for module in heart if not module.endswith(BESIDE)]
+    heart = [module for module in heart if not module.endswith(NOT_FOR_REQUESTS)]
     return {
         "packages": len(packages),
         "loose modules": len(names - packages),
         "modules": len(MODULES),
         "arrows between packages": sum(map(len, arrows().values())),
         "circles": len(circles()),
-        "lines of the heart": lines(heart),
-        "lines of the package": lines(MODULES),
+        f"lines of {HEART} that serve requests": lines(heart),
+        "lines": lines(MODULES),
     }
 
 
 def modules_of_a_patch() -> list[str]:
-    """Return the modules that one small PATCH enters, by a server that is asked."""
+    """Return the modules that one small PATCH enters, measured with a running server."""
     from e2e.client import patch_headers
     from e2e.conftest import app_server, running
 
@@ -193,7 +192,7 @@ def modules_of_a_patch() -> list[str]:
     ):
         path = server.client.create(100)
         entered: dict[str, float] = {}
-        for offset in range(3):  # the first time what is made once is entered, too
+        for offset in range(3):  # the first one also enters what is initialised once
             connection.request("GET", "/profile", {})
             connection.request("PATCH", path, patch_headers(offset), b"x")
             entered = json.loads(connection.request("GET", "/profile/end", {}).body)
@@ -210,7 +209,7 @@ def main() -> None:
     print("  " + " ".join(entered))
     problems = [*wrong_arrows(), *(f"a circle: {', '.join(circle)}" for circle in circles())]
     if problems:
-        print("\n".join(["", "Not allowed:", *problems]))
+        print("\n".join(["", "These imports are not allowed:", *problems]))
     sys.exit(bool(problems))
 
 
