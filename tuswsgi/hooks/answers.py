@@ -62,7 +62,9 @@ def check_headers(status: int | None, headers: Mapping[str, str]) -> dict[str, s
     for name, value in headers.items():
         if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
             raise HookBroken(f"The header {name!r} cannot be sent.")
-    return {name: value for name, value in headers.items() if name.lower() not in CONNECTION_HEADERS}
+    return {
+        name: value for name, value in headers.items() if name.lower() not in CONNECTION_HEADERS
+    }
 
 
 def _check_change(change: ChangeFileInfo) -> ChangeFileInfo:
