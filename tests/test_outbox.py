@@ -1,4 +1,4 @@
-"""``tuswsgi hooks``: an operator sees what was not delivered, and tries it again."""
+"""``tuswsgi hooks``: an operator lists undelivered events and retries dead letters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def hooks(*args: str, code: int = 0) -> Result:
 
 
 def write(infos: InfoStore, upload: str, age: float = 0.0) -> str:
-    """Create an upload whose creation is to be told, and return the event's id."""
+    """Create an upload with a post-create event, and return the event's id."""
     now = time.time() - age
     info = FileInfo(
         id=upload,
@@ -62,7 +62,7 @@ def write(infos: InfoStore, upload: str, age: float = 0.0) -> str:
 
 
 def fail(infos: InfoStore, upload: str, **changes: object) -> None:
-    (event,) = infos.claim("somebody", time.time(), time.time() + 60, upload=upload)
+    (event,) = infos.claim("worker", time.time(), time.time() + 60, upload=upload)
     infos.put_back(replace(event, **changes))  # type: ignore[arg-type]
 
 
@@ -70,19 +70,19 @@ def test_pending_and_dead_are_listed(infos: InfoStore, flags: list[str]) -> None
     waiting = write(infos, "upload-1", age=7 * 3600)
     later = write(infos, "upload-2", age=600)
     lost = write(infos, "upload-3")
-    fail(infos, "upload-2", attempts=3, error="nobody listens", due_at=time.time() + 7000)
+    fail(infos, "upload-2", attempts=3, error="connection refused", due_at=time.time() + 7000)
     fail(infos, "upload-3", attempts=200, error="gone", dead=True)
     head, first, second = hooks("pending", *flags).output.splitlines()
     assert " ".join(head.split()) == "ID EVENT UPLOAD TRANSPORT AGE ATTEMPTS NEXT TRY ERROR"
     assert first.split() == [waiting, "post-create", "upload-1", "http", "7h", "0", "now"]
     row = [later, "post-create", "upload-2", "http", "10m", "3", "in", "117m"]
-    assert second.split() == [*row, "nobody", "listens"]
+    assert second.split() == [*row, "connection", "refused"]
     head, only = hooks("dead", *flags).output.splitlines()
     assert only.split()[:4] == [lost, "post-create", "upload-3", "http"]
     assert only.split()[5:] == ["200", "never", "gone"]
 
 
-def test_what_clients_said_does_nothing_to_a_terminal(infos: InfoStore, flags: list[str]) -> None:
+def test_control_characters_are_escaped(infos: InfoStore, flags: list[str]) -> None:
     write(infos, "a")
     (event,) = infos.outbox(dead=False)
     infos.put_back(replace(event, error="cannot store \x1b[2J\u202e.txt"))
@@ -90,7 +90,7 @@ def test_what_clients_said_does_nothing_to_a_terminal(infos: InfoStore, flags: l
     assert line.endswith(r"cannot store \x1b[2J\u202e.txt")
 
 
-def test_programs_get_json(infos: InfoStore, flags: list[str]) -> None:
+def test_json_output(infos: InfoStore, flags: list[str]) -> None:
     lost = write(infos, "upload-1")
     fail(infos, "upload-1", attempts=200, error="gone", dead=True)
     assert json.loads(hooks("pending", "--json", *flags).output) == []
@@ -117,23 +117,23 @@ def test_dead_letters_are_tried_again(infos: InfoStore, flags: list[str], by: st
     count = 3 if by == "all" else 1
     assert hooks("replay", *args, *flags).output == f"{count} will be delivered again.\n"
     assert len(infos.outbox(dead=True)) == 3 - count
-    again = infos.claim("somebody", time.time(), time.time() + 60)
+    again = infos.claim("worker", time.time(), time.time() + 60)
     assert len(again) == count
     assert ids[1] in {event.id for event in again}
     assert {event.attempts for event in again} == {0}
 
 
-def test_an_id_that_nobody_gave_up(infos: InfoStore, flags: list[str]) -> None:
+def test_replay_of_an_event_that_is_not_dead(infos: InfoStore, flags: list[str]) -> None:
     waiting = write(infos, "upload-1")
     result = hooks("replay", waiting, *flags, code=1)
     assert f"There is no dead letter with the ID {waiting}." in result.output
     assert hooks("replay", *flags).output == "0 will be delivered again.\n"
 
 
-def test_a_store_in_memory_cannot_be_looked_into() -> None:
+def test_a_store_in_memory_is_refused() -> None:
     result = hooks("pending", "--info-storage", "memory-info-storage", code=1)
     assert "in the server's memory" in result.output
 
 
-def test_a_wrong_configuration_is_said() -> None:
+def test_a_wrong_configuration_is_reported() -> None:
     assert "[hooks] delivery = soon" in hooks("dead", "--hooks-delivery", "soon", code=2).output

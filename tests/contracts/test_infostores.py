@@ -69,7 +69,7 @@ class TestFileInfoStore(Shared):
 
         return lambda: monkeypatch.setattr(os, "link", fail)
 
-    def test_what_is_not_ours_is_skipped(self, store, directory, caplog):
+    def test_foreign_entries_are_skipped(self, store, directory, caplog):
         info = upload()
         store.create(info)
         (directory / "empty.info").touch()
@@ -88,14 +88,14 @@ class TestFileInfoStore(Shared):
             store.load("text")
 
     @pytest.mark.parametrize("id", ["..", "../info/a", "a/b", ".waiting", "", "a\0b"])
-    def test_ids_stay_inside_of_the_directory(self, store, id):
+    def test_ids_cannot_leave_the_directory(self, store, id):
         with pytest.raises(UploadNotFound):
             store.load(id)
         with pytest.raises(UploadNotFound):
             store.create(upload(id))
         assert list(store.finals_waiting_for(id)) == []
 
-    def test_markers_and_temporary_files_go(self, store, directory):
+    def test_markers_and_temporary_files_are_removed(self, store, directory):
         final = upload(is_final=True, partial_uploads=("a", "b", "a"), state=State.WAITING)
         store.create(final)
         assert sorted(path.name for path in (directory / ".waiting").iterdir()) == ["a", "b"]
@@ -106,12 +106,12 @@ class TestFileInfoStore(Shared):
             f"{final.id}.info",
         ]
 
-    def test_a_marker_without_a_record_counts_for_nothing(self, store, directory):
+    def test_a_waiting_marker_without_a_record_is_ignored(self, store, directory):
         (directory / ".waiting" / "part").mkdir()
         (directory / ".waiting" / "part" / "final").touch()
         assert list(store.finals_waiting_for("part")) == []
 
-    def test_markers_of_events_go_with_the_last_one(self, store, directory):
+    def test_the_marker_is_removed_with_the_last_event(self, store, directory):
         first = event(info := upload(), transport="http")
         store.create(info, [first])
         info = store.save(info, [second := event(info, sequence=1, transport="http")])
@@ -121,14 +121,14 @@ class TestFileInfoStore(Shared):
         store.settle(second)
         assert list((directory / ".pending").iterdir()) == []
 
-    def test_the_marker_of_a_new_event_stays(self, store, other, directory):
+    def test_the_marker_of_a_concurrent_event_stays(self, store, other, directory):
         first = event(info := upload(), transport="http")
         second = event(info, sequence=1, transport="http")
         writer = Thread(target=other.save, args=(info, [second]))
 
         class Slow(FileInfoStore):
             def _set_marker(self, entry):
-                # The last event goes, and a new one comes at the worst moment.
+                # The last event is removed while a new one is written.
                 writer.start()
                 writer.join(0.3)
                 super()._set_marker(entry)
@@ -153,7 +153,7 @@ class TestFileInfoStore(Shared):
             assert list(store.claim("a", 50.0, 60.0)) == []
         assert caplog.text.count("Skipping") == 1
 
-    def test_a_marker_that_is_too_early_is_set_right(self, store, directory):
+    def test_a_marker_that_is_too_early_is_corrected(self, store, directory):
         told = event(info := upload(), transport="http", due_at=50.0)
         store.create(info, [told])
         store.create(info := upload())
@@ -165,19 +165,21 @@ class TestFileInfoStore(Shared):
         assert (directory / ".pending" / told.upload).stat().st_mtime == 50.0
         assert list(store.claim("a", 50.0, 60.0)) == [told]
 
-    def test_a_marker_of_nothing_counts_for_nothing(self, store, directory, monkeypatch):
+    def test_a_pending_marker_without_a_record_is_ignored_and_removed_later(
+        self, store, directory, monkeypatch
+    ):
         for name in ("unknown", "strange name"):
             (directory / ".pending" / name).touch()
         assert list(store.claim("a", time.time() + 1, time.time() + 2)) == []
         assert list(store.outbox(dead=False)) == []
-        # It may be that of an upload that is about to be created.
+        # The upload may be about to be created.
         store.prepare()
         assert len(list((directory / ".pending").iterdir())) == 2
         monkeypatch.setattr("tuswsgi.infostores.file._ABANDONED", -1.0)
         store.prepare()
         assert list((directory / ".pending").iterdir()) == []
 
-    def test_what_a_crash_left_goes_in_time(self, store, directory):
+    def test_old_temporary_files_are_removed(self, store, directory):
         old, young = directory / ".a.00000000.tmp", directory / ".b.00000000.tmp"
         old.touch()
         young.touch()
@@ -190,7 +192,7 @@ class TestFileInfoStore(Shared):
         ("number", "error"),
         [(errno.ENOSPC, StorageFull), (errno.EDQUOT, StorageFull), (errno.EIO, Unavailable)],
     )
-    def test_trouble_with_the_disk_is_told(self, store, directory, monkeypatch, number, error):
+    def test_disk_errors_are_translated(self, store, directory, monkeypatch, number, error):
         def fail(*args):
             raise OSError(number, "broken")
 
@@ -204,7 +206,7 @@ class TestFileInfoStore(Shared):
             store.save(info)
         assert list(store.list()) == [info]
 
-    def test_trouble_after_a_record_was_written_is_no_refusal(self, store, monkeypatch):
+    def test_an_error_after_the_write_is_not_reported_as_no_room(self, store, monkeypatch):
         unlink = os.unlink
 
         def fail(path):
@@ -216,7 +218,7 @@ class TestFileInfoStore(Shared):
             store.create(info := upload())
         assert store.load(info.id) == info
 
-    def test_a_record_that_is_written_twice_over_nfs_is_our_own(self, store, monkeypatch):
+    def test_a_link_that_nfs_repeats_is_no_conflict(self, store, monkeypatch):
         link = os.link
 
         def repeat(source, target):
@@ -230,7 +232,7 @@ class TestFileInfoStore(Shared):
         with pytest.raises(UploadExists):
             store.create(other)
 
-    def test_a_directory_that_cannot_be_is_said(self, tmp_path):
+    def test_an_unusable_directory_is_reported(self, tmp_path):
         (tmp_path / "info").write_text("a file")
         with pytest.raises(ConfigurationError, match="cannot be used"):
             self.make(tmp_path).prepare()
@@ -268,7 +270,7 @@ class TestSqliteInfoStore(Shared):
         with pytest.raises(ConfigurationError, match="version 99"):
             store.prepare()
 
-    def test_work_does_not_grow_with_the_events_that_wait(self, store):
+    def test_work_does_not_grow_with_the_number_of_events(self, store):
         def work(count):
             for _ in range(count):
                 info = upload()
@@ -343,11 +345,11 @@ class TestRecord:
         "text",
         ["", "{", "null", "7", '{"id": "a"}', '{"id": 1, "state": "gone"}', "\ud800", b"\xff"],
     )
-    def test_what_is_no_record_is_said(self, text):
+    def test_invalid_records_are_refused(self, text):
         with pytest.raises(record.CorruptRecord):
             record.load(record.decode(text))
 
-    def test_what_is_no_event_is_said(self):
+    def test_invalid_events_are_refused(self):
         for data in ({}, {"id": "a", "type": "post-nothing"}):
             with pytest.raises(record.CorruptRecord):
                 record.load_event(data)

@@ -1,4 +1,4 @@
-"""What the outbox promises among processes that claim, deliver and are killed at random."""
+"""The guarantees of the outbox while processes claim, deliver and are killed at random."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tuswsgi.core.events import HookType
 from tuswsgi.testing.lockers import SOON
 from tuswsgi.testing.records import event, upload
 
-#: Seconds until the events of a worker that was killed are free.
+#: Seconds until the claims of a killed worker expire.
 LEASE = 1.0
 
 UPLOADS, EVENTS = 250, 3
 
 
 def deliver_for_ever(connection, make, directory, name):
-    """Claim and deliver; tells of each delivery, and of each that ought not to be."""
+    """Claim and deliver, and report each delivery and each broken guarantee."""
     store, deliveries = make(directory), directory / "deliveries"
     connection.send("ready")
     connection.recv()
@@ -33,7 +33,7 @@ def deliver_for_ever(connection, make, directory, name):
         for claimed in events:
             held = deliveries / f"{claimed.id}.held"
             if held.exists() and float(held.read_text() or 0) > now:
-                connection.send(("held by somebody else", claimed.id))
+                connection.send(("claimed by another worker", claimed.id))
             held.write_text(repr(now + LEASE))
             before = deliveries / f"{claimed.upload}-{claimed.sequence - 1}.done"
             if claimed.sequence and not before.exists():
@@ -49,13 +49,13 @@ def deliver_for_ever(connection, make, directory, name):
 
 
 def listen(workers, heard, count):
-    """Hear `count` reports, or fewer if there are no more for some time."""
+    """Receive `count` reports, or fewer if no more come for some time."""
     for _ in range(count):
         ready = wait([child._connection for child in workers], timeout=0.2)
         heard += [connection.recv() for connection in ready]
 
 
-def test_the_death_of_workers_loses_no_event_and_breaks_no_claim(tmp_path, make):
+def test_killed_workers_lose_no_event_and_break_no_claim(tmp_path, make):
     store = make(tmp_path)
     store.prepare()
     written = {}
@@ -104,7 +104,7 @@ def test_the_death_of_workers_loses_no_event_and_breaks_no_claim(tmp_path, make)
 
 
 def drained(child):
-    """Return what a dead child has said and nobody has heard yet."""
+    """Return the unread reports of a dead child."""
     heard = []
     try:
         while child._connection.poll():

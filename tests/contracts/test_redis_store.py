@@ -68,7 +68,7 @@ class TestRedisInfoStore(InfoStoreContract):
 
     @pytest.fixture
     def sets(self, client, settings):
-        """What is in the sets by which uploads are found, by their names."""
+        """The members of the sets that index the uploads, by the names of the sets."""
         prefix = settings.redis_prefix
 
         def read():
@@ -81,7 +81,7 @@ class TestRedisInfoStore(InfoStoreContract):
 
         return read
 
-    def test_sets_go_with_what_they_find(self, store, sets):
+    def test_the_index_follows_the_record(self, store, sets):
         part = upload()
         final = upload("f", is_final=True, partial_uploads=("p", "q", "p"), state=State.WAITING)
         store.create(replace(final, expires_at=7.5), [told := event(final, transport="http")])
@@ -103,14 +103,14 @@ class TestRedisInfoStore(InfoStoreContract):
         assert sets() == {"state:finished": {b"f": 0}, "state:receiving": {part.id.encode(): 0}}
 
     @pytest.mark.parametrize("id", ["..", "a/b", "", "a\0b", "\udc80", "x" * 200])
-    def test_what_is_no_id_is_not_found(self, store, id):
+    def test_an_invalid_id_is_not_found(self, store, id):
         with pytest.raises(UploadNotFound):
             store.load(id)
         with pytest.raises(UploadNotFound):
             store.create(upload(id))
         assert list(store.events(id)) == list(store.finals_waiting_for(id)) == []
 
-    def test_what_is_not_ours_is_skipped(self, store, client, settings, caplog):
+    def test_foreign_entries_are_skipped(self, store, client, settings, caplog):
         store.create(info := upload())
         store.create(broken := upload(expires_at=1.0), [event(broken, transport="http")])
         client.set(f"{settings.redis_prefix}upload:{broken.id}", "0123456789abcdef[]")
@@ -124,7 +124,7 @@ class TestRedisInfoStore(InfoStoreContract):
         with pytest.raises(record.CorruptRecord):
             store.load(broken.id)
 
-    def test_claims_do_not_look_at_what_is_not_due(self, store):
+    def test_claims_read_only_due_entries(self, store):
         for n in range(300):
             store.create(late := upload(), [event(late, transport="http", due_at=50.0 + n)])
         store.create(due := upload(), [told := event(due, transport="http")])
@@ -133,7 +133,7 @@ class TestRedisInfoStore(InfoStoreContract):
         after = store._server.call("INFO", "commandstats")
         assert calls(after, "mget") - calls(before, "mget") <= 1
 
-    def test_records_are_forgotten_in_time(self, settings, client, sets):
+    def test_records_expire(self, settings, client, sets):
         store = RedisInfoStore(redis_service.url(), 0.3, settings=settings)
         part, final, told = upload(expires_at=1.0), upload("f"), upload()
         store.create(part)
@@ -158,7 +158,7 @@ class TestRedisInfoStore(InfoStoreContract):
         assert 0 < client.pttl(f"{settings.redis_prefix}upload:{told.id}") <= 300
         store.close()
 
-    def test_each_change_gives_a_record_its_time_again(self, settings, client):
+    def test_each_change_restarts_the_lifetime_of_a_record(self, settings, client):
         store = RedisInfoStore(redis_service.url(), 100.0, settings=settings)
         store.create(info := upload())
         key = f"{settings.redis_prefix}upload:{info.id}"
@@ -167,7 +167,7 @@ class TestRedisInfoStore(InfoStoreContract):
         assert client.pttl(key) > 50_000
         store.close()
 
-    def test_an_id_that_comes_again_is_found_as_it_is_now(self, store, client, settings):
+    def test_a_reused_id_is_indexed_anew(self, store, client, settings):
         old = upload("a", state=State.WAITING, is_final=True, partial_uploads=("p",))
         store.create(replace(old, expires_at=1.0))
         client.delete(f"{settings.redis_prefix}upload:a")
@@ -177,7 +177,7 @@ class TestRedisInfoStore(InfoStoreContract):
         assert list(store.expired(2.0)) == list(store.finals_waiting_for("p")) == []
         assert list(store.list()) == [new]
 
-    def test_forgotten_records_do_not_hide_others(self, store, client, settings):
+    def test_expired_records_do_not_hide_others(self, store, client, settings):
         infos = [upload(f"{n:03}", expires_at=1.0) for n in range(30)]
         for info in infos:
             store.create(info)
@@ -232,7 +232,7 @@ def test_changes_are_made_once_while_connections_are_cut(private, settings):
     store.close()
 
 
-def test_an_answer_that_got_lost_is_no_conflict(settings):
+def test_a_lost_answer_is_no_conflict(settings):
     line = Line(redis_service.url())
     store = RedisInfoStore(line.url, settings=settings)
     store.list()
@@ -253,7 +253,7 @@ def test_an_answer_that_got_lost_is_no_conflict(settings):
     line.close()
 
 
-def test_a_server_that_went_away_and_came_back_has_everything(private, settings):
+def test_a_restarted_server_has_all_records(private, settings):
     store = RedisInfoStore(private.dsn, settings=settings)
     infos = [upload() for _ in range(20)]
     for info in infos:
@@ -289,7 +289,7 @@ def test_a_full_server_changes_nothing(private, settings):
     store.close()
 
 
-def test_what_redis_forgot_promises_nothing(settings):
+def test_expired_records_promise_nothing(settings):
     store = RedisInfoStore(redis_service.url(), redis_info_expiration=0.05, settings=settings)
     store.create(upload(size=7))
     deadline = time.monotonic() + SOON

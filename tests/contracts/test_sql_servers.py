@@ -49,7 +49,7 @@ class OnServer(InfoStoreContract):
             assert info.id in store.expired(number)
 
     @pytest.mark.parametrize("error", ["a\0b", "\ud800", "x" * 100_000, "кошка \N{CAT FACE}"])
-    def test_whatever_a_hook_said_is_kept_as_well_as_can_be(self, store, error):
+    def test_errors_are_stored_as_far_as_the_database_allows(self, store, error):
         info = upload()
         store.create(info, [told := event(info, transport="http")])
         store.put_back(replace(told, error=error, attempts=1))
@@ -82,7 +82,7 @@ class TestMysqlInfoStore(OnServer):
     database = staticmethod(databases.mysql)
 
 
-def test_ids_are_ordered_as_bytes_whatever_the_database_prefers():
+def test_ids_are_ordered_as_bytes_in_any_collation():
     with databases.sorted_postgres() as dsn:
         store = make(dsn)
         store.prepare()

@@ -1,4 +1,4 @@
-"""Post-hooks arrive: in order, in spite of failures, and from whichever worker is alive."""
+"""Post-hooks are delivered in order, despite failures, by any worker that is alive."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 class Receiver(Hook):
-    """A transport that keeps what it is sent.
+    """A transport that keeps the hooks that it is sent.
 
     :ivar behave: what it does with each request besides: it may block, raise or answer.
     """
@@ -88,7 +88,7 @@ class Receiver(Hook):
 
 
 def wait_for(gate: threading.Event | threading.Barrier) -> Callable[[HookRequest], None]:
-    """Return a behaviour: to take as long as `gate` is closed."""
+    """Return a behaviour: block until `gate` opens."""
 
     def behave(request: HookRequest) -> None:
         gate.wait(PATIENCE)
@@ -115,7 +115,7 @@ def frequent_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def rare_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is delivered then was not found by looking for it now and then."""
+    """Switch polling off, so that only woken uploads are delivered."""
     monkeypatch.setattr(delivery, "_POLL", (3600.0, 3600.0))
 
 
@@ -182,7 +182,7 @@ def pending(infos: InfoStore) -> int:
 
 
 @pytest.mark.usefixtures("rare_polls")
-def test_what_is_woken_is_delivered_at_once_and_in_order(infos: InfoStore) -> None:
+def test_events_of_a_woken_upload_are_delivered_at_once_and_in_order(infos: InfoStore) -> None:
     receiver = Receiver()
     with delivering(infos, receiver) as outbox:
         events = write(infos, "a", CREATED, FINISHED, TERMINATED)
@@ -195,7 +195,7 @@ def test_what_is_woken_is_delivered_at_once_and_in_order(infos: InfoStore) -> No
     assert pending(infos) == 0
 
 
-def test_what_nobody_told_of_is_found(infos: InfoStore) -> None:
+def test_polling_finds_new_events(infos: InfoStore) -> None:
     receiver = Receiver()
     with delivering(infos, receiver):
         wait_until(lambda: infos.outbox(dead=False) == [], "a first look")
@@ -203,7 +203,7 @@ def test_what_nobody_told_of_is_found(infos: InfoStore) -> None:
         wait_until(lambda: receiver.types_of("a") == [CREATED], "the hook")
 
 
-def test_what_was_left_over_is_delivered_after_the_start(infos: InfoStore) -> None:
+def test_events_of_an_earlier_process_are_delivered_after_the_start(infos: InfoStore) -> None:
     receiver = Receiver()
     for number in range(50):
         write(infos, f"upload-{number}", CREATED, FINISHED)
@@ -214,7 +214,7 @@ def test_what_was_left_over_is_delivered_after_the_start(infos: InfoStore) -> No
         assert receiver.types_of(f"upload-{number}") == [CREATED, FINISHED]
 
 
-def test_each_transport_gets_its_own(infos: InfoStore) -> None:
+def test_each_transport_gets_its_own_events(infos: InfoStore) -> None:
     one, other = Receiver("one"), Receiver("other")
     with delivering(infos, one, other) as outbox:
         write(infos, "a", CREATED, FINISHED, transports=("one", "other"))
@@ -223,12 +223,12 @@ def test_each_transport_gets_its_own(infos: InfoStore) -> None:
     assert one.types_of("a") == other.types_of("a") == [CREATED, FINISHED]
 
 
-def test_a_failure_is_repeated_and_holds_up_what_comes_after_it(infos: InfoStore) -> None:
+def test_a_failed_event_is_retried_and_holds_up_the_next_one(infos: InfoStore) -> None:
     receiver, failures = Receiver(), 4
 
     def fail(request: HookRequest) -> None:
         if request.type is CREATED and len(receiver.begun) <= failures:
-            raise HookFailed("nobody listens")
+            raise HookFailed("connection refused")
 
     receiver.behave = fail
     with delivering(infos, receiver) as outbox:
@@ -242,7 +242,9 @@ def test_a_failure_is_repeated_and_holds_up_what_comes_after_it(infos: InfoStore
     assert receiver.types_of("b") == [FINISHED]
 
 
-def test_a_failure_is_remembered(infos: InfoStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_stored_with_its_event(
+    infos: InfoStore, caplog: pytest.LogCaptureFixture
+) -> None:
     receiver = Receiver()
 
     def fail(request: HookRequest) -> None:
@@ -273,7 +275,9 @@ def test_pauses_double_up_to_the_longest() -> None:
     assert a_day > 86400
 
 
-def test_a_dead_letter_holds_up_nothing(infos: InfoStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dead_letter_does_not_hold_up_the_next_event(
+    infos: InfoStore, caplog: pytest.LogCaptureFixture
+) -> None:
     receiver = Receiver()
 
     def fail(request: HookRequest) -> None:
@@ -295,7 +299,7 @@ def test_a_dead_letter_holds_up_nothing(infos: InfoStore, caplog: pytest.LogCapt
     assert "broken for good" in line
 
 
-def test_an_event_that_is_refused_for_good_holds_up_the_next_one_for_a_few_attempts(
+def test_a_refused_event_is_a_dead_letter_after_few_attempts(
     infos: InfoStore,
 ) -> None:
     receiver = Receiver()
@@ -315,7 +319,7 @@ def test_an_event_that_is_refused_for_good_holds_up_the_next_one_for_a_few_attem
     assert letter.error == "Refused: answered 404 (3)"
 
 
-def test_one_refusal_after_other_failures_ends_nothing(infos: InfoStore) -> None:
+def test_one_refusal_after_other_failures_makes_no_dead_letter(infos: InfoStore) -> None:
     receiver = Receiver()
     failures = [HookFailed("answered 503")] * 3 + [LastingFailure("answered 404")]
 
@@ -332,7 +336,7 @@ def test_one_refusal_after_other_failures_ends_nothing(infos: InfoStore) -> None
     assert not infos.outbox(dead=True)
 
 
-def test_an_event_that_cannot_be_read_is_a_dead_letter(infos: InfoStore) -> None:
+def test_an_unreadable_event_is_a_dead_letter(infos: InfoStore) -> None:
     receiver = Receiver()
     broken = replace(event_for("a", CREATED, 0), payload={"of": "another version"})
     infos.create(info_of("a"), [broken, event_for("a", FINISHED, 1)])
@@ -342,7 +346,7 @@ def test_an_event_that_cannot_be_read_is_a_dead_letter(infos: InfoStore) -> None
     assert receiver.types_of("a") == [FINISHED]
 
 
-def test_events_of_a_transport_that_is_gone_are_dead_letters(infos: InfoStore) -> None:
+def test_events_of_a_removed_transport_are_dead_letters(infos: InfoStore) -> None:
     old = replace(event_for("a", CREATED, 0, "gone"), created_at=time.time() - 3600)
     new = event_for("b", CREATED, 0, "perhaps-only-not-yet-here")
     infos.create(info_of("a"), [old])
@@ -419,7 +423,7 @@ def test_events_of_a_worker_that_died_are_taken_over(infos: InfoStore) -> None:
 
 
 @pytest.mark.usefixtures("rare_polls")
-def test_who_stops_leaves_the_rest_to_others_at_once(infos: InfoStore) -> None:
+def test_a_stopped_process_leaves_its_events_to_others_at_once(infos: InfoStore) -> None:
     stuck, receiver, gate = Receiver(), Receiver(), threading.Event()
     stuck.behave = wait_for(gate)
     one = outbox_of(infos, stuck)
@@ -437,7 +441,7 @@ def test_who_stops_leaves_the_rest_to_others_at_once(infos: InfoStore) -> None:
     assert stuck.types_of("a") == [CREATED]
 
 
-def test_stopping_waits_for_what_is_being_sent_and_begins_nothing(infos: InfoStore) -> None:
+def test_stop_waits_for_running_deliveries_and_begins_none(infos: InfoStore) -> None:
     receiver, gate = Receiver(), threading.Event()
     receiver.behave = wait_for(gate)
     one = outbox_of(infos, receiver)
@@ -459,7 +463,7 @@ def test_stopping_waits_for_what_is_being_sent_and_begins_nothing(infos: InfoSto
 
 
 class Shaky(MemoryInfoStore):
-    """An info store that cannot be reached now and then."""
+    """An info store that is away at times."""
 
     is_away = False
 
@@ -476,7 +480,7 @@ class Shaky(MemoryInfoStore):
         super().settle(event)
 
 
-def test_a_store_that_comes_back_goes_on_where_it_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_delivery_continues_when_the_store_is_back(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     infos, receiver = Shaky(), Receiver()
 
@@ -499,7 +503,7 @@ def test_a_store_that_comes_back_goes_on_where_it_was(caplog: pytest.LogCaptureF
 
 
 def refuse_threads(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Let the system have no more threads for deliveries, for so many of them."""
+    """Let so many threads of deliveries fail to start."""
     start, left = threading.Thread.start, [count]
 
     def refuse(self: threading.Thread) -> None:
@@ -512,10 +516,10 @@ def refuse_threads(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_events_that_found_no_thread_are_delivered_soon(
+def test_events_are_delivered_soon_if_no_thread_could_be_started(
     infos: InfoStore, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    # A lease that nobody would wait for.
+    # With this lease the test would time out if a claim had to expire.
     receiver, settings = Receiver(), replace(QUICK, delivery_lease=3600.0)
     refuse_threads(monkeypatch, count)
     for upload in "abc":
@@ -525,7 +529,7 @@ def test_events_that_found_no_thread_are_delivered_soon(
     assert [receiver.types_of(upload) for upload in "abc"] == [[CREATED, FINISHED]] * 3
 
 
-def test_events_that_found_neither_thread_nor_store_are_not_held(
+def test_claims_expire_if_neither_threads_nor_the_store_are_available(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Away(MemoryInfoStore):
@@ -540,7 +544,7 @@ def test_events_that_found_neither_thread_nor_store_are_not_held(
     assert receiver.types_of("a") == [FINISHED]
 
 
-def test_an_error_that_cannot_be_told_does_not_hold_an_event(infos: InfoStore) -> None:
+def test_an_error_that_cannot_be_printed_does_not_hold_up_its_event(infos: InfoStore) -> None:
     class Broken(Exception):
         def __str__(self) -> str:
             raise ValueError
@@ -557,12 +561,12 @@ def test_an_error_that_cannot_be_told_does_not_hold_an_event(infos: InfoStore) -
     assert receiver.types_of("a") == [CREATED, FINISHED]
 
 
-def test_progress_is_sent_once_whatever_comes_of_it(infos: InfoStore) -> None:
+def test_progress_is_not_retried(infos: InfoStore) -> None:
     receiver = Receiver()
 
     def fail(request: HookRequest) -> None:
         if len(receiver.begun) == 1:
-            raise HookFailed("nobody listens")
+            raise HookFailed("connection refused")
 
     receiver.behave = fail
     infos.create(info_of("a"))
@@ -603,7 +607,7 @@ def test_only_the_newest_progress_waits(infos: InfoStore) -> None:
     assert receiver.most_at_once == 1
 
 
-def test_progress_never_comes_beside_or_after_a_later_event(infos: InfoStore) -> None:
+def test_progress_is_never_sent_with_or_after_a_later_event(infos: InfoStore) -> None:
     receiver, gate = Receiver(), threading.Event()
 
     def behave(request: HookRequest) -> None:
@@ -619,7 +623,7 @@ def test_progress_never_comes_beside_or_after_a_later_event(infos: InfoStore) ->
         infos.save(info_of("a"), [event_for("a", FINISHED, 3)])
         outbox.wake("a")
         now = time.time()
-        # It is claimed by now, and waits for the progress that is under way.
+        # It is claimed by now, and waits for the progress that is being sent.
         wait_until(lambda: not infos.claim("another", now, now), "the claim")
         assert len(receiver.begun) == 1
         gate.set()
@@ -628,7 +632,7 @@ def test_progress_never_comes_beside_or_after_a_later_event(infos: InfoStore) ->
     assert receiver.most_at_once == 1
 
 
-def test_progress_takes_no_slot_of_events(infos: InfoStore) -> None:
+def test_progress_uses_no_slots_of_events(infos: InfoStore) -> None:
     receiver, gate = Receiver(), threading.Event()
 
     def behave(request: HookRequest) -> None:
@@ -667,13 +671,13 @@ def test_an_answer_to_progress_can_stop_its_upload(
     assert "post-finish of b by receiver: the answer comes too late" in caplog.text
 
 
-def test_fire_and_forget_keeps_the_order_and_nothing_else(infos: InfoStore) -> None:
+def test_fire_and_forget_sends_hooks_once_and_in_order(infos: InfoStore) -> None:
     receiver, gate = Receiver(), threading.Event()
 
     def behave(request: HookRequest) -> None:
         gate.wait(PATIENCE)
         if request.type is FINISHED:
-            raise HookFailed("nobody listens")
+            raise HookFailed("connection refused")
 
     receiver.behave = behave
     settings = replace(QUICK, delivery=DeliveryMode.FIRE_AND_FORGET)
@@ -687,7 +691,9 @@ def test_fire_and_forget_keeps_the_order_and_nothing_else(infos: InfoStore) -> N
     assert receiver.types_of("a") == [CREATED, TERMINATED]
 
 
-def test_what_is_too_much_is_dropped(infos: InfoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_beyond_the_queue_size_are_dropped(
+    infos: InfoStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(queues, "QUEUE_SIZE", 5)
     receiver, gate = Receiver(), threading.Event()
     receiver.behave = wait_for(gate)
@@ -702,7 +708,7 @@ def test_what_is_too_much_is_dropped(infos: InfoStore, monkeypatch: pytest.Monke
     assert receiver.most_at_once == 2
 
 
-def test_nothing_happens_without_a_start(infos: InfoStore) -> None:
+def test_nothing_is_delivered_without_a_start(infos: InfoStore) -> None:
     receiver = Receiver()
     one = outbox_of(infos, receiver)
     write(infos, "a", CREATED)
@@ -747,7 +753,7 @@ one.start()
 write(infos, "a", CREATED)
 one.wake("a")
 wait_until(lambda: receiver.sent, "the hook")
-# Not while a thread is at work: it may be in SQLite, whose locks the child would inherit.
+# Not while a thread works: it may be in SQLite, whose locks the child would inherit.
 one.stop(PATIENCE)
 infos.close()
 child = os.fork()
@@ -778,7 +784,7 @@ def test_deliveries_run_side_by_side_under_gevent() -> None:
     assert run_script(UNDER_GEVENT) == "fine\n"
 
 
-def test_a_child_delivers_when_it_was_started_itself(tmp_path: Path) -> None:
+def test_a_forked_child_delivers_after_its_own_start(tmp_path: Path) -> None:
     *delivered, end = run_script(FORKED, tmp_path).splitlines()
     assert end == "fine"
     assert 1 <= len(delivered) <= 2

@@ -58,7 +58,7 @@ class EventStoreContract:
         store.create(info, [first])
         assert list(store.events(info.id)) == [first]
 
-    def test_events_are_told_in_order(self, store: InfoStore) -> None:
+    def test_events_are_kept_in_order(self, store: InfoStore) -> None:
         info = upload()
         told = [event(info), event(info, HookType.POST_CREATE), event(info)]
         store.create(info, told)
@@ -76,7 +76,7 @@ class EventStoreContract:
         store.create(neighbour, [event(neighbour)])
         assert list(store.events(info.id)) == []
 
-    def test_dead_events_are_told_apart(self, store: InfoStore) -> None:
+    def test_dead_letters_are_listed_separately(self, store: InfoStore) -> None:
         info = upload()
         first, second = (event(info, sequence=n, transport="http") for n in range(2))
         store.create(info, [first, second])
@@ -89,7 +89,7 @@ class EventStoreContract:
         assert list(claim(store)) == []
         assert list(store.outbox(dead=False)) == list(store.outbox(dead=True)) == []
 
-    def test_claimed_events_are_as_they_were_written(self, store: InfoStore) -> None:
+    def test_claimed_events_are_returned_as_they_were_written(self, store: InfoStore) -> None:
         info = upload()
         written = event(
             info,
@@ -104,7 +104,7 @@ class EventStoreContract:
         store.create(info, [written])
         assert list(claim(store)) == [written]
 
-    def test_a_claimed_event_is_claimed_by_nobody_else(self, store: InfoStore) -> None:
+    def test_a_claimed_event_cannot_be_claimed_again(self, store: InfoStore) -> None:
         info, events = created(store)
         assert list(store.claim("a", NOW, UNTIL)) == events
         for worker in ("a", "b"):
@@ -125,7 +125,7 @@ class EventStoreContract:
             store.settle(first)
         assert list(claim(store)) == []
 
-    def test_the_first_one_is_that_of_the_lowest_sequence(self, store: InfoStore) -> None:
+    def test_the_event_with_the_lowest_sequence_is_first(self, store: InfoStore) -> None:
         info = upload()
         second = event(info, sequence=2, transport="http")
         store.create(info, [second, first := event(info, sequence=1, transport="http")])
@@ -176,7 +176,7 @@ class EventStoreContract:
         assert keys(store.claim("a", NOW, UNTIL, transport="file")) == keys([first, third])
         assert list(store.claim("a", NOW, UNTIL, transport="amqp")) == []
 
-    def test_no_more_than_asked_for_are_claimed(self, store: InfoStore) -> None:
+    def test_no_more_events_than_the_limit_are_claimed(self, store: InfoStore) -> None:
         events = [one for _ in range(5) for one in created(store, "file", "http")[1]]
         found: list[Event] = []
         while more := store.claim("a", NOW, UNTIL, limit=3):
@@ -184,7 +184,7 @@ class EventStoreContract:
             found += more
         assert keys(found) == keys(events)
 
-    def test_a_claim_runs_out(self, store: InfoStore) -> None:
+    def test_a_claim_expires(self, store: InfoStore) -> None:
         _, events = created(store)
         assert list(store.claim("a", NOW, UNTIL)) == events
         assert list(store.claim("b", UNTIL, LATER)) == events
@@ -200,14 +200,14 @@ class EventStoreContract:
         assert list(claim(store, LATER - 0.001, LATER)) == []
         assert keys(claim(store, LATER, LATER * 2)) == keys([mine, theirs])
 
-    def test_a_claim_that_nobody_took_is_renewed_late(self, store: InfoStore) -> None:
+    def test_an_expired_claim_can_be_renewed(self, store: InfoStore) -> None:
         _, events = created(store)
         store.claim("a", NOW, UNTIL)
         store.renew("a", LATER)
         assert list(claim(store, UNTIL)) == []
         assert list(claim(store, LATER, LATER * 2)) == events
 
-    def test_claims_are_given_up(self, store: InfoStore) -> None:
+    def test_claims_can_be_released(self, store: InfoStore) -> None:
         events = created(store, "file", "http")[1] + created(store)[1]
         assert keys(store.claim("a", NOW, UNTIL)) == keys(events)
         store.renew("b", 0.0)
@@ -215,7 +215,7 @@ class EventStoreContract:
         store.renew("a", 0.0)
         assert keys(claim(store)) == keys(events)
 
-    def test_a_settled_event_is_gone(self, store: InfoStore) -> None:
+    def test_a_settled_event_is_removed(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
         for _ in range(3):
             store.settle(first)
@@ -225,7 +225,7 @@ class EventStoreContract:
         store.settle(event(upload(), transport="http"))
         assert list(store.events(info.id)) == list(store.outbox(dead=False)) == []
 
-    def test_what_became_of_an_event_is_kept(self, store: InfoStore) -> None:
+    def test_put_back_stores_the_outcome(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
         (claimed,) = claim(store)
         tried = replace(claimed, due_at=NOW + 1, attempts=1, error="упал\n")
@@ -236,7 +236,7 @@ class EventStoreContract:
         store.settle(first)
         assert list(claim(store)) == [second]
 
-    def test_an_event_that_vanished_is_not_put_back(self, store: InfoStore) -> None:
+    def test_an_unknown_event_is_not_put_back(self, store: InfoStore) -> None:
         info, (first, _) = created(store, count=2)
         store.settle(first)
         events = list(store.events(info.id))
@@ -245,7 +245,7 @@ class EventStoreContract:
         store.put_back(event(upload(), transport="http"))
         assert list(store.events(info.id)) == list(store.outbox(dead=False)) == events
 
-    def test_a_dead_event_holds_up_no_other(self, store: InfoStore) -> None:
+    def test_a_dead_letter_holds_up_no_other_event(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
         (claimed,) = claim(store)
         dead = replace(claimed, dead=True, attempts=9, error="no more")
@@ -258,7 +258,7 @@ class EventStoreContract:
         store.settle(first)
         assert list(store.outbox(dead=True)) == []
 
-    def test_dead_events_may_come_with_a_record(self, store: InfoStore) -> None:
+    def test_dead_letters_can_be_created_with_a_record(self, store: InfoStore) -> None:
         info = upload()
         dead = event(info, transport="http", dead=True, attempts=9, error="no more")
         store.create(info, [dead, told := event(info, transport="http", attempts=2)])
@@ -267,7 +267,7 @@ class EventStoreContract:
         store.put_back(again := replace(dead, dead=False))
         assert list(store.events(info.id)) == [again, told]
 
-    def test_a_dead_event_may_be_tried_again(self, store: InfoStore) -> None:
+    def test_a_dead_letter_can_be_retried(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
         dead = replace(first, dead=True)
         store.put_back(dead)
@@ -284,7 +284,7 @@ class EventStoreContract:
         assert list(claim(store)) == []
         assert keys(claim(store, UNTIL, LATER)) == keys([second, only])
 
-    def test_events_do_not_touch_the_record(self, store: InfoStore) -> None:
+    def test_changing_events_does_not_change_the_record(self, store: InfoStore) -> None:
         info, events = created(store, count=3)
         for told in events:
             assert list(claim(store)) == [told]
@@ -295,7 +295,7 @@ class EventStoreContract:
         assert store.load(info.id) == info
         assert store.save(info).sequence == info.sequence + 1
 
-    def test_a_write_that_failed_left_no_event(self, store: InfoStore) -> None:
+    def test_a_failed_write_adds_no_event(self, store: InfoStore) -> None:
         info = upload()
         store.create(info)
         told = event(info, transport="http")
@@ -307,7 +307,7 @@ class EventStoreContract:
         store.save(info, [told])
         assert list(claim(store)) == [told]
 
-    def test_claims_outlive_writes_of_the_record(self, store: InfoStore) -> None:
+    def test_claims_survive_writes_of_the_record(self, store: InfoStore) -> None:
         info, (first,) = created(store)
         assert list(claim(store)) == [first]
         info = store.save(info, [second := event(info, sequence=1, transport="http")])
@@ -318,7 +318,7 @@ class EventStoreContract:
         store.settle(first)
         assert list(claim(store)) == [second]
 
-    def test_the_outbox_is_listed_from_its_oldest(self, store: InfoStore) -> None:
+    def test_the_outbox_is_sorted_by_age(self, store: InfoStore) -> None:
         infos = [upload() for _ in range(5)]
         told = [event(info, transport="http", created_at=float(n)) for n, info in enumerate(infos)]
         for info, one in zip(infos, told, strict=True):
@@ -332,7 +332,7 @@ class EventStoreContract:
         assert list(store.outbox(dead=True, limit=2)) == dead[:2]
         assert list(store.outbox(dead=False)) == [told[0], told[4]]
 
-    def test_two_that_claim_at_once_get_different_events(
+    def test_concurrent_workers_claim_different_events(
         self, store: InfoStore, other: InfoStore
     ) -> None:
         events = [told for _ in range(20) for told in created(store, "file", "http")[1]]

@@ -32,7 +32,7 @@ class InfoStoreContract(RecordStoreContract, EventStoreContract):
         """A function that fills the store: it has no room for another megabyte."""
         pytest.skip("the fixture `fill` is not defined")
 
-    def test_a_census_counts_what_is_unfinished(self, store: InfoStore) -> None:
+    def test_census_counts_unfinished_uploads(self, store: InfoStore) -> None:
         assert store.census(10.0) == Census()
         for at in (None, 10.0, 10.5):
             store.create(upload(last_byte_at=at))
@@ -45,7 +45,7 @@ class InfoStoreContract(RecordStoreContract, EventStoreContract):
         assert store.census(10.0) == Census(unfinished=4, stalled=2)
         assert store.census(1.0) == Census(unfinished=4, stalled=0)
 
-    def test_a_census_counts_events(self, store: InfoStore) -> None:
+    def test_census_counts_events(self, store: InfoStore) -> None:
         told = [event(info := upload(state=State.FINISHED), transport="t", created_at=3.0)]
         told += [event(info, transport=transport, created_at=4.0) for transport in "uv"]
         store.create(info, told)
@@ -53,13 +53,13 @@ class InfoStoreContract(RecordStoreContract, EventStoreContract):
         store.put_back(replace(told[0], dead=True))
         assert store.census(0.0) == Census(pending=2, dead=1, oldest=4.0)
 
-    def test_prepare_may_be_repeated(self, store: InfoStore) -> None:
+    def test_prepare_can_be_repeated(self, store: InfoStore) -> None:
         info = upload()
         store.create(info)
         together([store.prepare] * 4)
         assert store.load(info.id) == info
 
-    def test_a_closed_store_may_be_used_again(self, store: InfoStore) -> None:
+    def test_a_closed_store_can_be_used_again(self, store: InfoStore) -> None:
         info = upload()
         store.create(info)
         store.close()

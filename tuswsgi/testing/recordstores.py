@@ -33,7 +33,7 @@ class RecordStoreContract:
         with pytest.raises(UploadNotFound):
             store.delete(upload(), [], state=State.TERMINATED, now=3.0)
 
-    def test_every_id_names_a_record_of_its_own(self, store: InfoStore) -> None:
+    def test_similar_ids_do_not_collide(self, store: InfoStore) -> None:
         ids = ["a", "a*", "a%2A", "a%2a", "a:b", "a;b,c", "a@b=c+d", "'a'", "(a)!$", "*", "%s"]
         whole = upload("*;whole", state=State.WAITING, is_final=True, partial_uploads=tuple(ids))
         for id in ids:
@@ -73,7 +73,7 @@ class RecordStoreContract:
         assert store.load(id).size == winner
         assert len(store.events(id)) == 1
 
-    def test_what_does_not_fit_is_not_written(
+    def test_a_record_that_does_not_fit_is_not_written(
         self, store: InfoStore, fill: Callable[[], None]
     ) -> None:
         store.create(there := upload())
@@ -87,7 +87,7 @@ class RecordStoreContract:
         assert list(store.expired(2.0)) == []
         assert list(store.outbox(dead=False)) == []
 
-    def test_save_replaces_the_record_and_counts(self, store: InfoStore) -> None:
+    def test_save_replaces_the_record_and_counts_up(self, store: InfoStore) -> None:
         info = upload()
         store.create(info)
         changed = replace(full(), id=info.id, sequence=info.sequence)
@@ -163,7 +163,7 @@ class RecordStoreContract:
         store.create(info)
         assert store.load(info.id) == info
 
-    def test_only_this_tombstone_is_forgotten(self, store: InfoStore) -> None:
+    def test_only_a_tombstone_with_this_sequence_is_forgotten(self, store: InfoStore) -> None:
         info = upload()
         assert not store.forget(info)
         store.create(info)
@@ -173,7 +173,7 @@ class RecordStoreContract:
             assert not store.forget(replace(gone, sequence=sequence))
         assert store.load(info.id) == gone
 
-    def test_an_upload_that_has_the_id_again_is_not_forgotten(self, store: InfoStore) -> None:
+    def test_a_new_upload_with_the_same_id_is_not_forgotten(self, store: InfoStore) -> None:
         info = upload()
         store.create(info)
         gone = store.delete(info, [], state=State.TERMINATED, now=9.5)
@@ -197,7 +197,7 @@ class RecordStoreContract:
         store.settle(told)
         assert store.forget(gone)
 
-    def test_an_id_that_was_forgotten_has_events_again(self, store: InfoStore) -> None:
+    def test_a_forgotten_id_can_have_events_again(self, store: InfoStore) -> None:
         info = upload()
         store.create(info)
         assert store.forget(store.delete(info, [], state=State.TERMINATED, now=9.5))
@@ -225,14 +225,14 @@ class RecordStoreContract:
         assert list(store.list([])) == []
         assert list(store.list([State.FINISHED], after=infos[State.FINISHED].id)) == []
 
-    def test_a_scan_finds_all_of_a_state(self, store: InfoStore) -> None:
+    def test_scan_yields_all_records_in_a_state(self, store: InfoStore) -> None:
         ids = sorted(new_id() for _ in range(230))
         for number, id in enumerate(ids):
             store.create(upload(id, state=State.WAITING if number % 3 == 0 else State.FINISHED))
         assert [info.id for info in store.scan(State.WAITING)] == ids[::3]
         assert list(store.scan(State.RECEIVING)) == []
 
-    def test_a_scan_goes_on_while_records_leave(self, store: InfoStore) -> None:
+    def test_scan_continues_while_records_change_state(self, store: InfoStore) -> None:
         for _ in range(120):
             store.create(upload())
         for info in store.scan(State.RECEIVING):
@@ -246,7 +246,7 @@ class RecordStoreContract:
         assert list(store.list([State.RECEIVING])) == []
         assert list(store.list([State.FINISHED])) == [saved]
 
-    def test_expired_finds_what_is_due(self, store: InfoStore) -> None:
+    def test_expired_returns_unfinished_uploads(self, store: InfoStore) -> None:
         due = upload(expires_at=10.0)
         later = upload(expires_at=10.5)
         never = upload()
@@ -282,7 +282,7 @@ class RecordStoreContract:
         assert list(store.finals_waiting_for(new_id())) == []
         assert list(store.finals_waiting_for(first.id)) == []
 
-    def test_finals_wait_until_they_are_saved_otherwise(self, store: InfoStore) -> None:
+    def test_finals_wait_until_their_state_changes(self, store: InfoStore) -> None:
         part = new_id()
         finished, deleted, still = (self._final(store, (part, part)) for _ in range(3))
         store.save(replace(finished, state=State.FINISHED, finished_at=2.0))
@@ -304,7 +304,7 @@ class RecordStoreContract:
         store.create(info)
         return info
 
-    def test_what_is_promised_is_added_up(self, store: InfoStore) -> None:
+    def test_usage_is_the_sum_of_promises(self, store: InfoStore) -> None:
         assert store.usage() == 0
         infos = [upload(size=2**40 + n) for n in range(3)]
         deferred = upload(size=None, offset=700)
@@ -316,7 +316,7 @@ class RecordStoreContract:
         store.save(replace(deferred, size=800, reserved=0))
         assert store.usage() == 3 * 2**40 + 3 + 800 + 5
 
-    def test_what_is_gone_promises_nothing(self, store: InfoStore) -> None:
+    def test_tombstones_promise_nothing(self, store: InfoStore) -> None:
         info = upload(size=10)
         stays = upload(size=3)
         store.create(info)
@@ -327,7 +327,7 @@ class RecordStoreContract:
         assert store.forget(gone)
         assert store.usage() == 3
 
-    def test_many_and_large_promises_are_added_up(self, store: InfoStore) -> None:
+    def test_usage_of_many_and_of_large_uploads(self, store: InfoStore) -> None:
         for _ in range(230):
             store.create(upload(size=10))
         assert store.usage() == 2300
@@ -368,7 +368,7 @@ class RecordStoreContract:
         assert (saved.offset, saved.sequence) == (20, info.sequence + 20)
         assert [told.sequence for told in store.events(info.id)] == list(range(20))
 
-    def test_other_instances_see_what_was_written(self, store: InfoStore, other: InfoStore) -> None:
+    def test_other_instances_see_writes(self, store: InfoStore, other: InfoStore) -> None:
         info = upload(expires_at=1.0)
         for writer, reader in ((store, other), (other, store)) * 3:
             try:
