@@ -43,8 +43,8 @@ def test_locks_reach_as_far_as_the_records(
     assert type(made) is kind
     if not isinstance(made, FileLocker):
         # Whoever dies on this host is found out at once.
-        assert isinstance(made.beside, FileLocker)
-        assert made.beside.directory == (tmp_path / ".tuswsgi" / "locks").absolute()
+        assert isinstance(made.host_locker, FileLocker)
+        assert made.host_locker.directory == (tmp_path / ".tuswsgi" / "locks").absolute()
 
 
 @pytest.mark.parametrize(

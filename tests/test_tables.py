@@ -51,7 +51,8 @@ def test_an_empty_database_gets_the_tables(connection: SqlConnection) -> None:
     prepare_tables(connection)
     assert version(connection) == SCHEMA
     run(
-        connection, "INSERT INTO tuswsgi_locks VALUES ('id', 'token', 'mark', 'worker', 1.5, FALSE)"
+        connection,
+        "INSERT INTO tuswsgi_locks VALUES ('id', 'token', 'writer', 'worker', 1.5, FALSE)",
     )
 
 

@@ -64,7 +64,7 @@ class TestConsulLocker(LockerContract):
     def test_locks_are_lost_with_the_session(self, locker, other, consul):
         requests = Requests()
         with locker.lock("a", requests) as hold:
-            consul.end_session(locker._find("a")[1])
+            consul.end_session(locker._find_holder("a")[1])
             with other.lock("a", ignore):
                 requests.wait()
                 assert hold.is_lost()
@@ -79,7 +79,7 @@ class TestConsulLocker(LockerContract):
         holds = [locker.lock(id, requests[id]) for id in ids]
         lost = {id: hold.__enter__() for id, hold in zip(ids, holds, strict=True)}
         try:
-            other._give_back("77", locker._holder("77"))
+            other._free("77", locker._holder("77"))
             requests["77"].wait()
             assert [id for id in ids if lost[id].is_lost()] == ["77"]
         finally:
@@ -94,7 +94,9 @@ class TestConsulLocker(LockerContract):
 class TestConsulLeases(LeaseContract):
     @pytest.fixture
     def make(self, consul):
-        return lambda lease, beside: ConsulLocker(consul.dsn, lease=lease, beside=beside)
+        return lambda lease, host_locker: ConsulLocker(
+            consul.dsn, lease=lease, host_locker=host_locker
+        )
 
 
 def test_locks_are_lost_when_consul_goes_and_work_when_it_is_back(consul, caplog):

@@ -102,7 +102,7 @@ class TestEtcdLocker(LockerContract):
     def test_locks_are_lost_with_the_session(self, locker, other, shared):
         requests = Requests()
         with locker.lock("a", requests) as hold:
-            lease = locker._find("a")[1]
+            lease = locker._find_holder("a")[1]
             call(shared, "/v3/lease/revoke", ID=lease)
             with other.lock("a", ignore):
                 requests.wait()
@@ -114,7 +114,7 @@ class TestEtcdLocker(LockerContract):
     def test_a_new_session_does_not_bring_old_locks_back(self, locker, shared):
         requests = Requests()
         with locker.lock("a", requests) as hold:
-            call(shared, "/v3/lease/revoke", ID=locker._find("a")[1])
+            call(shared, "/v3/lease/revoke", ID=locker._find_holder("a")[1])
             with locker.lock("b", ignore):
                 requests.wait()
                 assert hold.is_lost()
@@ -136,8 +136,8 @@ class TestEtcdLeases(LeaseContract):
     @pytest.fixture
     def make(self, shared):
         prefix = f"test-{secrets.token_hex(4)}/"
-        return lambda lease, beside: EtcdLocker(
-            shared.dsn, lease=lease, beside=beside, prefix=prefix
+        return lambda lease, host_locker: EtcdLocker(
+            shared.dsn, lease=lease, host_locker=host_locker, prefix=prefix
         )
 
 
@@ -163,7 +163,7 @@ def test_a_short_absence_of_etcd_costs_no_lock(own):
     requests = Requests()
     with prepared(own.dsn, lease=20.0) as locker, locker.lock("a", requests) as hold:
         own.restart()
-        assert locker._prolong({locker._holder("a"): "a"})
+        assert locker._renew({locker._holder("a"): "a"})
         assert not hold.is_lost()
     assert requests.reasons == []
 

@@ -50,7 +50,7 @@ class TestFileLocker(LockerContract):
         yield locker
         locker.close()
 
-    def test_a_late_request_is_for_nobody(self, locker, other):
+    def test_a_late_request_is_dropped(self, locker, other):
         first, second = Requests(), Requests()
         with locker.lock("a", first):
             sent = time.monotonic_ns()
@@ -60,9 +60,9 @@ class TestFileLocker(LockerContract):
         assert first.reasons == second.reasons == []
 
     def _send(self, locker, message):
-        post = locker._mailbox.get()._post
-        for name in post.names():
-            post.send(name, message)
+        sockets = locker._listener.get()._sockets
+        for name in sockets.names():
+            sockets.send(name, message)
 
     def test_asking_never_blocks(self, locker, other):
         stuck, release = Requests(), threading.Event()
@@ -82,7 +82,7 @@ class TestFileLocker(LockerContract):
     @pytest.mark.parametrize(
         "message", [b"", b"x", b" ", b"99999999999999999999 b", b"-1 a", b"x a", b"\xff a"]
     )
-    def test_a_mailbox_may_get_anything(self, locker, other, message):
+    def test_a_socket_may_receive_anything(self, locker, other, message):
         requests = Requests()
         with locker.lock("a", requests):
             self._send(other, message)
@@ -126,12 +126,12 @@ class TestFileLocker(LockerContract):
 
     def test_sockets_of_other_hosts_stay(self, locker, other):
         theirs = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        post = locker._mailbox.get()._post
-        theirs.bind(str(post._prefix / "01234567-1-89abcdef.sock"))
+        sockets = locker._listener.get()._sockets
+        theirs.bind(str(sockets._prefix / "01234567-1-89abcdef.sock"))
         theirs.close()
         other.prepare()
-        assert post.path("01234567-1-89abcdef.sock").is_socket()
-        post.path("01234567-1-89abcdef.sock").unlink()
+        assert sockets.path("01234567-1-89abcdef.sock").is_socket()
+        sockets.path("01234567-1-89abcdef.sock").unlink()
 
     def test_nothing_is_left_behind(self, locker):
         with locker.lock("a", ignore), locker.lock("b", ignore):
@@ -172,7 +172,7 @@ class TestFileLockerWithoutRanges(TestFileLocker):
 
     @pytest.fixture(autouse=True)
     def _no_ranges(self, monkeypatch):
-        monkeypatch.setattr("tuswsgi.lockers.file._SET_LOCK", None)
+        monkeypatch.setattr("tuswsgi.lockers.lock_files._SET_LOCK", None)
 
 
 class TestFileLockerWithLongPath(TestFileLocker):

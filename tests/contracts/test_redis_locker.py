@@ -52,7 +52,7 @@ class TestRedisLockerBesideFiles(TestRedisLocker):
         self.directory = tmp_path / "locks"
 
     def _prepared(self, url, settings):
-        locker = RedisLocker(url, settings=settings, beside=FileLocker(self.directory))
+        locker = RedisLocker(url, settings=settings, host_locker=FileLocker(self.directory))
         locker.prepare()
         yield locker
         locker.close()
@@ -61,7 +61,9 @@ class TestRedisLockerBesideFiles(TestRedisLocker):
 class TestRedisLeases(LeaseContract):
     @pytest.fixture
     def make(self, url, settings):
-        return lambda lease, beside: RedisLocker(url, lease=lease, beside=beside, settings=settings)
+        return lambda lease, host_locker: RedisLocker(
+            url, lease=lease, host_locker=host_locker, settings=settings
+        )
 
 
 class TestOnALine:
@@ -125,7 +127,7 @@ class TestOnALine:
                 requests.wait_for(UploadInterrupted)
                 assert not hold.is_lost()
                 near_token = near._holder("a")
-                near._give_back("a", near_token)
+                near._free("a", near_token)
                 far._release("a", waiter.result(SOON))
 
     def test_locks_survive_a_restart_of_redis(self, settings):
@@ -193,7 +195,7 @@ if child == 0:
     # The parent's greenlets live on here, and must not renew what is the parent's.
     time.sleep(3)
     os._exit(0)
-near._keeper.pop().close()
+near._manager.pop().close()
 with far.lock("a", ignore):
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
 os.waitpid(child, 0)

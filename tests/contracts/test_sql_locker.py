@@ -48,7 +48,7 @@ class OnDatabase(LockerContract):
         assert locker._take("a", "dead.worker.1")
         self._expect_locked_by_a_try(other)
         with other.lock("a", ignore):
-            locker._give_back("a", "dead.worker.1")
+            locker._free("a", "dead.worker.1")
             self._expect_locked_by_a_try(locker)
 
     @staticmethod
@@ -83,7 +83,9 @@ class LeasesOnDatabase(LeaseContract):
     @pytest.fixture
     def make(self, dsn):
         pool = PoolSettings(databases.POOL_SIZE)
-        return lambda lease, beside: SqlLocker(dsn, lease=lease, beside=beside, pool=pool)
+        return lambda lease, host_locker: SqlLocker(
+            dsn, lease=lease, host_locker=host_locker, pool=pool
+        )
 
 
 class Sqlite:

@@ -15,7 +15,7 @@ import pytest
 
 from e2e.client import BYTES, MB, TUS, Connection, Origin, Response, content, path_of, wait_until
 from e2e.conftest import Serve, Server
-from tuswsgi.lockers.file import is_locked
+from tuswsgi.lockers.lock_files import is_locked
 
 SIZE = 5_000_000
 

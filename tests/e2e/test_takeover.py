@@ -18,7 +18,7 @@ import pytest
 
 from e2e.client import TUS, Connection, Response, chunk, content, patch_headers, wait_until
 from e2e.conftest import Server
-from tuswsgi.lockers.file import is_locked
+from tuswsgi.lockers.lock_files import is_locked
 
 #: Far below both timeouts, and far above what a busy machine needs.
 SOON = 5.0

@@ -35,7 +35,7 @@ def lose_locks(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(held: object) -> None:
         raise Unavailable
 
-    monkeypatch.setattr(client.tus.uploads.locker, "_prolong", fail)
+    monkeypatch.setattr(client.tus.uploads.locker, "_renew", fail)
 
 
 @pytest.mark.parametrize("backends", ["file"], indirect=True)

@@ -186,7 +186,7 @@ class Backends:
         elif name is LockerName.SQL:
             dsn = dsn or self._database
         values = {} if dsn is None else {"dsn": dsn}
-        return self._locker(name, beside=self._locker(LockerName.FILE), **values)
+        return self._locker(name, host_locker=self._locker(LockerName.FILE), **values)
 
     def _locker(self, name: LockerName, **values: Any) -> Locker[Any]:
         locker: Locker[Any] = self._config.make(

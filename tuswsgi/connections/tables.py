@@ -171,16 +171,16 @@ _WAITING = _Table(
     (_Index("final"),),
 )
 
-#: The locks of the SQL locker, by the upload's id. One ends by the database's own clock.
+#: The locks of the SQL locker, see ``lockers.sql``.
 _LOCKS = _Table(
     "tuswsgi_locks",
     """
     id VARCHAR(128){names} NOT NULL PRIMARY KEY,
     token VARCHAR(255){names} NOT NULL,
-    mark VARCHAR(255){names} NOT NULL,
+    writer VARCHAR(255){names} NOT NULL,
     worker VARCHAR(255){names} NOT NULL,
     ends_at DOUBLE PRECISION NOT NULL,
-    asked BOOLEAN NOT NULL
+    release_requested BOOLEAN NOT NULL
     """,
     (_Index("worker"),),
 )

@@ -1,10 +1,10 @@
-"""The contract of lockers, and all the waiting that they have in common.
+"""The interface of lockers, and the waiting that they share.
 
-One request at a time writes an upload. A request that wants in asks the holder to let
-go, so that a connection that died without saying so never blocks a resume: the holder
-stores what it has and leaves. A backend implements the attempt, the release and the
-request; this base class owns waiting, the timeout and the error. The contract is tested
-by ``tuswsgi.testing.lockers``.
+Only one request at a time may write an upload. A request that finds the lock held asks the
+holder to release it, so that a connection that died silently never blocks a resumed upload: the
+holder stores what it has received and stops. A locker implements the attempt, the release and
+the release request; ``Locker`` implements waiting and the timeout. ``tuswsgi.testing.lockers``
+tests the contract.
 """
 
 from __future__ import annotations
@@ -22,52 +22,52 @@ from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import LockLost, TusError, UploadLocked
 from tuswsgi.observing.telemetry import lock_waited, report
 
-#: Called with the reason when a holder shall let go. It is called in another greenlet or
-#: thread, maybe several times and maybe a moment after the release, and must not block.
+#: Called with the reason when a holder should release its lock. It is called in another greenlet
+#: or thread, maybe several times and maybe a moment after the release, and must not block.
 ReleaseRequest = Callable[[TusError], None]
 
-#: Tells whether a lock that is held is lost, see ``Hold.is_lost``.
+#: Tells whether a held lock is lost, see ``Hold.is_lost``.
 IsLost = Callable[[], bool]
 
 logger = logging.getLogger(__name__)
 
-#: What a backend knows about a lock that it holds.
+#: A locker's own data about a lock that it holds.
 H = TypeVar("H")
 
 
 class Hold:
-    """A lock as its holder has it. This one cannot be lost while its process lives.
+    """A lock, as its holder sees it. This one cannot be lost while its process lives.
 
-    A holder asks before each step that changes what others rely on. Between question and
-    step the process may stand still for long, so the data has to forgive a late writer as
-    well: whoever takes a lock over that was lost seals the upload first.
+    A holder calls ``check`` before each step that others rely on. The process may pause between
+    the check and the step, so a late write must do no harm either: the next holder fences off
+    the former one by sealing the upload first.
 
-    :ivar is_contested: the holder before lost the lock instead of giving it back. It may not
-        know that yet, and write on. It stays so for the next holder, too, unless ``settle``
-        was called.
+    :ivar needs_fencing: the former holder has lost the lock rather than released it. It may
+        still be running and write. This stays true for later holders, too, until one of them
+        calls ``confirm_fenced``.
     """
 
     __slots__ = ()
 
-    is_contested: bool = False
+    needs_fencing: bool = False
 
     def is_lost(self) -> bool:
-        """Whether somebody else may have the lock. Waits for nothing."""
+        """Whether another holder may have the lock now. Does not block."""
         return False
 
     def check(self) -> None:
-        """Ask ``is_lost`` before a step.
+        """Check before a step that the lock is still held.
 
-        :raises LockLost: if it is.
+        :raises LockLost: if it is lost.
         """
         if self.is_lost():
             raise LockLost
 
-    def settle(self) -> None:
-        """Tell that nothing which the holder before still does can do harm any more.
+    def confirm_fenced(self) -> None:
+        """Record that the former holder cannot do harm any more.
 
-        :raises LockLost: if the lock is lost by now.
-        :raises Unavailable: if the locker cannot be told.
+        :raises LockLost: if this lock is lost by now.
+        :raises Unavailable: if the locker's server cannot be reached.
         """
 
 
@@ -75,53 +75,52 @@ class _Sure(Hold):
     __slots__ = ()
 
     def check(self) -> None:
-        pass  # without a question: most servers have no other locks
+        pass  # saves a call: most servers only have such locks
 
 
-#: The hold on whatever nobody else can have.
+#: A hold that cannot be lost.
 SURE: Hold = _Sure()
 
 
-def ask_to_release(on_release_request: ReleaseRequest | None, reason: TusError) -> None:
-    """Call a holder back, for a backend. A callback that fails is logged and does no harm:
-    it is called by the waiter or by the watcher that serves all holders.
+def request_release(on_release_request: ReleaseRequest | None, reason: TusError) -> None:
+    """Call a holder's callback, for a locker. Its failure is logged: the caller is a waiter, or
+    the thread that serves all holders.
     """
     if on_release_request is None:
         return
     try:
         on_release_request(reason)
     except Exception:
-        logger.exception("A holder of a lock failed to take the request to let go")
+        logger.exception("The release request failed at the holder of a lock")
 
 
 class Locker(ABC, Generic[H]):
-    """Exclusive locks by upload id, for all processes that share the locker.
+    """Exclusive locks by upload id, among all processes that share the locker.
 
     :param timeout: how long ``lock`` waits for a holder, in seconds.
     """
 
-    #: Between attempts: a holder in mid-body leaves within milliseconds, one that runs a hook
-    #: takes its time.
+    #: Between attempts: a holder that receives a body stops within milliseconds, one that runs a
+    #: hook takes longer.
     backoff = Backoff(first=0.002, longest=0.05)
 
-    #: Seconds between two requests to one holder. A request may be lost, and the holder may
-    #: be another one than a moment ago.
+    #: Seconds between release requests. One may get lost, and the holder may have changed.
     request_pause = 0.1
 
     def __init__(self, timeout: float = 20.0) -> None:
         self.timeout = timeout
 
     def prepare(self) -> None:
-        """Make ready for use. May be called again, and by several processes at once.
+        """Get ready. May be called again, and by several processes at once.
 
-        :raises ConfigurationError: if the locker cannot work as it is configured.
+        :raises ConfigurationError: if the locker cannot work as configured.
         """
 
     def close(self) -> None:
         """Release what this process holds. The locker may be used again afterwards."""
 
     def check(self) -> None:
-        """Find out, at little cost, whether locks can be had now. May be called often.
+        """Check that locks can be acquired now. Cheap enough to be called often.
 
         :raises Exception: if they cannot.
         """
@@ -129,27 +128,27 @@ class Locker(ABC, Generic[H]):
             with self.try_lock(f"tuswsgi-check-{os.getpid()}"):
                 pass
         except UploadLocked:
-            pass  # another host has a process of this number
+            pass  # held by the process of another host with the same id
 
     def lock(
         self, id: str, on_release_request: ReleaseRequest | None = None
     ) -> AbstractContextManager[Hold]:
-        """Hold the lock of `id` for the length of a ``with`` block.
+        """Hold the lock of `id` during a ``with`` block. It is not reentrant.
 
-        A present holder is asked to let go. The lock is not reentrant.
+        A present holder is asked to release it.
 
-        :param on_release_request: called when somebody waits for this lock, or when the
-            lock was lost. ``None`` is for a holder that is done soon anyway.
-        :raises UploadLocked: if the holder did not let go within the timeout.
+        :param on_release_request: called when another request waits for this lock, or when the
+            lock is lost. ``None`` is for holders that need only a moment.
+        :raises UploadLocked: if the holder did not release it within the timeout.
         """
         return _Holding(self, id, partial(self._acquire, id, on_release_request))
 
     def try_lock(
         self, id: str, on_release_request: ReleaseRequest | None = None
     ) -> AbstractContextManager[Hold]:
-        """Hold the lock of `id`, but only if nobody else does; a holder is not disturbed.
+        """Hold the lock of `id` during a ``with`` block, without waiting or asking for it.
 
-        :raises UploadLocked: if somebody holds it.
+        :raises UploadLocked: if it is held.
         """
         return _Holding(self, id, partial(self._try_acquire, id, on_release_request))
 
@@ -179,13 +178,15 @@ class Locker(ABC, Generic[H]):
         report(lock_waited, self, seconds=time.monotonic() - began, acquired=acquired)
 
     def _hold_of(self, held: H) -> Hold:
-        """Return the lock as its holder is to have it."""
+        """Return what the holder gets to see of its lock."""
         return SURE
 
     def identify(self, held: H) -> str | None:
-        """Return a name for what keeps a lock that is held, which was never another one's name:
-        whoever had a lock by that name, and lives, has it no more. Letters, digits and hyphens;
-        ``None`` if there is none.
+        """Return a name for the thing that is locked, which is never used for another one.
+
+        Two holds of the same name exclude each other. So the earlier holder has released its
+        lock or died. The name consists of letters, digits and hyphens; ``None`` if the locker
+        has no such names.
         """
         return None
 
@@ -195,20 +196,20 @@ class Locker(ABC, Generic[H]):
 
     @abstractmethod
     def _release(self, id: str, held: H) -> None:
-        """Give the lock back. Must not fail because the lock was lost already."""
+        """Release the lock. Must not fail because it was lost already."""
 
     @abstractmethod
     def _request_release(self, id: str) -> None:
-        """Ask the present holder, wherever it is, to let go. Must not wait for it or fail.
+        """Ask the present holder, wherever it is, to release the lock. Must not wait or fail.
 
-        The request is for that holder only: one that comes after it must not be met.
+        The request must not reach a later holder.
         """
 
 
 class _Holding(AbstractContextManager[Hold], Generic[H]):
-    """A lock that is held for the length of a ``with`` block.
+    """Holds a lock during a ``with`` block.
 
-    Not a generator: every slow connection keeps one of these.
+    Not a generator, which is larger: every slow connection has one of these.
     """
 
     __slots__ = ("_acquire", "_held", "_id", "_locker")

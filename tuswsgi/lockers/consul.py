@@ -1,8 +1,10 @@
 """Locks in Consul, for all hosts that can ask one of its agents.
 
-A lock is a key that exists for as long as it is held and ends with the session of its
-process; its mark is a key that ends with nothing. A worker hears the requests to let go by a
-query that is answered when keys below a name of its own change.
+A lock is a key that is deleted with the session of its holder's process; its writer is a key
+without a session. A process receives release requests by a blocking query for keys below a
+prefix of its own.
+
+Tested against a stand-in for Consul's API only, not against Consul itself.
 """
 
 from __future__ import annotations
@@ -33,17 +35,15 @@ from tuswsgi.lockers.session import SessionGone, SessionLocker
 class ConsulLocker(SessionLocker[ConsulConnection]):
     """Exclusive locks among all processes that use one Consul.
 
-    Consul keeps no session for less than 10 s, and may take twice a session's length until it
-    ends one: the locks of a host that died are free after up to two and a half leases. This
-    was tested against a stand-in for Consul's API, not against Consul itself.
+    Consul's sessions last at least 10 s, and it may end one as late as after twice its TTL: the
+    locks of a host that died are free after up to two and a half leases.
 
     :param dsn: ``http://[:token@]host[:port]``, or ``https``; several agents are separated by
         commas.
     :param timeout: how long ``lock`` waits for a holder, in seconds.
-    :param lease: for how long a lock outlives its holder at least, in seconds; 10 if it is
-        less.
-    :param beside: locks of this host, each of which is held for as long as the lease.
-    :param pool: how many connections there are, and how long Consul may take.
+    :param lease: for how long a lock outlives its holder, in seconds; at least 10.
+    :param host_locker: locks of this host; one is held together with each lease.
+    :param pool: the size of the pool of connections, and the timeout of requests.
     :param prefix: what the keys begin with.
     :raises ConfigurationError: if the DSN is not understood.
     """
@@ -56,16 +56,18 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
         dsn: str = f"http://127.0.0.1:{PORT}",
         timeout: float = 20.0,
         lease: float = 10.0,
-        beside: Locker[Any] | None = None,
+        host_locker: Locker[Any] | None = None,
         pool: PoolSettings | None = None,
         prefix: str = "tuswsgi/",
     ) -> None:
         settings = pool or PoolSettings()
         addresses = Addresses.parse(dsn, PORT)
         connect = partial(ConsulConnection, addresses, settings)
-        super().__init__(timeout, max(lease, self.shortest), beside, settings.pool_timeout, connect)
+        super().__init__(
+            timeout, max(lease, self.shortest), host_locker, settings.pool_timeout, connect
+        )
         self._prefix = prefix
-        self._ears = PerProcess(Ears)
+        self._position = PerProcess(Position)
 
     def _open_session(self) -> str:
         return self._connection.get().open_session(self.session_length)
@@ -76,80 +78,80 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
     def _create(self, session: str, id: str, token: str) -> str | None:
         connection = self._connection.get()
         lock = self._lock_key(id)
-        mark = self._mark_key(id)
+        writer = self._writer_key(id)
         held = [missing(lock), locked(lock, token, session)]
         try:
-            if connection.change([*held, missing(mark), key_value(mark, token)]):
+            if connection.change([*held, missing(writer), key_value(writer, token)]):
                 return token
             holder = connection.get(lock)
-            former = connection.get(mark)
+            former = connection.get(writer)
             if holder is None and former is not None and connection.change([*held, same(former)]):
                 return former.value
         except consul.SessionGone:
             raise SessionGone from None
-        # An answer may have been lost, and the request repeated at another address.
+        # Or the answer to an earlier attempt got lost, which was repeated at another address.
         if holder is None or former is None or holder.value != token:
             return None
         return former.value
 
-    def _settle(self, id: str, token: str) -> bool:
+    def _set_writer(self, id: str, token: str) -> bool:
         connection = self._connection.get()
         found = connection.get(self._lock_key(id))
         if found is None or found.value != token:
             return False
-        return connection.change([same(found), key_value(self._mark_key(id), token)])
+        return connection.change([same(found), key_value(self._writer_key(id), token)])
 
-    def _remove(self, id: str, token: str) -> None:
+    def _delete(self, id: str, token: str) -> None:
         connection = self._connection.get()
-        found = [connection.get(key) for key in (self._lock_key(id), self._mark_key(id))]
+        found = [connection.get(key) for key in (self._lock_key(id), self._writer_key(id))]
         own = [gone(one) for one in found if one is not None and one.value == token]
         if own:
             connection.change(own)
 
-    def _still_there(self, session: str, ids: Collection[str]) -> Collection[str]:
+    def _held_in(self, session: str, ids: Collection[str]) -> Collection[str]:
         keys = {self._lock_key(id): id for id in ids}
         return [keys[key] for key in self._connection.get().held(list(keys), session)]
 
-    def _find(self, id: str) -> tuple[str, str] | None:
+    def _find_holder(self, id: str) -> tuple[str, str] | None:
         found = self._connection.get().get(self._lock_key(id))
         return (found.value, found.session) if found is not None else None
 
-    def _call(self, worker: str, token: str, session: str) -> None:
+    def _put_request(self, worker: str, token: str, session: str) -> None:
         number = token.split(".")[1]
         try:
-            self._connection.get().put(self._calls_of(worker) + number, token, session)
+            self._connection.get().put(self._requests_to(worker) + number, token, session)
         except consul.SessionGone:
-            pass  # and so is the lock
+            pass  # and with it the lock
 
-    def _hear(self, worker: str, timeout: float) -> Collection[str]:
+    def _listen(self, worker: str, timeout: float) -> Collection[str]:
         connection = self._connection.get()
-        ears = self._ears.get()
-        calls, index = connection.wait(self._calls_of(worker), ears.index, timeout)
-        # Or the same call would be no change the next time.
-        for call in calls:
-            connection.remove(call)
-        ears.index = index
-        return [call.value for call in calls]
+        position = self._position.get()
+        requests, index = connection.wait(self._requests_to(worker), position.index, timeout)
+        # Or the next request for the same lock would be no change.
+        for request in requests:
+            connection.remove(request)
+        position.index = index
+        return [request.value for request in requests]
 
     def _lock_key(self, id: str) -> str:
         return f"{self._prefix}locks/{_name(id)}"
 
-    def _mark_key(self, id: str) -> str:
-        return f"{self._prefix}marks/{_name(id)}"
+    def _writer_key(self, id: str) -> str:
+        return f"{self._prefix}writers/{_name(id)}"
 
-    def _calls_of(self, worker: str) -> str:
-        return f"{self._prefix}calls/{worker}/"
+    def _requests_to(self, worker: str) -> str:
+        return f"{self._prefix}requests/{worker}/"
 
 
 def _name(id: str) -> str:
-    # Consul takes no keys with the signs of other languages, or that end like ".jpg".
+    # Consul refuses keys with characters outside of ASCII, or that end like ".jpg".
     return urlsafe_b64encode(id.encode()).decode().rstrip("=")
 
 
-class Ears:
-    """How far a process has heard.
+class Position:
+    """Where in Consul's history a process listens.
 
-    :ivar index: Consul's number of the last change that was heard.
+    :ivar index: Consul's index of the last change that was received.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,6 @@
-"""Locks within one process: for tests, and for servers that have a single worker.
+"""Locks within one process: for tests, and for servers with a single worker.
 
-The holder is asked to let go by a plain call. This file knows nothing of other
-processes; a child of a fork starts without locks.
+A forked child starts without locks.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from dataclasses import dataclass
 
 from tuswsgi.core.errors import UploadInterrupted
 from tuswsgi.core.process import PerProcess
-from tuswsgi.lockers.base import Locker, ReleaseRequest, ask_to_release
+from tuswsgi.lockers.base import Locker, ReleaseRequest, request_release
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """One acquisition, told from every other one by its identity."""
+    """One acquisition, which is compared by identity."""
 
     on_release_request: ReleaseRequest | None
 
@@ -42,4 +41,4 @@ class MemoryLocker(Locker[Held]):
     def _request_release(self, id: str) -> None:
         held = self._holders.get().get(id)
         if held is not None:
-            ask_to_release(held.on_release_request, UploadInterrupted())
+            request_release(held.on_release_request, UploadInterrupted())

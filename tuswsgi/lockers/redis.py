@@ -1,8 +1,7 @@
-"""Locks in Redis, for all hosts that use the same one.
+"""Locks in Redis, for all hosts that share it.
 
-This file owns the keys of locks and the channels by which holders are asked to let go; what
-makes a lock of a key is the business of ``lease`` beside it. A lock is a key that holds its
-owner's token and expires with the lease.
+A lock is a key that contains the holder's token and expires with the lease. Release requests
+are messages on a channel of the holder's process.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ from tuswsgi.connections.redis_server import Subscription
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker
 
-#: For how many milliseconds a mark is kept: longer than any host stands still.
-_MARKED = 30 * 24 * 3600 * 1000
+#: For how many milliseconds a writer is kept: longer than any host is paused.
+_WRITER_TTL = 30 * 24 * 3600 * 1000
 
-# ``SET NX`` for somebody who may have done it already without hearing of it.
+# ``SET NX`` that may be repeated when the answer got lost.
 _TAKE = Script("""
-local lock, mark, token = KEYS[1], KEYS[2], ARGV[1]
+local lock, writer, token = KEYS[1], KEYS[2], ARGV[1]
 local holder = redis.call('GET', lock)
 if holder and holder ~= token then return false end
 redis.call('SET', lock, token, 'PX', ARGV[2])
-redis.call('SET', mark, token, 'NX', 'PX', ARGV[3])
-return redis.call('GET', mark)
+redis.call('SET', writer, token, 'NX', 'PX', ARGV[3])
+return redis.call('GET', writer)
 """)
-_SETTLE = Script("""
-local lock, mark, token = KEYS[1], KEYS[2], ARGV[1]
+_SET_WRITER = Script("""
+local lock, writer, token = KEYS[1], KEYS[2], ARGV[1]
 if redis.call('GET', lock) ~= token then return 0 end
-redis.call('SET', mark, token, 'PX', ARGV[2])
+redis.call('SET', writer, token, 'PX', ARGV[2])
 return 1
 """)
-_GIVE_BACK = Script("""
+_FREE = Script("""
 for _, key in ipairs(KEYS) do
     if redis.call('GET', key) == ARGV[1] then redis.call('DEL', key) end
 end
 """)
-_PROLONG = Script("""
+_RENEW = Script("""
 local kept = {}
 for number, key in ipairs(KEYS) do
     local token = ARGV[number + 1]
@@ -53,17 +52,16 @@ end
 return kept
 """)
 
-#: How many leases one script prolongs: nobody else is served meanwhile.
-_MANY = 500
+#: How many leases one script renews: Redis serves no other client meanwhile.
+_BATCH = 500
 
 
 class RedisLocker(LeaseLocker):
     """Exclusive locks among all processes that use one Redis.
 
-    They hold for as long as Redis keeps its keys. It forgets them when it is restarted
-    without ``appendonly yes``, and the latest ones when a replica takes over: then another
-    request may get a lock before its holder notices, which takes a third of the lease. With
-    a ``maxmemory-policy`` other than ``noeviction`` it may forget any at any time.
+    Redis loses locks when it restarts without ``appendonly yes``, the latest ones when a replica
+    takes over, and any with a ``maxmemory-policy`` other than ``noeviction``. Then another
+    request may get a lock before its holder notices the loss, which takes a third of the lease.
 
     :param dsn: see ``connections.redis.connect``.
     """
@@ -73,12 +71,12 @@ class RedisLocker(LeaseLocker):
         dsn: str,
         timeout: float = 20.0,
         lease: float = 10.0,
-        beside: Locker[Any] | None = None,
+        host_locker: Locker[Any] | None = None,
         *,
         pool: PoolSettings | None = None,
         settings: RedisSettings | None = None,
     ) -> None:
-        super().__init__(timeout, lease, beside)
+        super().__init__(timeout, lease, host_locker)
         self._server = connect(dsn, pool)
         self._prefix = (settings or RedisSettings()).redis_prefix
         self._subscriptions: dict[str, Subscription] = {}
@@ -86,7 +84,7 @@ class RedisLocker(LeaseLocker):
     def prepare(self) -> None:
         super().prepare()
         self._server.prepare()
-        # Whoever prepares may fork afterwards, and connections do not survive that.
+        # The caller may fork, which connections do not survive.
         self._server.close()
 
     def close(self) -> None:
@@ -94,21 +92,21 @@ class RedisLocker(LeaseLocker):
         self._server.close()
 
     def _take(self, id: str, token: str) -> str | None:
-        mark = self._server.call(*_TAKE.on(self._keys(id), token, self._length, _MARKED))
-        return None if mark is None else mark.decode()
+        writer = self._server.call(*_TAKE.on(self._keys(id), token, self._length, _WRITER_TTL))
+        return None if writer is None else writer.decode()
 
-    def _settle(self, id: str, token: str) -> bool:
-        return bool(self._server.call(*_SETTLE.on(self._keys(id), token, _MARKED)))
+    def _set_writer(self, id: str, token: str) -> bool:
+        return bool(self._server.call(*_SET_WRITER.on(self._keys(id), token, _WRITER_TTL)))
 
-    def _give_back(self, id: str, token: str) -> None:
-        self._server.call(*_GIVE_BACK.on(self._keys(id), token))
+    def _free(self, id: str, token: str) -> None:
+        self._server.call(*_FREE.on(self._keys(id), token))
 
-    def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
+    def _renew(self, held: Mapping[str, str]) -> Collection[str]:
         kept: set[str] = set()
         tokens = iter(held)
-        while some := list(islice(tokens, _MANY)):
-            keys = [self._key(held[token]) for token in some]
-            answer = self._server.call(*_PROLONG.on(keys, self._length, *some))
+        while batch := list(islice(tokens, _BATCH)):
+            keys = [self._key(held[token]) for token in batch]
+            answer = self._server.call(*_RENEW.on(keys, self._length, *batch))
             kept.update(token.decode() for token in answer)
         return kept
 
@@ -116,17 +114,17 @@ class RedisLocker(LeaseLocker):
         token = self._server.call("GET", self._key(id))
         return None if token is None else token.decode()
 
-    def _ask(self, worker: str, id: str, token: str) -> None:
+    def _send_request(self, worker: str, id: str, token: str) -> None:
         self._server.call("PUBLISH", self._channel(worker), token)
 
-    def _hear(self, worker: str, timeout: float) -> Collection[str]:
+    def _listen(self, worker: str, timeout: float) -> Collection[str]:
         subscription = self._subscriptions.get(worker)
         if subscription is None:
             subscription = self._server.subscribe(self._channel(worker))
             self._subscriptions[worker] = subscription
         return [token.decode("ascii", "replace") for token in subscription.messages(timeout)]
 
-    def _hear_no_more(self, worker: str) -> None:
+    def _stop_listening(self, worker: str) -> None:
         subscription = self._subscriptions.pop(worker, None)
         if subscription is not None:
             subscription.close()
@@ -135,13 +133,13 @@ class RedisLocker(LeaseLocker):
         return f"{self._prefix}lock:{id}"
 
     def _keys(self, id: str) -> list[str]:
-        """Return the keys of a lock and of its mark."""
-        return [self._key(id), f"{self._prefix}mark:{id}"]
+        """Return the keys of a lock and of its writer."""
+        return [self._key(id), f"{self._prefix}writer:{id}"]
 
     def _channel(self, worker: str) -> str:
-        return f"{self._prefix}asked:{worker}"
+        return f"{self._prefix}requests:{worker}"
 
     @property
     def _length(self) -> int:
-        """The lease in milliseconds, as Redis counts it."""
+        """The lease in milliseconds."""
         return max(1, round(self.lease * 1000))

@@ -1,8 +1,8 @@
-"""Leases that hang together: all locks of a process end with its one session on the server.
+"""Leases that expire together: all locks of a process belong to its one session on the server.
 
-Servers like etcd and Consul let keys end with a session that is renewed as a whole, which
-costs the same for one lock as for thousands. This file owns the session of each process.
-How a session is kept, and what a lock is, a backend knows.
+etcd (where sessions are called leases) and Consul delete keys when their session expires, and a
+session is renewed as a whole, which costs the same for one lock as for thousands. This module
+opens and renews the session of each process. A subclass knows the server's API.
 """
 
 from __future__ import annotations
@@ -20,71 +20,71 @@ from tuswsgi.core.process import PerProcess
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker, clock
 
-#: By how much a session is longer than a lease, so that it need not be renewed for each
-#: lock that is taken.
-_LONGER = 1.25
+#: How much longer a session is than a lease, so that it need not be renewed for each lock.
+_SESSION_FACTOR = 1.25
 
 
 class SessionGone(Exception):
-    """A session has ended, and the locks with it."""
+    """A session has expired, and its locks with it."""
 
 
 @dataclass(eq=False)
 class Session:
     """A session of this process.
 
-    :ivar renewed_at: since when it runs at the least, on ``clock``.
-    :ivar tokens: what holds which lock by it, by the locks' ids.
-    :ivar doubtful: tokens that hold nothing as far as this process is concerned, but nobody
-        has said so: the lock's id of each, and since when it is so. What the server does with
-        them late would be held for as long as this process lives.
+    :ivar renewed_at: when its last renewal was sent, on ``clock``.
+    :ivar tokens: the holders of its locks, by the locks' ids.
+    :ivar uncertain: tokens whose request or release failed, so that the server may hold a lock
+        for them until the session ends; the lock's id of each, and when it failed.
     """
 
     name: str
     renewed_at: float
     tokens: dict[str, str] = field(default_factory=dict)
-    doubtful: dict[str, tuple[str, float]] = field(default_factory=dict)
+    uncertain: dict[str, tuple[str, float]] = field(default_factory=dict)
 
 
 class Connection(Protocol):
-    """What a backend asks its server by."""
+    """A client of the server."""
 
     def check(self) -> None:
-        """Find out whether the server lets us in.
+        """Check that the server accepts our login.
 
         :raises ConfigurationError: if not.
         """
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all connections."""
 
 
 C = TypeVar("C", bound=Connection)
 
 
 class Sessions:
-    """The session of a process, which others may be about to open."""
+    """The current session of a process, which one request at a time opens."""
 
     def __init__(self) -> None:
-        self.present: Session | None = None
+        self.current: Session | None = None
         self.opening = threading.Lock()
 
     def drop(self, session: Session) -> None:
-        if self.present is session:
-            self.present = None
+        if self.current is session:
+            self.current = None
 
 
 class SessionLocker(LeaseLocker, Generic[C]):
     """Exclusive locks that a server keeps for as long as a session.
 
     :param timeout: how long ``lock`` waits for a holder, in seconds.
-    :param lease: for how long a lock is held at least after its session was renewed, in
-        seconds; the server frees it a quarter later.
-    :param patience: how long a request waits for others that open the session, in seconds.
-    :param connect: makes the connection of a process; nothing is opened yet.
+    :param lease: how long a lock is certainly held after its session was renewed, in seconds;
+        the server frees it a quarter later.
+    :param host_locker: locks of this host; one is held together with each lease.
+    :param open_timeout: how long a request waits for another one to open the session, in
+        seconds.
+    :param connect: makes the client of a process, without opening connections.
     """
 
-    # An attempt is a write that most servers of a cluster have to agree on.
+    # Each attempt is a write that a majority of the cluster must agree on.
     backoff = Backoff(first=0.002, longest=0.1)
     request_pause = 0.25
 
@@ -92,12 +92,12 @@ class SessionLocker(LeaseLocker, Generic[C]):
         self,
         timeout: float,
         lease: float,
-        beside: Locker[Any] | None,
-        patience: float,
+        host_locker: Locker[Any] | None,
+        open_timeout: float,
         connect: Callable[[], C],
     ) -> None:
-        super().__init__(timeout, lease, beside)
-        self._patience = patience
+        super().__init__(timeout, lease, host_locker)
+        self._open_timeout = open_timeout
         self._connection: PerProcess[C] = PerProcess(connect)
         self._sessions: PerProcess[Sessions] = PerProcess(Sessions)
 
@@ -106,7 +106,7 @@ class SessionLocker(LeaseLocker, Generic[C]):
         try:
             self._connection.get().check()
         finally:
-            # Whoever prepares may fork then, and connections do not survive that.
+            # The caller may fork, which connections do not survive.
             self._disconnect()
 
     def close(self) -> None:
@@ -121,51 +121,51 @@ class SessionLocker(LeaseLocker, Generic[C]):
 
     @property
     def session_length(self) -> int:
-        """For how many seconds a session lives without being renewed."""
-        return math.ceil(self.lease * _LONGER)
+        """After how many seconds a session expires unless it is renewed."""
+        return math.ceil(self.lease * _SESSION_FACTOR)
 
     @abstractmethod
     def _open_session(self) -> str:
-        """Return the name of a new session that lives for ``session_length``.
+        """Return the name of a new session of ``session_length``.
 
-        :raises Unavailable: if the server cannot be reached; likewise below.
+        :raises Unavailable: if the server cannot be reached; also by the methods below.
         """
 
     @abstractmethod
     def _renew_session(self, session: str) -> bool:
-        """Let a session live for its full length again; return whether there is one."""
+        """Renew a session; return whether it exists."""
 
     @abstractmethod
     def _create(self, session: str, id: str, token: str) -> str | None:
-        """Let `token` hold the lock of `id` until the session ends, and return the mark, as
-        ``_take`` does. The mark does not end with the session.
+        """Create the key of a lock, as ``_take`` does. It ends with the session, but its writer
+        does not.
 
-        :raises SessionGone: if the session has ended.
+        :raises SessionGone: if the session has expired.
         """
 
     @abstractmethod
-    def _remove(self, id: str, token: str) -> None:
-        """Free the lock of `id` and remove its mark, as ``_give_back`` does."""
+    def _delete(self, id: str, token: str) -> None:
+        """Delete the keys of a lock and its writer, as ``_free`` does."""
 
     @abstractmethod
-    def _still_there(self, session: str, ids: Collection[str]) -> Collection[str]:
-        """Return those of `ids` whose locks are held by a session of this process."""
+    def _held_in(self, session: str, ids: Collection[str]) -> Collection[str]:
+        """Return those of `ids` whose locks are held in a session of this process."""
 
     @abstractmethod
-    def _find(self, id: str) -> tuple[str, str] | None:
+    def _find_holder(self, id: str) -> tuple[str, str] | None:
         """Return the token that holds the lock of `id`, and its session."""
 
     @abstractmethod
-    def _call(self, worker: str, token: str, session: str) -> None:
-        """Let `worker` hear that somebody waits for the lock that `token` holds. What is
-        kept of that ends with the session of the holder.
+    def _put_request(self, worker: str, token: str, session: str) -> None:
+        """Put a release request for `token` where `worker` listens. It ends with the holder's
+        session.
         """
 
     def _take(self, id: str, token: str) -> str | None:
         try:
             return self._take_in(self._session(), id, token)
         except SessionGone:
-            pass  # the next one is new
+            pass  # the next session is new
         try:
             return self._take_in(self._session(), id, token)
         except SessionGone:
@@ -173,67 +173,67 @@ class SessionLocker(LeaseLocker, Generic[C]):
 
     def _take_in(self, session: Session, id: str, token: str) -> str | None:
         try:
-            mark = self._create(session.name, id, token)
+            writer = self._create(session.name, id, token)
         except SessionGone:
             self._sessions.get().drop(session)
             raise
         except BaseException:
-            session.doubtful[token] = id, clock()
+            session.uncertain[token] = id, clock()
             raise
-        if mark is not None:
+        if writer is not None:
             session.tokens[id] = token
-        return mark
+        return writer
 
-    def _give_back(self, id: str, token: str) -> None:
-        session = self._sessions.get().present
+    def _free(self, id: str, token: str) -> None:
+        session = self._sessions.get().current
         if session is not None and session.tokens.get(id) == token:
             del session.tokens[id]
         try:
-            self._remove(id, token)
+            self._delete(id, token)
         except BaseException:
             if session is not None:
-                session.doubtful[token] = id, clock()
+                session.uncertain[token] = id, clock()
             raise
 
-    def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
-        session = self._sessions.get().present
-        if session is None or not self._renew(session):
+    def _renew(self, held: Mapping[str, str]) -> Collection[str]:
+        session = self._sessions.get().current
+        if session is None or not self._keep_alive(session):
             return ()
-        # Those of an earlier session are not among its tokens.
+        # Locks of an earlier session are lost.
         ids = [id for token, id in held.items() if session.tokens.get(id) == token]
-        return {session.tokens.get(id, "") for id in self._still_there(session.name, ids)}
+        return {session.tokens.get(id, "") for id in self._held_in(session.name, ids)}
 
     def _holder(self, id: str) -> str | None:
-        found = self._find(id)
+        found = self._find_holder(id)
         return found[0] if found is not None else None
 
-    def _ask(self, worker: str, id: str, token: str) -> None:
-        found = self._find(id)
+    def _send_request(self, worker: str, id: str, token: str) -> None:
+        found = self._find_holder(id)
         if found is not None and found[0] == token:
-            self._call(worker, token, found[1])
+            self._put_request(worker, token, found[1])
 
     def _session(self) -> Session:
-        """Return a session that goes on for the length of a lease."""
+        """Return a session that lasts for at least another lease."""
         sessions = self._sessions.get()
-        if not sessions.opening.acquire(timeout=self._patience):
+        if not sessions.opening.acquire(timeout=self._open_timeout):
             raise Unavailable
         try:
-            session = sessions.present
+            session = sessions.current
             if session is not None:
                 age = clock() - session.renewed_at
                 if age <= self.session_length - self.lease:
                     return session
-                # No lock that somebody counts on is left in one that is older.
-                if age <= self.session_length and self._renew(session):
+                # An older session has no locks that their holders still rely on.
+                if age <= self.session_length and self._keep_alive(session):
                     return session
             began = clock()
-            session = sessions.present = Session(self._open_session(), began)
+            session = sessions.current = Session(self._open_session(), began)
             return session
         finally:
             sessions.opening.release()
 
-    def _renew(self, session: Session) -> bool:
-        self._clear_up(session)
+    def _keep_alive(self, session: Session) -> bool:
+        self._delete_uncertain(session)
         began = clock()
         if self._renew_session(session.name):
             session.renewed_at = began
@@ -241,18 +241,18 @@ class SessionLocker(LeaseLocker, Generic[C]):
         self._sessions.get().drop(session)
         return False
 
-    def _clear_up(self, session: Session) -> None:
-        """Free the locks of doubtful tokens, most of which never came to hold one."""
-        for token, (_, since) in list(session.doubtful.items()):
+    def _delete_uncertain(self, session: Session) -> None:
+        """Delete the locks that the server may hold for uncertain tokens."""
+        for token, (_, since) in list(session.uncertain.items()):
             if clock() - since > self.session_length:
-                # No request is under way for so long.
-                session.doubtful.pop(token, None)
-        doubtful = {
-            token: id for token, (id, _) in session.doubtful.items() if id not in session.tokens
+                # No request takes that long.
+                session.uncertain.pop(token, None)
+        uncertain = {
+            token: id for token, (id, _) in session.uncertain.items() if id not in session.tokens
         }
-        if not doubtful:
+        if not uncertain:
             return
-        held = set(self._still_there(session.name, set(doubtful.values())))
-        for token, id in doubtful.items():
+        held = set(self._held_in(session.name, set(uncertain.values())))
+        for token, id in uncertain.items():
             if id in held:
-                self._remove(id, token)
+                self._delete(id, token)

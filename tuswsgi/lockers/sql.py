@@ -1,10 +1,9 @@
-"""Locks in an SQL database, for all hosts that share one and want no other server.
+"""Locks in an SQL database that all hosts share.
 
-A lock is a row of ``tuswsgi_locks`` that says until when it is held, by the database's own
-clock: no host's clock matters. A row is removed when the lock is given back. One that a holder
-has left behind is its mark: it is taken over, or removed when a process starts much later. A
-database cannot call anybody, so that who waits writes so into the row, and holders look for
-that a few times a second.
+A lock is a row of ``tuswsgi_locks`` that says until when it is held. All times are those of the
+database's clock, so that the clocks of hosts do not matter. A released lock has no row, unless
+the next holder must fence off a writer. Waiters set a flag in the row to request the release,
+and holders poll for it.
 """
 
 from __future__ import annotations
@@ -24,34 +23,37 @@ from tuswsgi.core.backoff import Backoff
 from tuswsgi.lockers.base import Locker
 from tuswsgi.lockers.lease import LeaseLocker, worker_of
 
-#: Seconds between two looks for who waits.
-_HEARING_PAUSE = 0.25
+#: Seconds between polls for release requests.
+_POLL_INTERVAL = 0.25
 
-#: For how many seconds a row outlives its lease: longer than any host stands still.
-_MARKED = 30 * 24 * 3600
+#: For how many seconds a writer is kept: longer than any host is paused.
+_WRITER_TTL = 30 * 24 * 3600
 
-#: How many leases one statement prolongs.
-_MANY = 500
+#: How many leases one statement renews.
+_BATCH = 500
 
-_LOOK = "SELECT token, ends_at <= {now}, mark FROM tuswsgi_locks WHERE id = ?"
+_LOOK = "SELECT token, ends_at <= {now}, writer FROM tuswsgi_locks WHERE id = ?"
 _CREATE = """
-INSERT INTO tuswsgi_locks (id, token, mark, worker, ends_at, asked)
+INSERT INTO tuswsgi_locks (id, token, writer, worker, ends_at, release_requested)
 VALUES (?, ?, ?, ?, {now} + ?, FALSE)
 """
 _TAKE_OVER = """
-UPDATE tuswsgi_locks SET token = ?, worker = ?, ends_at = {now} + ?, asked = FALSE
-WHERE id = ? AND token = ? AND mark = ? AND ends_at <= {now}
+UPDATE tuswsgi_locks SET token = ?, worker = ?, ends_at = {now} + ?, release_requested = FALSE
+WHERE id = ? AND token = ? AND writer = ? AND ends_at <= {now}
 """
-_SETTLE = "UPDATE tuswsgi_locks SET mark = ? WHERE id = ? AND token = ?"
-_GIVE_BACK = "DELETE FROM tuswsgi_locks WHERE id = ? AND token = ? AND mark = token"
-_LEAVE = "UPDATE tuswsgi_locks SET ends_at = {now} WHERE id = ? AND token = ?"
-_PROLONG = """
+_SET_WRITER = "UPDATE tuswsgi_locks SET writer = ? WHERE id = ? AND token = ?"
+_FREE = "DELETE FROM tuswsgi_locks WHERE id = ? AND token = ? AND writer = token"
+_EXPIRE = "UPDATE tuswsgi_locks SET ends_at = {now} WHERE id = ? AND token = ?"
+_RENEW = """
 UPDATE tuswsgi_locks SET ends_at = {{now}} + ? WHERE worker = ? AND token IN ({tokens})
 """
 _HELD = "SELECT token FROM tuswsgi_locks WHERE worker = ?"
 _HOLDER = "SELECT token FROM tuswsgi_locks WHERE id = ? AND ends_at > {now}"
-_ASK = "UPDATE tuswsgi_locks SET asked = TRUE WHERE id = ? AND token = ? AND NOT asked"
-_HEAR = "SELECT token FROM tuswsgi_locks WHERE worker = ? AND asked"
+_REQUEST = """
+UPDATE tuswsgi_locks SET release_requested = TRUE
+WHERE id = ? AND token = ? AND NOT release_requested
+"""
+_REQUESTED = "SELECT token FROM tuswsgi_locks WHERE worker = ? AND release_requested"
 _CLEAN_UP = "DELETE FROM tuswsgi_locks WHERE ends_at <= {now} - ?"
 
 
@@ -61,12 +63,13 @@ class SqlLocker(LeaseLocker):
     :param dsn: the database, see ``connections.sql.connect``.
     :param timeout: how long ``lock`` waits for a holder, in seconds.
     :param lease: for how long a lock outlives its holder, in seconds.
-    :param beside: locks of this host, each of which is held for as long as the lease.
-    :param pool: how many connections there are, and how long the database may take.
-    :param force_fsync: as the info store has it that shares the connections; locks need it not.
+    :param host_locker: locks of this host; one is held together with each lease.
+    :param pool: the size of the pool of connections, and the timeout of statements.
+    :param force_fsync: the same as the info store's, to share its connections; locks do not
+        need it.
     """
 
-    # Each attempt is a query, and a holder elsewhere looks for requests now and then only.
+    # Each attempt is a query, and holders poll for requests.
     backoff = Backoff(first=0.002, longest=0.2)
     request_pause = 0.5
 
@@ -75,19 +78,19 @@ class SqlLocker(LeaseLocker):
         dsn: str,
         timeout: float = 20.0,
         lease: float = 10.0,
-        beside: Locker[Any] | None = None,
+        host_locker: Locker[Any] | None = None,
         pool: PoolSettings | None = None,
         *,
         force_fsync: bool = False,
     ) -> None:
-        super().__init__(timeout, lease, beside)
+        super().__init__(timeout, lease, host_locker)
         self._connection = connect(dsn, force_fsync=force_fsync, pool=pool)
 
     def prepare(self) -> None:
         super().prepare()
         prepare_tables(self._connection)
-        self._change(_CLEAN_UP, _MARKED)
-        # Whoever prepares may fork then.
+        self._change(_CLEAN_UP, _WRITER_TTL)
+        # The caller may fork, which connections do not survive.
         self._connection.close()
 
     def close(self) -> None:
@@ -95,13 +98,13 @@ class SqlLocker(LeaseLocker):
         self._connection.close()
 
     def _take(self, id: str, token: str) -> str | None:
-        # Most attempts find a lock that is held, and reading disturbs nobody.
+        # Most attempts find the lock held, and reading is cheap.
         rows = self._rows(_LOOK, id)
         if not rows:
             return token if self._create(id, token) else None
-        former, is_over, mark = rows[0]
-        values = (token, worker_of(token), self.lease, id, former, mark)
-        return str(mark) if is_over and self._change(_TAKE_OVER, *values) == 1 else None
+        former, is_expired, writer = rows[0]
+        values = (token, worker_of(token), self.lease, id, former, writer)
+        return str(writer) if is_expired and self._change(_TAKE_OVER, *values) == 1 else None
 
     def _create(self, id: str, token: str) -> bool:
         sql = self._text(_CREATE)
@@ -118,20 +121,20 @@ class SqlLocker(LeaseLocker):
             return False
         return True
 
-    def _settle(self, id: str, token: str) -> bool:
-        return self._change(_SETTLE, token, id, token) == 1
+    def _set_writer(self, id: str, token: str) -> bool:
+        return self._change(_SET_WRITER, token, id, token) == 1
 
-    def _give_back(self, id: str, token: str) -> None:
-        if self._change(_GIVE_BACK, id, token) == 0:
-            # It is lost, or contested: then the next one has to know that, too.
-            self._change(_LEAVE, id, token)
+    def _free(self, id: str, token: str) -> None:
+        if self._change(_FREE, id, token) == 0:
+            # It is lost, or a writer still needs fencing: the row stays for the next holder.
+            self._change(_EXPIRE, id, token)
 
-    def _prolong(self, held: Mapping[str, str]) -> Collection[str]:
-        # By their tokens: a row whose release failed is this worker's as well.
+    def _renew(self, held: Mapping[str, str]) -> Collection[str]:
+        # By token: rows whose release failed belong to this worker, too.
         tokens = iter(held)
-        while some := list(islice(tokens, _MANY)):
-            sql = _PROLONG.format(tokens=", ".join("?" * len(some)))
-            self._change(sql, self.lease, worker_of(some[0]), *some)
+        while batch := list(islice(tokens, _BATCH)):
+            sql = _RENEW.format(tokens=", ".join("?" * len(batch)))
+            self._change(sql, self.lease, worker_of(batch[0]), *batch)
         return {
             token
             for worker in {worker_of(token) for token in held}
@@ -142,19 +145,19 @@ class SqlLocker(LeaseLocker):
         rows = self._rows(_HOLDER, id)
         return str(rows[0][0]) if rows else None
 
-    def _ask(self, worker: str, id: str, token: str) -> None:
-        self._change(_ASK, id, token)
+    def _send_request(self, worker: str, id: str, token: str) -> None:
+        self._change(_REQUEST, id, token)
 
-    def _hear(self, worker: str, timeout: float) -> Collection[str]:
+    def _listen(self, worker: str, timeout: float) -> Collection[str]:
         deadline = time.monotonic() + timeout
         while True:
-            # First of all: who is asked and does not let go is asked again by and by.
-            time.sleep(min(_HEARING_PAUSE, timeout))
-            keeper = self._keeper.peek()
-            if keeper is None or keeper.worker != worker:
-                # Closed meanwhile: a look would open connections that nobody closes.
+            # Also before the first poll: a holder that has not released yet is asked again.
+            time.sleep(min(_POLL_INTERVAL, timeout))
+            manager = self._manager.peek()
+            if manager is None or manager.worker != worker:
+                # The locker was closed: a query would open a connection again.
                 return ()
-            rows = self._rows(_HEAR, worker)
+            rows = self._rows(_REQUESTED, worker)
             if rows or time.monotonic() >= deadline:
                 return [token for (token,) in rows]
 
@@ -176,4 +179,4 @@ class SqlLocker(LeaseLocker):
 
 
 class _Taken(Exception):
-    """Another process was faster."""
+    """Another process has just taken the lock."""

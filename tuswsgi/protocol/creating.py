@@ -140,7 +140,7 @@ class Creator:
                 info, existing = self._create_or_find(info, events, hold)
             if existing is None:
                 # A holder that lost the lock before stores no bytes without a record.
-                hold.settle()
+                hold.confirm_fenced()
                 return self._receive(info, post, post_create, hold)
             if existing.id == info.id:
                 if known is None:

@@ -58,12 +58,12 @@ def take_over(context: Context, info: FileInfo, hold: Hold) -> FileInfo:
 
     :param info: the record as it was read under the lock.
     """
-    if not hold.is_contested:
+    if not hold.needs_fencing:
         return info
     if info.state is State.RECEIVING:
         info = context.infos.save(info.replace(storage=context.data.seal(info)))
         log.warning("%s was taken over from a holder that may still write: it is sealed", info.id)
-    hold.settle()
+    hold.confirm_fenced()
     return info
 
 

@@ -23,7 +23,7 @@ from tuswsgi.lockers.file import FileLocker
 from tuswsgi.lockers.lease import Lease, LeaseLocker, worker_of
 from tuswsgi.testing.lockers import SOON, Requests, ignore
 
-#: Makes a locker with this lease in seconds, and with these locks of the host beside it.
+#: Makes a locker with this lease in seconds and this locker of the host.
 MakeLocker = Callable[[float, "Locker[Any] | None"], LeaseLocker]
 
 
@@ -56,8 +56,8 @@ class LeaseContract:
         """Lockers of two processes of one host, whose leases nobody can wait for."""
         with ExitStack() as stack:
             first, second = (
-                stack.enter_context(contextmanager(self._prepared)(make(60 * SOON, beside)))
-                for beside in (FileLocker(tmp_path), FileLocker(tmp_path))
+                stack.enter_context(contextmanager(self._prepared)(make(60 * SOON, host_locker)))
+                for host_locker in (FileLocker(tmp_path), FileLocker(tmp_path))
             )
             yield first, second
 
@@ -87,7 +87,7 @@ class LeaseContract:
             token = near._holder("a")
         assert token is not None
         with near.lock("a", second):
-            far._ask(worker_of(token), "a", token)
+            far._send_request(worker_of(token), "a", token)
             self._flush(near, far)
         assert first.reasons == second.reasons == []
 
@@ -140,7 +140,7 @@ class LeaseContract:
             hangs.wait(3 * SOON)
             raise Unavailable
 
-        monkeypatch.setattr(near, "_prolong", hang)
+        monkeypatch.setattr(near, "_renew", hang)
         with near.lock("a", requests) as hold:
             requests.wait_for(LockLost)
             assert hold.is_lost()
@@ -152,7 +152,7 @@ class LeaseContract:
         with near.lock("a", requests) as hold, near.lock("b", other) as other_hold:
             token = near._holder("a")
             assert token is not None
-            far._give_back("a", token)
+            far._free("a", token)
             requests.wait_for(LockLost)
             assert hold.is_lost()
             assert not other_hold.is_lost()
@@ -174,7 +174,7 @@ class LeaseContract:
     ) -> None:
         for locker in (near, far, near):
             with locker.lock("a", ignore) as hold:
-                assert not hold.is_contested
+                assert not hold.needs_fencing
 
     def test_a_lock_that_ran_out_is_contested_until_it_is_settled(
         self, near: LeaseLocker, far: LeaseLocker
@@ -182,12 +182,12 @@ class LeaseContract:
         self._die(near, near._acquire("a", ignore))
         for _ in range(2):
             with far.lock("a", ignore) as hold:
-                assert hold.is_contested
+                assert hold.needs_fencing
         with far.lock("a", ignore) as hold:
-            hold.settle()
-            assert not hold.is_contested
+            hold.confirm_fenced()
+            assert not hold.needs_fencing
         with far.lock("a", ignore) as hold:
-            assert not hold.is_contested
+            assert not hold.needs_fencing
 
     def test_a_late_release_takes_no_mark_of_others(
         self, near: LeaseLocker, far: LeaseLocker, make: MakeLocker
@@ -195,26 +195,26 @@ class LeaseContract:
         lease = near._acquire("a", ignore)
         self._die(near, lease)
         successor = far._acquire("a", ignore)
-        successor.settle()
-        near._give_back("a", lease.token)
+        successor.confirm_fenced()
+        near._free("a", lease.token)
         self._expect_locked(near, "a")
         self._die(far, successor)
         with contextmanager(self._prepared)(make(self.lease, None)) as third:
             with third.lock("a", ignore) as hold:
-                assert hold.is_contested
-                hold.settle()
+                assert hold.needs_fencing
+                hold.confirm_fenced()
             with third.lock("a", ignore) as hold:
-                assert not hold.is_contested
+                assert not hold.needs_fencing
 
     def test_a_lost_lock_cannot_be_settled(self, near: LeaseLocker, far: LeaseLocker) -> None:
         self._die(near, near._acquire("a", ignore))
         with far.lock("a", ignore) as hold:
             assert isinstance(hold, Lease)
-            far._give_back("a", hold.token)
+            far._free("a", hold.token)
             with near.lock("a", ignore) as successor:
                 with pytest.raises(LockLost):
-                    hold.settle()
-                assert successor.is_contested
+                    hold.confirm_fenced()
+                assert successor.needs_fencing
 
     def test_the_lock_of_a_dead_neighbour_is_not_contested(
         self, neighbours: tuple[LeaseLocker, LeaseLocker]
@@ -223,7 +223,7 @@ class LeaseContract:
         self._die(first, first._acquire("a", ignore))
         for _ in range(2):
             with second.lock("a", ignore) as hold:
-                assert not hold.is_contested
+                assert not hold.needs_fencing
 
     def test_a_neighbour_cannot_tell_that_another_host_is_dead(
         self, neighbours: tuple[LeaseLocker, LeaseLocker], near: LeaseLocker
@@ -233,7 +233,7 @@ class LeaseContract:
         # It has not settled anything when it dies, and so writes nothing.
         self._die(first, first._acquire("a", ignore))
         with second.lock("a", ignore) as hold:
-            assert hold.is_contested
+            assert hold.needs_fencing
 
     def test_the_lock_of_a_dead_neighbour_is_free_at_once(
         self, neighbours: tuple[LeaseLocker, LeaseLocker]
@@ -249,12 +249,12 @@ class LeaseContract:
     ) -> None:
         first, _ = neighbours
         (tmp_path / "elsewhere").mkdir()
-        for beside in (None, FileLocker(tmp_path / "elsewhere")):
-            with contextmanager(self._prepared)(make(60 * SOON, beside)) as far:
+        for host_locker in (None, FileLocker(tmp_path / "elsewhere")):
+            with contextmanager(self._prepared)(make(60 * SOON, host_locker)) as far:
                 held = first._acquire("a", ignore)
                 self._die(first, held)
                 self._expect_locked(far, "a")
-                first._give_back("a", held.token)
+                first._free("a", held.token)
                 with far.try_lock("a", ignore):
                     pass
 
@@ -323,17 +323,17 @@ class LeaseContract:
         def fail(*args: object) -> None:
             raise Unavailable
 
-        for name in ("_take", "_give_back", "_prolong", "_holder", "_ask"):
+        for name in ("_take", "_free", "_renew", "_holder", "_send_request"):
             monkeypatch.setattr(locker, name, fail)
 
     @staticmethod
     def _die(locker: LeaseLocker, held: Lease) -> None:
         """Leave a lock behind as a process does that is killed."""
-        keeper = locker._keeper.pop()
-        assert keeper is not None
-        keeper.close()
-        if locker.beside is not None:
-            locker.beside._release(held.id, held.beside)
+        manager = locker._manager.pop()
+        assert manager is not None
+        manager.close()
+        if locker.host_locker is not None:
+            locker.host_locker._release(held.id, held.host_lock)
 
     @staticmethod
     def _take(locker: LeaseLocker, id: str) -> None:
