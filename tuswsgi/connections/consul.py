@@ -1,9 +1,9 @@
-"""Consul, as its HTTP API lets it be asked: sessions, keys that end with them, and changes.
+"""A client of Consul's HTTP API: sessions, keys, transactions and blocking queries.
 
-This file owns the API's paths and its ways to write keys, values and numbers. What the keys
-mean is the business of the backends. Written after https://developer.hashicorp.com/consul/api-docs
-and the source of Consul's agent; it was tested against a stand-in for these parts of the API,
-not against Consul itself.
+Written from https://developer.hashicorp.com/consul/api-docs and the source of Consul's agent. It
+was tested against a stand-in for these parts of the API only, not against Consul itself.
+py-consul does not fit: it cannot create sessions without the health check of the node, and sends
+transactions without a token.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ log = logging.getLogger(__name__)
 
 PORT = 8500
 
-#: Seconds that a session lives at the least and at the most without being renewed.
+#: The bounds of a session's TTL, in seconds.
 SHORTEST_SESSION = 10
 _LONGEST_SESSION = 86_400
 
 #: How many operations a transaction may have.
-_OPERATIONS = 64
+_MAX_OPERATIONS = 64
 
 
-#: A condition or a change of a transaction.
-Part = dict[str, Any]
+#: An operation of a transaction: a condition or a change.
+Operation = dict[str, Any]
 
 
 class SessionGone(Exception):
-    """A session is not or no longer there, and neither are its keys."""
+    """A session has expired, and its keys with it."""
 
 
 @dataclass(frozen=True)
 class KeyValue:
-    """A key as it is kept.
+    """A key, its value and its metadata.
 
-    :param session: the session with which it ends.
-    :param index: numbers the change that made it what it is, among all changes.
+    :param session: the session with which it is deleted, empty if there is none.
+    :param index: Consul's index of the last change of the key.
     """
 
     key: str
@@ -56,9 +56,9 @@ class KeyValue:
 
 
 class ConsulConnection:
-    """Consul for all greenlets or threads of a process.
+    """Consul, shared by all greenlets or threads of a process.
 
-    Whatever is asked raises ``Unavailable`` if Consul does not answer in time, or refuses.
+    All requests raise ``Unavailable`` if Consul does not answer in time, or refuses.
     """
 
     def __init__(self, addresses: Addresses, settings: PoolSettings) -> None:
@@ -67,7 +67,7 @@ class ConsulConnection:
         self._headers = {"X-Consul-Token": token} if token else {}
 
     def check(self) -> None:
-        """Find out whether we may keep sessions.
+        """Check that Consul lets us open sessions.
 
         :raises ConfigurationError: if not.
         """
@@ -78,64 +78,63 @@ class ConsulConnection:
             raise ConfigurationError(f"Consul refuses us: {error}") from None
 
     def open_session(self, seconds: int) -> str:
-        """Return a new session that ends `seconds` after it was last renewed, or up to twice
-        that.
-        """
+        """Return a new session, which expires `seconds` to twice that after its last renewal."""
         try:
             return self._open(min(seconds, _LONGEST_SESSION))
         except _Refusal as error:
-            raise _told("session", error) from None
+            raise _unavailable("session", error) from None
 
     def renew_session(self, session: str) -> bool:
-        """Let a session live for its full length again; return whether there is one."""
+        """Renew a session; return whether it exists."""
         return self._ask("PUT", f"/v1/session/renew/{session}").status == 200
 
     def get(self, key: str) -> KeyValue | None:
-        """Return what `key` is, ``None`` if there is none."""
+        """Return `key`, ``None`` if it is missing."""
         found = _entries(self._ask("GET", _path(key)))
         return found[0] if found else None
 
-    def change(self, parts: Sequence[Part]) -> bool:
-        """Do all `parts` at once, made by the functions below, or none if one cannot be done.
+    def change(self, operations: Sequence[Operation]) -> bool:
+        """Run a transaction of `operations`, which the functions below make.
 
-        :returns: whether they were done.
-        :raises SessionGone: if a key was to end with a session that has ended.
+        :returns: whether all succeeded; if not, nothing was changed.
+        :raises SessionGone: if the session of a key has expired.
         """
-        return not self._failures(parts)
+        return not self._failures(operations)
 
     def put(self, key: str, value: str, session: str) -> None:
-        """Set a key that ends with a session, unless another session has it.
+        """Set a key that is deleted with a session, unless another session has it.
 
-        :raises SessionGone: if the session has ended.
+        :raises SessionGone: if the session has expired.
         """
-        self._failures([locked(key, value, session)])
+        self._failures([lock_key(key, value, session)])
 
     def remove(self, found: KeyValue) -> None:
-        """Remove a key if it is still what was found."""
+        """Delete a key unless it has changed since it was read."""
         self._ask("DELETE", f"{_path(found.key)}?cas={found.index}")
 
     def held(self, keys: Sequence[str], session: str) -> list[str]:
-        """Return those of `keys` that end with a session."""
-        kept = []
-        for first in range(0, len(keys), _OPERATIONS):
-            some = keys[first : first + _OPERATIONS]
+        """Return those of `keys` that belong to a session."""
+        found = []
+        for first in range(0, len(keys), _MAX_OPERATIONS):
+            some = keys[first : first + _MAX_OPERATIONS]
             failed = self._failures(
                 [{"Verb": "check-session", "Key": key, "Session": session} for key in some]
             )
-            kept += [key for number, key in enumerate(some) if number not in failed]
-        return kept
+            found += [key for number, key in enumerate(some) if number not in failed]
+        return found
 
     def wait(self, prefix: str, index: int, seconds: float) -> tuple[list[KeyValue], int]:
-        """Return the keys that begin with `prefix`, once they have changed or after `seconds`.
+        """Wait until keys below `prefix` change, or for `seconds`, and return them.
 
-        :param index: what was returned with the keys that are known, 0 if none are.
+        :param index: the index that the last call returned, 0 for the first call.
         :returns: the keys, and the index of their last change.
         """
         wait = f"?recurse&index={index}&wait={round(seconds * 1000)}ms"
         answer = self._server.wait(_path(prefix) + wait, self._headers, seconds)
         entries = _entries(self._understood(_path(prefix), answer))
         present = int(answer.headers.get("X-Consul-Index", 0))
-        # One that has gone back knows of another past, says Consul's documentation.
+        # https://developer.hashicorp.com/consul/api-docs/features/blocking: an index that goes
+        # backwards must be reset.
         return entries, present if present >= index else 0
 
     def close(self) -> None:
@@ -147,9 +146,9 @@ class ConsulConnection:
             "Name": "tuswsgi",
             "TTL": f"{seconds}s",
             "Behavior": "delete",
-            # Who was a holder knows when it is none any more.
+            # The former holder knows when it has lost the lock.
             "LockDelay": "1ms",
-            # Without checks of the host: they could end a session before its time.
+            # Health checks of the node could end a session early.
             "Checks": [],
             "NodeChecks": [],
         }
@@ -157,9 +156,9 @@ class ConsulConnection:
         return str(_parsed(answer)["ID"])
 
     def _failures(self, operations: Sequence[Mapping[str, Any]]) -> set[int]:
-        """Run a transaction and return which of its operations it failed at, by their places.
+        """Run a transaction and return the indexes of the operations that failed.
 
-        :raises SessionGone: if there is no such session.
+        :raises SessionGone: if the session of a key has expired.
         """
         body = json.dumps([{"KV": operation} for operation in operations]).encode()
         answer = self._ask("PUT", "/v1/txn", body)
@@ -174,13 +173,13 @@ class ConsulConnection:
         try:
             return self._send(method, path, body)
         except _Refusal as error:
-            raise _told(path, error) from None
+            raise _unavailable(path, error) from None
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> HttpAnswer:
         return self._understood(path, self._server.request(method, path, body, self._headers))
 
     def _understood(self, path: str, answer: HttpAnswer) -> HttpAnswer:
-        # Not there, and a transaction that was undone: whoever asked knows what that means.
+        # The callers handle missing keys and sessions, and transactions that failed.
         expected = {404, 409 if path == "/v1/txn" else 404}
         if answer.status == 200 or answer.status in expected:
             return answer
@@ -188,10 +187,10 @@ class ConsulConnection:
 
 
 class _Refusal(Exception):
-    """Consul will not do something, and would not if it was asked again."""
+    """Consul refuses a request, and would refuse it again."""
 
 
-def _told(what: str, refusal: _Refusal) -> Unavailable:
+def _unavailable(what: str, refusal: _Refusal) -> Unavailable:
     log.error("Consul refuses %s: %s", what, refusal)
     return Unavailable()
 
@@ -200,31 +199,31 @@ def _path(key: str) -> str:
     return f"/v1/kv/{quote(key)}"
 
 
-def missing(key: str) -> Part:
-    """Return the condition that there is no such key."""
+def is_missing(key: str) -> Operation:
+    """Return the condition that a key does not exist."""
     return {"Verb": "check-not-exists", "Key": key}
 
 
-def same(found: KeyValue) -> Part:
-    """Return the condition that a key is still what was found."""
+def is_unchanged(found: KeyValue) -> Operation:
+    """Return the condition that a key has not changed since it was read."""
     return {"Verb": "check-index", "Key": found.key, "Index": found.index}
 
 
-def locked(key: str, value: str, session: str) -> Part:
-    """Return the change that sets a key which ends with a session.
+def lock_key(key: str, value: str, session: str) -> Operation:
+    """Return the change that sets a key which is deleted with a session.
 
-    A session that has a key may take it again, and so it is no lock among threads.
+    A session may lock a key again, so that this does not exclude threads of one process.
     """
     return {"Verb": "lock", "Key": key, "Value": _encode(value), "Session": session}
 
 
-def key_value(key: str, value: str) -> Part:
-    """Return the change that sets a key which ends with nothing."""
+def set_key(key: str, value: str) -> Operation:
+    """Return the change that sets a key without a session."""
     return {"Verb": "set", "Key": key, "Value": _encode(value)}
 
 
-def gone(found: KeyValue) -> Part:
-    """Return the change that removes a key if it is still what was found."""
+def delete_key(found: KeyValue) -> Operation:
+    """Return the change that deletes a key unless it has changed since it was read."""
     return {"Verb": "delete-cas", "Key": found.key, "Index": found.index}
 
 
@@ -250,5 +249,5 @@ def _parsed(answer: HttpAnswer) -> Any:
     try:
         return json.loads(answer.body)
     except ValueError:
-        log.error("What answers is no Consul: %r", answer.body[:200])
+        log.error("The server does not answer like Consul: %r", answer.body[:200])
         raise Unavailable from None

@@ -1,8 +1,6 @@
-"""etcd, as its v3 JSON gateway lets it be asked: keys, transactions, leases and changes.
+"""A client of etcd's JSON gateway: keys, transactions, leases and watches.
 
-This file owns the gateway's paths and its ways to write keys, values and numbers, and the
-name and password that etcd may want. What the keys mean is the business of the backends.
-Written for etcd 3.4 and later (https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/).
+For etcd 3.4 and later, https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/.
 """
 
 from __future__ import annotations
@@ -23,32 +21,32 @@ log = logging.getLogger(__name__)
 
 PORT = 2379
 
-#: What etcd's errors are called by gRPC, https://grpc.io/docs/guides/status-codes/.
+#: Status codes of gRPC, https://grpc.io/docs/guides/status-codes/.
 _NOT_FOUND = 5
 _UNAUTHENTICATED = 16
 
-#: By which etcd says that it wants no name and password.
+#: etcd's message when it needs no user and password.
 _NO_AUTHENTICATION = "authentication is not enabled"
 
 
-#: A condition or a change of a transaction.
+#: A condition or an operation of a transaction.
 Part = dict[str, Any]
 
 
 class LeaseGone(Exception):
-    """A lease is not or no longer there, and neither are its keys."""
+    """A lease has expired, and its keys with it."""
 
 
 class Compacted(Exception):
-    """What changed since a revision cannot be told any more."""
+    """etcd has forgotten the changes since a revision."""
 
 
 @dataclass(frozen=True)
 class KeyValue:
-    """A key as it is kept.
+    """A value and its metadata.
 
-    :param lease: the lease with which it ends.
-    :param revision: numbers the change that made it what it is, among all changes.
+    :param lease: the lease with which the key expires, "0" if there is none.
+    :param revision: etcd's revision of the last change of the key.
     """
 
     value: str
@@ -57,9 +55,9 @@ class KeyValue:
 
 
 class EtcdConnection:
-    """An etcd cluster for all greenlets or threads of a process.
+    """An etcd cluster, shared by all greenlets or threads of a process.
 
-    Whatever is asked raises ``Unavailable`` if etcd does not answer in time, or refuses.
+    All requests raise ``Unavailable`` if etcd does not answer in time, or refuses.
     """
 
     def __init__(self, addresses: Addresses, settings: PoolSettings) -> None:
@@ -68,7 +66,7 @@ class EtcdConnection:
         self._token: str | None = None
 
     def check(self) -> None:
-        """Find out whether we are let in.
+        """Check that etcd accepts our login.
 
         :raises ConfigurationError: if not.
         """
@@ -78,27 +76,27 @@ class EtcdConnection:
             raise ConfigurationError(f"etcd refuses us: {error}") from None
 
     def get(self, key: str) -> tuple[KeyValue | None, int]:
-        """Return what `key` is, ``None`` if there is none, and etcd's present revision."""
+        """Return the value of `key`, ``None`` if it is missing, and etcd's revision."""
         answer = self._ask("/v3/kv/range", {"key": _encode(key)})
         return _first(answer), _revision(answer)
 
     def put(self, key: str, value: str, lease: str) -> None:
-        """Set a key that ends with a lease.
+        """Set a key that expires with a lease.
 
-        :raises LeaseGone: if that has ended.
+        :raises LeaseGone: if the lease has expired.
         """
-        self._ask("/v3/kv/put", _setting(key, value, lease))
+        self._ask("/v3/kv/put", _put_request(key, value, lease))
 
     def change(
         self, conditions: Sequence[Part], changes: Sequence[Part], read: Sequence[str]
     ) -> list[str | None] | None:
-        """Make all of `changes` at once if all of `conditions` are true.
+        """Apply all of `changes` in one transaction if all of `conditions` are true.
 
-        :param conditions: made by ``missing`` and ``same``.
-        :param changes: made by ``key_value`` and ``gone``.
-        :param read: what to read where they are not.
-        :returns: ``None`` if the changes were made, else the values of the keys in `read`.
-        :raises LeaseGone: if a key was to end with a lease that has ended.
+        :param conditions: made by ``is_missing`` and ``has_value``.
+        :param changes: made by ``set_key`` and ``delete_key``.
+        :param read: the keys to read if a condition is false.
+        :returns: ``None`` if the changes were applied, else the values of the keys in `read`.
+        :raises LeaseGone: if the lease of a key has expired.
         """
         request = {
             "compare": conditions,
@@ -112,24 +110,24 @@ class EtcdConnection:
         return [None if one is None else one.value for one in found]
 
     def grant(self, seconds: int) -> str:
-        """Return a new lease that ends `seconds` after it was last kept alive."""
+        """Return a new lease that expires `seconds` after it was last kept alive."""
         return str(self._ask("/v3/lease/grant", {"TTL": seconds})["ID"])
 
     def keep_alive(self, lease: str) -> bool:
-        """Let a lease run for its full length again; return whether there is one."""
+        """Renew a lease; return whether it exists."""
         answer = self._ask("/v3/lease/keepalive", {"ID": lease})
         return int(answer["result"].get("TTL", 0)) > 0
 
     def keys_of(self, lease: str) -> set[str]:
-        """Return all keys that end with a lease."""
+        """Return all keys that expire with a lease."""
         answer = self._ask("/v3/lease/timetolive", {"ID": lease, "keys": True})
         return {_decode(key) for key in answer.get("keys", ())}
 
     def changes(self, key: str, after: int, seconds: float) -> Generator[KeyValue, None, None]:
-        """Yield what `key` is set to, each as soon as it happens, for `seconds`.
+        """Watch `key` for `seconds` and yield its values as they change.
 
-        :param after: the revision of the last change that is known.
-        :raises Compacted: if changes after that may be missing.
+        :param after: the revision of the last known change.
+        :raises Compacted: if later changes may be missing.
         """
         request = {
             "key": _encode(key),
@@ -149,13 +147,13 @@ class EtcdConnection:
     def _changes_of(self, message: dict[str, Any], after: int) -> Generator[KeyValue, None, None]:
         result = message.get("result")
         if result is None or (result.get("canceled") and "compact_revision" not in result):
-            # Probably a token that etcd has forgotten. The next one to ask logs what it is.
+            # Probably etcd has forgotten our token. The next request logs the reason.
             self._token = None
             raise Unavailable
-        # One that is behind has lost its data: what we know is of another past.
+        # A server with an older revision has lost its data.
         if "compact_revision" in result or (result.get("created") and _revision(result) < after):
             raise Compacted
-        yield from (_key_value(event["kv"]) for event in result.get("events", ()))
+        yield from (_parsed_value(event["kv"]) for event in result.get("events", ()))
 
     def _ask(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -167,7 +165,7 @@ class EtcdConnection:
     def _call(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
         answer = self._post(path, request)
         if answer.get("code") == _UNAUTHENTICATED and self._addresses.user is not None:
-            # Its tokens end after minutes without use, and with the server.
+            # Tokens expire after minutes without use, and when etcd restarts.
             self._token = None
             answer = self._post(path, request)
         if "code" not in answer:
@@ -197,39 +195,39 @@ class EtcdConnection:
 
 
 class _Refusal(Exception):
-    """etcd will not do something, and would not if it was asked again."""
+    """etcd refuses a request, and would refuse it again."""
 
 
-def missing(key: str) -> Part:
-    """Return the condition that there is no such key."""
+def is_missing(key: str) -> Part:
+    """Return the condition that a key does not exist."""
     return {"key": _encode(key), "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
 
 
-def same(key: str, value: str) -> Part:
+def has_value(key: str, value: str) -> Part:
     """Return the condition that a key has this value."""
     return {"key": _encode(key), "target": "VALUE", "result": "EQUAL", "value": _encode(value)}
 
 
-def key_value(key: str, value: str, lease: str = "0") -> Part:
-    """Return the change that sets a key, which ends with a lease if one is named."""
-    return {"request_put": _setting(key, value, lease)}
+def set_key(key: str, value: str, lease: str = "0") -> Part:
+    """Return the change that sets a key, which expires with `lease` unless that is "0"."""
+    return {"request_put": _put_request(key, value, lease)}
 
 
-def gone(key: str) -> Part:
-    """Return the change that removes a key."""
+def delete_key(key: str) -> Part:
+    """Return the change that deletes a key."""
     return {"request_delete_range": {"key": _encode(key)}}
 
 
-def _setting(key: str, value: str, lease: str) -> dict[str, str]:
+def _put_request(key: str, value: str, lease: str) -> dict[str, str]:
     return {"key": _encode(key), "value": _encode(value), "lease": lease}
 
 
 def _first(answer: Mapping[str, Any]) -> KeyValue | None:
     found = answer.get("kvs")
-    return _key_value(found[0]) if found else None
+    return _parsed_value(found[0]) if found else None
 
 
-def _key_value(found: Mapping[str, Any]) -> KeyValue:
+def _parsed_value(found: Mapping[str, Any]) -> KeyValue:
     value = _decode(found.get("value", ""))
     lease = str(found.get("lease", "0"))
     return KeyValue(value, lease, int(found["mod_revision"]))
@@ -245,7 +243,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
     except ValueError:
         parsed = None
     if not isinstance(parsed, dict):
-        log.error("What answers is no etcd: %r", text[:200])
+        log.error("The server does not answer like etcd: %r", text[:200])
         raise Unavailable
     return parsed
 

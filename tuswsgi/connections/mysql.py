@@ -1,7 +1,4 @@
-"""MySQL and MariaDB, through PyMySQL: how to connect, how long to wait, what errors mean.
-
-The driver is written in Python, so that greenlets go on where it waits for the server.
-"""
+"""MySQL and MariaDB through PyMySQL, which is written in Python and so does not block greenlets."""
 
 from __future__ import annotations
 
@@ -14,35 +11,35 @@ from peewee import MySQLDatabase, OperationalError, PeeweeException
 from pymysql.constants import CLIENT, CR, ER
 
 from tuswsgi.connections.dsn import Dsn
-from tuswsgi.connections.pooled import PooledConnection, Trouble
+from tuswsgi.connections.pooled import ErrorKind, PooledConnection
 from tuswsgi.connections.sql import Database
 from tuswsgi.core.errors import ConfigurationError
 
 T = TypeVar("T")
 
-#: The name of the lock that who changes tables holds. Such names belong to the whole server.
+#: The name of the lock for creating tables. Such names are shared by all databases of a server.
 _TABLES_LOCK = "CONCAT('tuswsgi-', MD5(DATABASE()))"
 
-#: Seconds that somebody else may take to change the tables.
+#: Seconds to wait while another process creates the tables.
 _LOCK_TIMEOUT = 300
 
-#: Seconds that a server has to say itself that something took too long.
+#: Seconds after its own timeouts that the server has to report them.
 _GRACE = 1.0
 
-_TROUBLES = {
-    0: Trouble.BROKEN,  # the driver knows that already
-    CR.CR_SERVER_GONE_ERROR: Trouble.BROKEN,
-    CR.CR_SERVER_LOST: Trouble.BROKEN,
-    ER.SERVER_SHUTDOWN: Trouble.BROKEN,
-    1927: Trouble.BROKEN,  # MariaDB: an administrator ended this
-    4031: Trouble.BROKEN,  # MySQL: idle for too long
-    ER.LOCK_DEADLOCK: Trouble.CONFLICT,
-    ER.CHECKREAD: Trouble.CONFLICT,
-    ER.DISK_FULL: Trouble.FULL,
-    ER.RECORD_FILE_FULL: Trouble.FULL,
+_KINDS = {
+    0: ErrorKind.BROKEN,  # PyMySQL: the connection was closed before
+    CR.CR_SERVER_GONE_ERROR: ErrorKind.BROKEN,
+    CR.CR_SERVER_LOST: ErrorKind.BROKEN,
+    ER.SERVER_SHUTDOWN: ErrorKind.BROKEN,
+    1927: ErrorKind.BROKEN,  # MariaDB: an administrator ended this
+    4031: ErrorKind.BROKEN,  # MySQL: idle for too long
+    ER.LOCK_DEADLOCK: ErrorKind.CONFLICT,
+    ER.CHECKREAD: ErrorKind.CONFLICT,
+    ER.DISK_FULL: ErrorKind.FULL,
+    ER.RECORD_FILE_FULL: ErrorKind.FULL,
 }
 
-#: What a DSN may say of TLS, by ``ssl-mode``: the driver's words for it.
+#: The values of ``ssl-mode`` in a DSN, and PyMySQL's parameters for them.
 _TLS: dict[str, dict[str, Any]] = {
     "disabled": {"ssl_disabled": True},
     "preferred": {},
@@ -51,7 +48,7 @@ _TLS: dict[str, dict[str, Any]] = {
     "verify_identity": {"ssl_verify_cert": True, "ssl_verify_identity": True},
 }
 
-#: Parameters of a DSN that the driver takes as they are.
+#: Parameters of a DSN that PyMySQL takes as they are.
 _PASSED_ON = {"ssl_ca", "ssl_cert", "ssl_key", "ssl_key_password", "unix_socket"}
 
 
@@ -59,7 +56,7 @@ class MysqlConnection(PooledConnection):
     """A database of MySQL or MariaDB."""
 
     kind = "mysql"
-    # Not NOW(), which is the time at which a statement began, maybe to wait.
+    # Not NOW(), which is when the statement began, maybe to wait for a lock.
     now = "(UNIX_TIMESTAMP(SYSDATE(6)) + 0e0)"
 
     def prepare(self) -> None:
@@ -68,17 +65,19 @@ class MysqlConnection(PooledConnection):
     def _database(self, timeout: float) -> Database:
         return cast(Database, _Mysql(self._dsn, timeout))
 
-    def _trouble(self, error: PeeweeException, database: Database) -> Trouble:
+    def _kind_of(self, error: PeeweeException, database: Database) -> ErrorKind:
         code: Any = error.args[0] if error.args else None
-        return _TROUBLES.get(code, Trouble.OTHER)
+        return _KINDS.get(code, ErrorKind.OTHER)
 
-    def _alone(self, fn: Callable[[Database], T], database: Database) -> T:
-        # No transaction: each change of a table would end it.
+    def _exclusively(self, fn: Callable[[Database], T], database: Database) -> T:
+        # Not in a transaction: each CREATE TABLE would commit it.
         (locked,) = database.execute_sql(
             f"SELECT GET_LOCK({_TABLES_LOCK}, {_LOCK_TIMEOUT})"
         ).fetchone()
         if not locked:
-            raise OperationalError(f"Others change the tables for more than {_LOCK_TIMEOUT} s")
+            raise OperationalError(
+                f"Another process has been creating tables for more than {_LOCK_TIMEOUT} s"
+            )
         try:
             return fn(database)
         finally:
@@ -86,7 +85,7 @@ class MysqlConnection(PooledConnection):
 
 
 class _Mysql(MySQLDatabase):
-    """A database with one connection, for one user at a time."""
+    """A database with one connection, for one greenlet or thread at a time."""
 
     def __init__(self, dsn: Dsn, timeout: float) -> None:
         super().__init__(dsn.path, thread_safe=False)
@@ -108,19 +107,19 @@ class _Mysql(MySQLDatabase):
                 autocommit=True,
                 charset="utf8mb4",
                 sql_mode="STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION",
-                # How many rows an UPDATE found, also where it changed nothing.
+                # UPDATE returns how many rows it found, including unchanged ones.
                 client_flag=CLIENT.FOUND_ROWS,
                 connect_timeout=max(self._timeout, 1.0),
                 read_timeout=self._timeout + _GRACE,
                 write_timeout=self._timeout + _GRACE,
             )
         except RuntimeError as error:
-            # A way to log in for which the driver lacks a library.
+            # The server wants an authentication method for which a library is missing.
             raise OperationalError(str(error)) from error
         try:
             with connection.cursor() as cursor:
                 cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
-                # The zone is for the clock, which would stand still for an hour each year.
+                # In a zone with summer time the clock would repeat an hour each year.
                 cursor.execute(
                     "SET SESSION time_zone = '+00:00', "
                     f"innodb_lock_wait_timeout = {max(math.floor(self._timeout), 1)}"
@@ -132,9 +131,9 @@ class _Mysql(MySQLDatabase):
 
 
 def _parameters(dsn: Dsn) -> dict[str, Any]:
-    """Return what the parameters of a DSN are for the driver.
+    """Return PyMySQL's parameters for those of a DSN.
 
-    :raises ConfigurationError: if it does not know one of them.
+    :raises ConfigurationError: if one is not supported.
     """
     parameters: dict[str, Any] = {}
     for given, value in dsn.parameters.items():

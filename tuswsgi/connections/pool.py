@@ -1,8 +1,4 @@
-"""A bounded number of connections to one server, shared by all greenlets of a process.
-
-This file owns who may use a connection and how long one waits for it. What a connection is,
-and when one is broken, is the business of the modules beside it.
-"""
+"""A bounded pool of connections to one server, shared by all greenlets of a process."""
 
 from __future__ import annotations
 
@@ -36,10 +32,10 @@ class PoolSettings:
 
 
 class Pool(Generic[T]):
-    """Connections of one process; the one that was used last is used next.
+    """The connections of one process; the most recently used one is used next.
 
-    :param make: opens a connection, or makes one that opens itself.
-    :param close: closes one.
+    :param make: makes a connection, which may open later.
+    :param close: closes a connection.
     """
 
     def __init__(
@@ -48,33 +44,33 @@ class Pool(Generic[T]):
         self._timeout = settings.pool_timeout
         self._make = make
         self._close = close
-        self._free: list[T] = []
-        self._places = threading.Semaphore(settings.pool_size)
+        self._idle: list[T] = []
+        self._slots = threading.Semaphore(settings.pool_size)
         self._closed = False
 
     @contextmanager
     def connection(self) -> Iterator[T]:
-        """Use a connection for the length of a ``with`` block.
+        """Use a connection during a ``with`` block.
 
-        :raises Unavailable: if none becomes free in time.
+        :raises Unavailable: if all connections are in use until the timeout.
         """
-        if not self._places.acquire(timeout=self._timeout):
+        if not self._slots.acquire(timeout=self._timeout):
             log.error("All connections were in use for %.3g s", self._timeout)
             raise Unavailable
         try:
-            used = self._free.pop() if self._free else self._make()
+            used = self._idle.pop() if self._idle else self._make()
             try:
                 yield used
             finally:
                 if self._closed:
                     self._close(used)
                 else:
-                    self._free.append(used)
+                    self._idle.append(used)
         finally:
-            self._places.release()
+            self._slots.release()
 
     def close(self) -> None:
-        """Close all connections, those in use as soon as they are not."""
+        """Close all connections; those in use are closed after their use."""
         self._closed = True
-        while self._free:
-            self._close(self._free.pop())
+        while self._idle:
+            self._close(self._idle.pop())

@@ -1,8 +1,6 @@
-"""SQL servers for many greenlets, threads and processes: transactions on pooled connections.
+"""Database servers: transactions on pooled connections, repeated where that is safe.
 
-This file owns when a connection is given up, what is tried again, and what a caller gets to
-know of a server's trouble. How to connect, and what the errors of a server mean, is the
-business of the modules beside it.
+Subclasses connect to a kind of server and classify its errors.
 """
 
 from __future__ import annotations
@@ -28,39 +26,39 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How often a transaction is begun at most that loses against others again and again.
+#: How often a transaction is attempted that the server undoes in favour of others.
 _ATTEMPTS = 10
 
 #: Between attempts of such a transaction.
 _BACKOFF = Backoff(first=0.01, longest=0.3, jitter=1.0)
 
-#: Seconds that a change of tables may take.
+#: Seconds that creating the tables may take.
 _MIGRATION_TIMEOUT = 600.0
 
 
-class Trouble(Enum):
+class ErrorKind(Enum):
     """What an error of a server means."""
 
-    #: The connection is gone, and what was not committed with it.
+    #: The connection is broken; what was not committed is undone.
     BROKEN = auto()
     #: The transaction was undone in favour of another one.
     CONFLICT = auto()
-    #: There is no room left.
+    #: The disk is full.
     FULL = auto()
-    #: Everything else: nobody answers, it takes too long, the statement is wrong.
+    #: Everything else: the server is down or too slow, the statement is wrong.
     OTHER = auto()
 
 
-#: Pools of all processes that this one descends from. A child must not even close its
-#: parent's connections: the server would hear the goodbye.
+#: The pools of this process and of its ancestors. They are kept here because a child must not
+#: close its parent's connections, not even by garbage collection: the server would end them.
 _opened: set[Pool[Database]] = set()
 
 
 class PooledConnection(SqlConnection):
     """A database on a server.
 
-    :param settings: how many connections there are; its timeout holds for waiting for one,
-        for connecting and for each statement.
+    :param settings: the size of the pool, and the timeout for waiting for a connection, for
+        connecting and for each statement.
     """
 
     placeholder = "%s"
@@ -70,14 +68,14 @@ class PooledConnection(SqlConnection):
         self._dsn = dsn
         self._settings = settings
         self._pool: PerProcess[Pool[Database]] = PerProcess(self._make_pool)
-        #: Why the server could not be used when it was asked last.
-        self._away: str | None = None
+        #: The message of the last failure, until a statement succeeds.
+        self._failure: str | None = None
 
     def __str__(self) -> str:
         return str(self._dsn)
 
     def prepare(self) -> None:
-        """There is nothing to do but for the tables."""
+        """A server needs nothing but the tables."""
 
     def read(self, fn: Callable[[Database], T]) -> T:
         return self._run(fn)
@@ -88,7 +86,7 @@ class PooledConnection(SqlConnection):
     def migrate(self, fn: Callable[[Database], T]) -> T:
         database = self._database(_MIGRATION_TIMEOUT)
         try:
-            return self._repeat(partial(self._alone, fn), database, _MIGRATION_TIMEOUT)
+            return self._repeat(partial(self._exclusively, fn), database, _MIGRATION_TIMEOUT)
         finally:
             database.close()
 
@@ -100,18 +98,18 @@ class PooledConnection(SqlConnection):
 
     @abstractmethod
     def _database(self, timeout: float) -> Database:
-        """Return a database with one connection, which is opened by the first statement.
+        """Return a database with one connection, which the first statement opens.
 
         :param timeout: seconds for connecting and for each statement.
         """
 
     @abstractmethod
-    def _trouble(self, error: PeeweeException, database: Database) -> Trouble:
-        """Return what an error of a statement means."""
+    def _kind_of(self, error: PeeweeException, database: Database) -> ErrorKind:
+        """Classify an error."""
 
     @abstractmethod
-    def _alone(self, fn: Callable[[Database], T], database: Database) -> T:
-        """Run `fn` while no other process runs another one in this way."""
+    def _exclusively(self, fn: Callable[[Database], T], database: Database) -> T:
+        """Run `fn` under a lock among all processes."""
 
     def _make_pool(self) -> Pool[Database]:
         make = partial(self._database, self._settings.pool_timeout)
@@ -124,35 +122,34 @@ class PooledConnection(SqlConnection):
             return self._repeat(work, database, self._settings.pool_timeout)
 
     def _repeat(self, work: Callable[[Database], T], database: Database, timeout: float) -> T:
-        """Run `work` until it succeeds or there is no use in it any more.
+        """Run `work`, and again after a conflict, and once after the connection broke.
 
-        A connection may have been broken long since: its server was started anew. So that is
-        found out and repeated once, and nothing that a server took its time for.
+        An idle connection may have been broken for long, because the server restarted.
         """
         deadline = time.monotonic() + timeout
-        left = {Trouble.BROKEN: 1, Trouble.CONFLICT: _ATTEMPTS - 1}
+        retries = {ErrorKind.BROKEN: 1, ErrorKind.CONFLICT: _ATTEMPTS - 1}
         pauses = iter(_BACKOFF)
         while True:
             try:
                 result = work(database)
-                if self._away is not None:
-                    self._away = None
+                if self._failure is not None:
+                    self._failure = None
                     log.warning("The database %s answers again", self)
                 return result
             except PeeweeException as error:
-                trouble = self._trouble(error, database)
-                if trouble is not Trouble.CONFLICT:
+                kind = self._kind_of(error, database)
+                if kind is not ErrorKind.CONFLICT:
                     database.close()
-                left[trouble] = left.get(trouble, 0) - 1
-                if left[trouble] < 0 or time.monotonic() >= deadline:
-                    raise self._told(error, trouble) from _unexplained(error)
+                retries[kind] = retries.get(kind, 0) - 1
+                if retries[kind] < 0 or time.monotonic() >= deadline:
+                    raise self._tus_error(error, kind) from _unexpected(error)
             except Exception:
-                raise  # the work's own
+                raise  # of `work` itself
             except BaseException:
-                # The end of this greenlet, in the middle of a statement.
+                # This greenlet was killed in the middle of a statement.
                 database.close()
                 raise
-            if trouble is Trouble.CONFLICT:
+            if kind is ErrorKind.CONFLICT:
                 time.sleep(next(pauses))
 
     def _transact(self, fn: Callable[[Database], T], database: Database) -> T:
@@ -160,41 +157,38 @@ class PooledConnection(SqlConnection):
         try:
             result = fn(database)
         except Exception:
-            self._undo(database)
+            self._roll_back(database)
             raise
         try:
             self._commit(database)
         except PeeweeException as error:
-            trouble = self._trouble(error, database)
-            if trouble is not Trouble.BROKEN:
+            kind = self._kind_of(error, database)
+            if kind is not ErrorKind.BROKEN:
                 raise
-            # It may be committed or not: to do it again could be wrong.
+            # It may have been committed, so it must not be repeated.
             database.close()
-            raise self._told(error, trouble) from _unexplained(error)
+            raise self._tus_error(error, kind) from _unexpected(error)
         return result
 
     def _commit(self, database: Database) -> None:
         database.execute_sql("COMMIT")
 
-    def _undo(self, database: Database) -> None:
+    def _roll_back(self, database: Database) -> None:
         try:
             database.execute_sql("ROLLBACK")
         except PeeweeException:
             database.close()
 
-    def _told(self, error: PeeweeException, trouble: Trouble) -> TusError:
+    def _tus_error(self, error: PeeweeException, kind: ErrorKind) -> TusError:
         text = " ".join(str(error).split())
-        # Where it is away, everybody who asks meets the same.
-        is_known = text == self._away
-        self._away = None if _unexplained(error) else text
+        # Every request fails alike while the server is down: one line is enough.
+        is_known = text == self._failure
+        self._failure = None if _unexpected(error) else text
         level = logging.DEBUG if is_known else logging.ERROR
         log.log(level, "The database %s failed: %s: %s", self, type(error).__name__, text)
-        return StorageFull() if trouble is Trouble.FULL else Unavailable()
+        return StorageFull() if kind is ErrorKind.FULL else Unavailable()
 
 
-def _unexplained(error: PeeweeException) -> PeeweeException | None:
-    """Return an error whose traceback somebody will want to see.
-
-    Where a server is away one sentence says it all, and every request meets it.
-    """
+def _unexpected(error: PeeweeException) -> PeeweeException | None:
+    """Return an error whose traceback is of use, and not that the server is down."""
     return None if isinstance(error, (OperationalError, InterfaceError)) else error

@@ -1,7 +1,7 @@
-"""PostgreSQL, through psycopg 3: how to connect, how long to wait, what its errors mean.
+"""PostgreSQL through psycopg 3.
 
-The driver's other version would block all greenlets of a process. libpq itself waits for
-ever for a server that stays silent, which this file sees to.
+psycopg2 would block all greenlets of a process. libpq waits forever for a server that hangs, so
+each wait has a timeout here.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from peewee import InternalError, PeeweeException, PostgresqlDatabase
 from psycopg import waiting
 
 from tuswsgi.connections.dsn import Dsn
-from tuswsgi.connections.pooled import PooledConnection, Trouble
+from tuswsgi.connections.pooled import ErrorKind, PooledConnection
 from tuswsgi.connections.sql import Database
 from tuswsgi.core.process import is_cooperative
 
 T = TypeVar("T")
 
-#: "tuswsgi" in ASCII: the number of the lock that who changes tables holds.
+#: The number of the advisory lock for creating tables: "tuswsgi" in ASCII.
 _TABLES_LOCK = int.from_bytes(b"tuswsgi", "big")
 
-#: Seconds that a server has to say itself that something took too long.
+#: Seconds after its own timeouts that the server has to report them.
 _GRACE = 1.0
 
-#: Seconds between two looks at the clock while nothing arrives.
+#: Seconds between checks of the deadline while nothing arrives.
 _INTERVAL = 0.1
 
-#: Classes of errors, or errors, by the standard's codes and PostgreSQL's own.
-_TROUBLES = {
-    "08": Trouble.BROKEN,  # connection exceptions
-    "57P01": Trouble.BROKEN,  # the server is shut down, or an administrator ended this
-    "57P02": Trouble.BROKEN,  # another process of the server crashed
-    "57P05": Trouble.BROKEN,  # idle for too long
-    "25P03": Trouble.BROKEN,  # idle in a transaction for too long
-    "25P04": Trouble.BROKEN,  # a transaction took too long
-    "40001": Trouble.CONFLICT,  # serialization failure
-    "40P01": Trouble.CONFLICT,  # deadlock
-    "53100": Trouble.FULL,
+#: https://www.postgresql.org/docs/current/errcodes-appendix.html: classes of errors, or errors.
+_KINDS = {
+    "08": ErrorKind.BROKEN,  # connection exceptions
+    "57P01": ErrorKind.BROKEN,  # the server is shut down, or an administrator ended this
+    "57P02": ErrorKind.BROKEN,  # another process of the server crashed
+    "57P05": ErrorKind.BROKEN,  # idle for too long
+    "25P03": ErrorKind.BROKEN,  # idle in a transaction for too long
+    "25P04": ErrorKind.BROKEN,  # a transaction took too long
+    "40001": ErrorKind.CONFLICT,  # serialization failure
+    "40P01": ErrorKind.CONFLICT,  # deadlock
+    "53100": ErrorKind.FULL,
 }
 
 
@@ -54,14 +54,14 @@ class PostgresConnection(PooledConnection):
     def _database(self, timeout: float) -> Database:
         return cast(Database, _Postgres(self._dsn, timeout))
 
-    def _trouble(self, error: PeeweeException, database: Database) -> Trouble:
+    def _kind_of(self, error: PeeweeException, database: Database) -> ErrorKind:
         code = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
-        found = _TROUBLES.get(code) or _TROUBLES.get(code[:2])
+        found = _KINDS.get(code) or _KINDS.get(code[:2])
         if found is None and cast(_Postgres, database).is_broken():
-            return Trouble.BROKEN
-        return found or Trouble.OTHER
+            return ErrorKind.BROKEN
+        return found or ErrorKind.OTHER
 
-    def _alone(self, fn: Callable[[Database], T], database: Database) -> T:
+    def _exclusively(self, fn: Callable[[Database], T], database: Database) -> T:
         def locked(database: Database) -> T:
             database.execute_sql(f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})")
             return fn(database)
@@ -69,13 +69,13 @@ class PostgresConnection(PooledConnection):
         return self._transact(locked, database)
 
     def _commit(self, database: Database) -> None:
-        # A transaction in which a statement failed is undone by COMMIT, without an error.
+        # COMMIT undoes a transaction in which a statement failed, without an error.
         if database.execute_sql("COMMIT").statusmessage != "COMMIT":
             raise InternalError("A failed statement was overlooked: the transaction is undone")
 
 
 class _Postgres(PostgresqlDatabase):
-    """A database with one connection, for one user at a time."""
+    """A database with one connection, for one greenlet or thread at a time."""
 
     def __init__(self, dsn: Dsn, timeout: float) -> None:
         super().__init__(dsn.path, thread_safe=False, prefer_psycopg3=True)
@@ -83,7 +83,7 @@ class _Postgres(PostgresqlDatabase):
         self._timeout = timeout
 
     def is_broken(self) -> bool:
-        """Return whether there was a connection and is none any more."""
+        """Return whether the connection broke."""
         return not self.is_closed() and bool(cast(Any, self).connection().closed)
 
     def _connect(self) -> _Connection:
@@ -104,7 +104,7 @@ class _Postgres(PostgresqlDatabase):
         }
         connection = _Connection.connect(autocommit=True, **parameters)
         try:
-            connection.patience = self._timeout + _GRACE
+            connection.timeout = self._timeout + _GRACE
             milliseconds = math.ceil(self._timeout * 1000)
             connection.execute(
                 "SET default_transaction_isolation = 'read committed';"
@@ -118,24 +118,24 @@ class _Postgres(PostgresqlDatabase):
 
 
 class _Connection(psycopg.Connection[Any]):
-    """A connection that does not wait for ever.
+    """A connection with a timeout.
 
-    :ivar patience: for how many seconds it waits for an answer.
+    :ivar timeout: seconds to wait for an answer.
     """
 
-    patience = math.inf
+    timeout = math.inf
 
     def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
-        gen = _until(time.monotonic() + self.patience, gen)
+        gen = _until(time.monotonic() + self.timeout, gen)
         if is_cooperative():
-            # The driver decides when it is imported, which may be before gevent patches.
+            # psycopg chooses how to wait when it is imported, maybe before gevent patches.
             return waiting.wait_poll(gen, self.fileno(), _INTERVAL)
         return super().wait(gen, *args, **kwargs)
 
 
 def _until(deadline: float, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Go on with a generator of psycopg's, which is told some times a second that nothing is
-    ready.
+    """Run a generator of psycopg's until a deadline. It yields what it waits for, and receives
+    at intervals that nothing is ready.
     """
     try:
         wanted = next(gen)

@@ -1,9 +1,4 @@
-"""Connections to SQL databases, as the backends see them: ``read`` and ``write``.
-
-This file owns what a backend may expect of any of them. How connections are opened, bounded and
-shared among greenlets differs from database to database and is the business of the modules beside
-this one. Tables and statements belong to the backends.
-"""
+"""The interface of SQL databases: ``read`` and ``write`` with functions that run statements."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ T = TypeVar("T")
 
 
 class Database(Protocol):
-    """What is used of a peewee ``Database``."""
+    """The part of a peewee ``Database`` that we use."""
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         """Run a statement and return the driver's cursor."""
@@ -25,17 +20,15 @@ class Database(Protocol):
 
 
 class SqlConnection(ABC):
-    """A database for all greenlets or threads of a process, and for its forks.
+    """A database, shared by all greenlets or threads of a process and usable after a fork.
 
-    The functions that are given to ``read``, ``write`` and ``migrate`` get a peewee
-    ``Database``. They must not switch greenlets of their own accord, begin or end
-    transactions, keep a cursor, or call ``read`` or ``write`` again. An exception of theirs
-    reaches the caller; one of the database they must let pass, or turn into another one,
-    since the transaction is over then. They may be called again where a server undid what
-    they did.
+    The functions passed to ``read``, ``write`` and ``migrate`` get a peewee ``Database``. They
+    must not sleep, begin or end transactions, keep a cursor, or call ``read`` or ``write``.
+    Their own exceptions reach the caller. They must not swallow exceptions of the database,
+    which end the transaction. They may be called again after a server undid their work.
 
-    The database's own trouble raises ``Unavailable``, or ``StorageFull`` if its disk is
-    full; what it said is in the log.
+    These methods raise ``Unavailable`` if the database fails, and ``StorageFull`` if its disk is
+    full; the log has the reason.
     """
 
     #: ``sqlite``, ``postgres`` or ``mysql``.
@@ -44,51 +37,50 @@ class SqlConnection(ABC):
     #: The driver's placeholder.
     placeholder: str
 
-    #: The expression for the present time by the database's own clock, in seconds since 1970
-    #: as a floating-point number that is exact to 10 ms.
+    #: The expression for the time by the database's clock: seconds since 1970 as a
+    #: floating-point number with a precision of 10 ms.
     now: str
 
-    #: What at the end of a SELECT keeps its rows from other writers until the transaction
-    #: ends; nothing where only one can write at a time.
+    #: What to append to a SELECT to lock its rows until the transaction ends; empty if the
+    #: database has one writer at a time.
     for_update: str
 
     def statement(self, sql: str) -> str:
-        """Return a statement, written with ``?`` for its parameters, as the driver takes it."""
+        """Return a statement with the driver's placeholder in place of each ``?``."""
         return sql.replace("?", self.placeholder)
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return what people call the database; no secrets."""
+        """Return a name for logs, without secrets."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the database ready for use. May be called by several processes at once.
+        """Create the database if it can be created. May be called by several processes at once.
 
         :raises ConfigurationError: if it cannot be used.
         """
 
     @abstractmethod
     def read(self, fn: Callable[[Database], T]) -> T:
-        """Return what `fn` read. It sees whatever a ``write`` of any process returned."""
+        """Return the result of `fn`, which sees all committed writes of all processes."""
 
     @abstractmethod
     def write(self, fn: Callable[[Database], T]) -> T:
-        """Run `fn` in a transaction and return its result once that is committed.
+        """Run `fn` in a transaction and return its result after the commit.
 
-        An exception of `fn` undoes what it did, and nobody else's writes. `fn` may be run
-        again after what it did was undone.
+        An exception of `fn` undoes its own writes only. `fn` may run again after its writes
+        were undone.
         """
 
     @abstractmethod
     def migrate(self, fn: Callable[[Database], T]) -> T:
-        """Run `fn`, which creates or changes tables, while no other process does.
+        """Run `fn`, which creates tables, under a lock among all processes.
 
-        It may take long. Where the database cannot undo such changes, what `fn` did before
-        it failed or died stays done.
+        If it fails or the process dies, some databases keep the tables created so far.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Close what this process holds, after what is under way; ``read`` and ``write``
-        open it again.
+        """Close the connections of this process after their use; ``read`` and ``write`` open
+        new ones.
         """

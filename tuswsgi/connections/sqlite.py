@@ -1,9 +1,8 @@
-"""SQLite for many greenlets, threads and processes: one connection writes, one reads.
+"""SQLite for many greenlets, threads and processes.
 
-Per process there is one connection of each kind. Greenlets that share a connection at
-will mix their transactions, and a connection per greenlet costs 120 KiB each. This file
-owns who uses which connection when, and the waiting for other processes: SQLite's own
-waiting would block every greenlet of the process.
+Each process has one connection that reads and one that writes. A connection per greenlet would
+cost 120 KiB each. Writes of several greenlets share a commit. Waiting for other processes is
+done here, because SQLite's own waiting would block all greenlets of the process.
 """
 
 from __future__ import annotations
@@ -30,17 +29,16 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Seconds until somebody who waits for another process gives up.
-_PATIENCE = 10.0
+#: Seconds to wait for the lock of another process.
+_TIMEOUT = 10.0
 
-#: How many attempts come without a pause: the other process is done in less time than the
-#: shortest one takes.
+#: How many attempts come without a pause: most transactions are shorter than any pause.
 _PROMPT = 10
 
-#: Between attempts after that.
+#: Between later attempts.
 _BACKOFF = Backoff(first=0.001, longest=0.02)
 
-#: How many writes share one commit at most.
+#: How many writes may share a commit.
 _BATCH = 100
 
 
@@ -68,12 +66,12 @@ class SqliteConnection(SqlConnection):
         database = _database(self._path, force_fsync=self._force_fsync)
         try:
             make_directory(self._path.parent)
-            # Root's log follows the file: SQLite sees to that.
+            # SQLite gives its log the owner of the file.
             if _make_file(self._path):
                 adopt(self._path, self._path.parent)
-            # The mode stays with the file. With a log beside it readers and the writer do
+            # The mode is stored in the file. With a write-ahead log readers and the writer do
             # not wait for each other.
-            (mode,) = _patiently(
+            (mode,) = _retry_busy(
                 lambda: database.execute_sql("PRAGMA journal_mode = wal").fetchone(), _deadline()
             )
         except (OSError, PeeweeException) as error:
@@ -88,7 +86,7 @@ class SqliteConnection(SqlConnection):
             )
 
     def _cause(self, error: Exception) -> OSError:
-        """Return what the system said: SQLite does not tell."""
+        """Return the error of the operating system, which SQLite does not pass on."""
         if isinstance(error, OSError):
             return error
         if _is_busy(error):
@@ -101,13 +99,13 @@ class SqliteConnection(SqlConnection):
         try:
             return self._handles.get().reader.run(fn)
         except PeeweeException as error:
-            raise _trouble(error) from error
+            raise _tus_error(error) from error
 
     def write(self, fn: Callable[[Database], T]) -> T:
         try:
             return self._handles.get().writer.run(fn)
         except PeeweeException as error:
-            raise _trouble(error) from error
+            raise _tus_error(error) from error
 
     def migrate(self, fn: Callable[[Database], T]) -> T:
         return self.write(fn)
@@ -121,8 +119,8 @@ class SqliteConnection(SqlConnection):
         return _Handles(self._path, force_fsync=self._force_fsync)
 
 
-#: Connections of all processes that this one descends from. A child must not even close
-#: its parent's, which would touch the log that the parent goes on using.
+#: The connections of this process and of its ancestors. They are kept here because a child must
+#: not close its parent's, not even by garbage collection: that changes the parent's log.
 _opened: set[_Handles] = set()
 
 
@@ -141,7 +139,7 @@ class _Handles:
 
 
 class _Reader:
-    """The reading connection, for one thread at a time; greenlets never wait here."""
+    """The connection for reading, for one thread at a time; greenlets never wait here."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -149,8 +147,8 @@ class _Reader:
         self._closing = False
 
     def run(self, fn: Callable[[Database], T]) -> T:
-        # Readers wait only for a process that opens or closes the file.
-        return _patiently(lambda: self._read(fn), _deadline())
+        # A reader only waits for a process that opens or closes the file.
+        return _retry_busy(lambda: self._read(fn), _deadline())
 
     def close(self) -> None:
         self._closing = True
@@ -167,7 +165,7 @@ class _Reader:
 
 
 class _Write:
-    """One function that waits to be run by whoever leads."""
+    """A write in the queue."""
 
     def __init__(self, fn: Callable[[Database], Any]) -> None:
         self.fn = fn
@@ -178,13 +176,13 @@ class _Write:
         self.error: Exception | None = None
 
     def run(self, database: Database) -> None:
-        """Run the function; its failure is its own and undoes its own work only."""
+        """Run the function in a savepoint, so that its failure undoes its own writes only."""
         database.execute_sql("SAVEPOINT one_write")
         self._try(database, undo="ROLLBACK TO one_write")
         database.execute_sql("RELEASE one_write")
 
     def run_alone(self, database: Database) -> None:
-        """Run the function in a transaction of its own, which has begun."""
+        """Run the function in the present transaction, and commit."""
         self._try(database, undo="ROLLBACK")
         if self.error is None:
             database.execute_sql("COMMIT")
@@ -194,22 +192,21 @@ class _Write:
             self.result = self.fn(database)
         except Exception as error:
             self.error = error
-            _undo(database, undo, error)
+            _roll_back(database, undo, error)
 
 
 class _Writer:
-    """The writing connection: whoever leads uses it, for all who wait.
+    """The connection for writing, with group commit.
 
-    A write joins the queue. If nobody leads, its caller does: it begins a transaction,
-    runs everything that is in the queue by then, commits, wakes the others with their
-    results and leaves the lead to the next in the queue. Without concurrency that is a
-    plain transaction in the caller's own greenlet, and there is no thread or greenlet for
-    writing that would have to be started, watched and stopped in each process.
+    A write joins the queue. If there is no leader, its caller becomes the leader: it begins a
+    transaction, runs all writes in the queue, commits, wakes the other callers with their
+    results and passes the lead to the next in the queue. Without concurrency this is a plain
+    transaction in the caller's greenlet, and no process needs a thread for writing.
 
-    The leader waits for other processes before BEGIN succeeds. From then on to the end of
-    COMMIT nothing switches greenlets, unless commits are slow.
+    The leader waits for other processes in BEGIN. Greenlets do not switch between BEGIN and the
+    end of COMMIT, unless commits are slow.
 
-    :param slow: commits wait for the disk: let others go on meanwhile.
+    :param slow: commits wait for the disk, so they run in a thread.
     """
 
     def __init__(self, database: Database, *, slow: bool) -> None:
@@ -219,7 +216,7 @@ class _Writer:
         self._queue: deque[_Write] = deque()
         self._led = False
         self._closing = False
-        #: Whether the batch of whoever leads is done, so that each write knows how it ended.
+        #: Whether all writes of the leader's batch have their results.
         self._done = False
 
     def run(self, fn: Callable[[Database], T]) -> T:
@@ -249,7 +246,7 @@ class _Writer:
         try:
             woken.wait()
         except BaseException:
-            # The end of this greenlet: it must leave neither its write nor the lead behind.
+            # This greenlet was killed: it must leave neither its write nor the lead behind.
             with self._mutex:
                 if write in self._queue:
                     self._queue.remove(write)
@@ -259,9 +256,9 @@ class _Writer:
 
     def _lead(self, write: _Write) -> None:
         try:
-            # Other requests may be as far in a moment, and share the commit.
+            # Let other requests join the commit.
             let_others_run()
-            _patiently(lambda: self._database.execute_sql("BEGIN IMMEDIATE"), write.deadline)
+            _retry_busy(lambda: self._database.execute_sql("BEGIN IMMEDIATE"), write.deadline)
         except BaseException:
             with self._mutex:
                 self._queue.remove(write)
@@ -284,7 +281,7 @@ class _Writer:
             else:
                 self._run(batch)
         except BaseException as error:
-            # The end of this greenlet may have come while a thread did the work to its end.
+            # This greenlet may have been killed while a thread finished the commit.
             if not self._done:
                 self._fail(batch, error)
             if not isinstance(error, Exception):
@@ -313,8 +310,8 @@ class _Writer:
             for write in batch:
                 write.result = write.fn(self._database)
         except Exception as error:
-            # It is rare, so a savepoint for each is made only now.
-            _undo(self._database, "ROLLBACK TO before_all", error)
+            # Failures are rare, so that only a second attempt has savepoints.
+            _roll_back(self._database, "ROLLBACK TO before_all", error)
             for write in batch:
                 write.run(self._database)
         self._database.execute_sql("COMMIT")
@@ -331,7 +328,7 @@ class _Writer:
 
 
 def _make_file(path: Path) -> bool:
-    """Make an empty database and return whether it was missing."""
+    """Create an empty database; return whether it was missing."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
     except FileExistsError:
@@ -342,31 +339,31 @@ def _make_file(path: Path) -> bool:
 def _database(path: Path, *, force_fsync: bool) -> Database:
     database: Database = SqliteDatabase(
         str(path),
-        # One connection for all threads, that nobody uses at the same time as another.
+        # One connection for all threads, which use it one at a time.
         thread_safe=False,
         check_same_thread=False,
-        # Waiting in C blocks all greenlets: see _patiently.
+        # SQLite's waiting would block all greenlets: see _retry_busy.
         timeout=0,
         pragmas={"synchronous": "full" if force_fsync else "normal"},
     )
     return database
 
 
-def _undo(database: Database, statement: str, error: Exception) -> None:
-    """Undo what failed with `error`, which is raised if that is impossible."""
+def _roll_back(database: Database, statement: str, error: Exception) -> None:
+    """Roll back what failed with `error`, which is raised if that is impossible."""
     try:
         database.execute_sql(statement)
     except OperationalError:
-        # On a full disk and the like SQLite has undone the whole transaction.
+        # After some errors, such as a full disk, SQLite has rolled back the transaction.
         raise error from None
 
 
 def _deadline() -> float:
-    return time.monotonic() + _PATIENCE
+    return time.monotonic() + _TIMEOUT
 
 
-def _patiently(action: Callable[[], T], deadline: float) -> T:
-    """Run `action` again and again while another process is in its way."""
+def _retry_busy(action: Callable[[], T], deadline: float) -> T:
+    """Repeat `action` while another process has the database locked."""
     attempts = 0
     while True:
         try:
@@ -381,14 +378,14 @@ def _patiently(action: Callable[[], T], deadline: float) -> T:
             time.sleep(_BACKOFF.after(attempts - _PROMPT))
 
 
-# Python 3.10 knows no error codes of SQLite; its texts have been the same for ever.
+# Python 3.10 does not know SQLite's error codes; the messages have never changed.
 
 
 def _is_busy(error: Exception) -> bool:
     return str(error) == "database is locked"
 
 
-def _trouble(error: PeeweeException) -> TusError:
+def _tus_error(error: PeeweeException) -> TusError:
     if str(error) == "database or disk is full":
         return StorageFull()
     logger.error("The database failed: %s", error, exc_info=error)

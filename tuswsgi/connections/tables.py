@@ -20,16 +20,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class _Dialect:
-    """What databases call differently.
+    """The SQL in which databases differ.
 
-    :param names: behind the type of what is compared byte by byte, as Python sorts it.
-    :param text: the type of a text of any length.
-    :param number: the type of a primary key that counts up.
-    :param options: behind every table.
-    :param clustered: behind a table that is kept in the order of its key.
-    :param partial: whether an index may leave rows out.
-    :param inline: whether indexes are made together with their table, in one step: after
-        the death of their maker there are both or none, also without transactions.
+    :param names: appended to the type of columns that are compared byte by byte, as in Python.
+    :param text: the type of texts of any length.
+    :param number: the type of an auto-incrementing primary key.
+    :param options: appended to every table.
+    :param clustered: appended to tables that are stored in the order of their key.
+    :param partial: whether an index may have a WHERE clause.
+    :param inline: whether indexes are created in the statement that creates the table, because
+        the database cannot undo one of two statements.
     """
 
     names: str = ""
@@ -42,7 +42,7 @@ class _Dialect:
 
 
 _DIALECTS = {
-    # Each page that a write touches is written: the fewer trees, the better.
+    # A write writes a page of each tree that it changes: the fewer trees, the better.
     "sqlite": _Dialect(number="INTEGER", clustered=" WITHOUT ROWID"),
     "postgres": _Dialect(names=' COLLATE "C"', number="BIGSERIAL"),
     "mysql": _Dialect(
@@ -66,7 +66,7 @@ class _Index:
 class _Table:
     """A table.
 
-    :param columns: in braces is what a dialect knows.
+    :param columns: SQL, with the names of a dialect's fields in braces.
     """
 
     name: str
@@ -75,7 +75,7 @@ class _Table:
     clustered: bool = False
 
     def statements(self, dialect: _Dialect) -> list[str]:
-        """Return what creates the table and its indexes as far as they are missing."""
+        """Return the statements that create the table and its indexes unless they exist."""
         columns = self.columns.format_map(vars(dialect)).strip()
         others = [self._index(index, dialect) for index in self.indexes]
         if dialect.inline:
@@ -102,9 +102,8 @@ _SCHEMA = _Table(
     """,
 )
 
-#: One record each. The columns beside it are what is searched for, compared and added up.
-#: Nothing expires once the upload is finished or gone. The sum of what is promised is made of
-#: an index: records are long.
+#: The records. The other columns are for searching, comparing and adding up. `expires_at` is NULL
+#: once the upload is finished or deleted. `promised` is in an index because records are long.
 _UPLOADS = _Table(
     "tuswsgi_uploads",
     """
@@ -126,10 +125,10 @@ _UPLOADS = _Table(
     clustered=True,
 )
 
-#: One event each; its number tells the order of events that were written together. It may
-#: be claimed at `free_at`: it is due then, and no claim on it holds any more. That is nothing
-#: for what is dead or comes after another event of its upload and transport, so that
-#: thousands of those are not looked at each time.
+#: The events; numbers give the order of events that were written together. An event may be
+#: claimed after `free_at`: it is due then, and any claim has expired. That is NULL for dead
+#: letters, and for events that wait for an earlier one of the same upload and transport, so that
+#: a query for events to deliver does not read them.
 _EVENTS = _Table(
     "tuswsgi_events",
     """
@@ -150,7 +149,7 @@ _EVENTS = _Table(
     free_at DOUBLE PRECISION
     """,
     (
-        # An upload has few events, so their order is no part of an index.
+        # An upload has few events, so that the index does not contain their order.
         _Index("upload, transport, free_at"),
         _Index("event_id, transport", unique=True),
         _Index("transport, free_at"),
@@ -160,7 +159,7 @@ _EVENTS = _Table(
     ),
 )
 
-#: The final uploads that wait for a part.
+#: Which final uploads wait for which parts.
 _WAITING = _Table(
     "tuswsgi_waiting",
     """

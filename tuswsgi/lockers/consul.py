@@ -19,11 +19,11 @@ from tuswsgi.connections.consul import (
     PORT,
     SHORTEST_SESSION,
     ConsulConnection,
-    gone,
-    key_value,
-    locked,
-    missing,
-    same,
+    delete_key,
+    is_missing,
+    is_unchanged,
+    lock_key,
+    set_key,
 )
 from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
@@ -79,13 +79,17 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
         connection = self._connection.get()
         lock = self._lock_key(id)
         writer = self._writer_key(id)
-        held = [missing(lock), locked(lock, token, session)]
+        held = [is_missing(lock), lock_key(lock, token, session)]
         try:
-            if connection.change([*held, missing(writer), key_value(writer, token)]):
+            if connection.change([*held, is_missing(writer), set_key(writer, token)]):
                 return token
             holder = connection.get(lock)
             former = connection.get(writer)
-            if holder is None and former is not None and connection.change([*held, same(former)]):
+            if (
+                holder is None
+                and former is not None
+                and connection.change([*held, is_unchanged(former)])
+            ):
                 return former.value
         except consul.SessionGone:
             raise SessionGone from None
@@ -99,12 +103,12 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
         found = connection.get(self._lock_key(id))
         if found is None or found.value != token:
             return False
-        return connection.change([same(found), key_value(self._writer_key(id), token)])
+        return connection.change([is_unchanged(found), set_key(self._writer_key(id), token)])
 
     def _delete(self, id: str, token: str) -> None:
         connection = self._connection.get()
         found = [connection.get(key) for key in (self._lock_key(id), self._writer_key(id))]
-        own = [gone(one) for one in found if one is not None and one.value == token]
+        own = [delete_key(one) for one in found if one is not None and one.value == token]
         if own:
             connection.change(own)
 
@@ -127,7 +131,7 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
         connection = self._connection.get()
         position = self._position.get()
         requests, index = connection.wait(self._requests_to(worker), position.index, timeout)
-        # Or the next request for the same lock would be no change.
+        # Or the next request for the is_unchanged lock would be no change.
         for request in requests:
             connection.remove(request)
         position.index = index

@@ -16,10 +16,10 @@ from tuswsgi.connections.etcd import (
     Compacted,
     EtcdConnection,
     LeaseGone,
-    gone,
-    key_value,
-    missing,
-    same,
+    delete_key,
+    has_value,
+    is_missing,
+    set_key,
 )
 from tuswsgi.connections.http_server import Addresses
 from tuswsgi.connections.pool import PoolSettings
@@ -67,17 +67,19 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
         connection = self._connection.get()
         lock = self._lock_key(id)
         writer = self._writer_key(id)
-        held = [key_value(lock, token, session)]
-        written = [key_value(writer, token)]
+        held = [set_key(lock, token, session)]
+        written = [set_key(writer, token)]
         try:
             found = connection.change(
-                [missing(lock), missing(writer)], held + written, [lock, writer]
+                [is_missing(lock), is_missing(writer)], held + written, [lock, writer]
             )
             if found is None:
                 return token
             holder, former = found
             if holder is None and former is not None:
-                found = connection.change([missing(lock), same(writer, former)], held, [lock])
+                found = connection.change(
+                    [is_missing(lock), has_value(writer, former)], held, [lock]
+                )
                 holder = token if found is None else found[0]
         except LeaseGone:
             raise SessionGone from None
@@ -85,17 +87,17 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
         return former if holder == token else None
 
     def _set_writer(self, id: str, token: str) -> bool:
-        condition = same(self._lock_key(id), token)
+        condition = has_value(self._lock_key(id), token)
         writer = self._writer_key(id)
-        return self._connection.get().change([condition], [key_value(writer, token)], []) is None
+        return self._connection.get().change([condition], [set_key(writer, token)], []) is None
 
     def _delete(self, id: str, token: str) -> None:
         lock = self._lock_key(id)
         writer = self._writer_key(id)
         connection = self._connection.get()
-        both = [same(lock, token), same(writer, token)]
-        if connection.change(both, [gone(lock), gone(writer)], []) is not None:
-            connection.change([same(lock, token)], [gone(lock)], [])
+        both = [has_value(lock, token), has_value(writer, token)]
+        if connection.change(both, [delete_key(lock), delete_key(writer)], []) is not None:
+            connection.change([has_value(lock, token)], [delete_key(lock)], [])
 
     def _held_in(self, session: str, ids: Collection[str]) -> Collection[str]:
         keys = self._connection.get().keys_of(session)
