@@ -29,6 +29,8 @@ SHARED = {
     "infostores.record",
     "lockers.base",
     "lockers.lease",
+    "lockers.lock_files",
+    "lockers.lock_sockets",
     "lockers.session",
     "hooks.answers",
     "hooks.base",
