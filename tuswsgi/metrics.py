@@ -1,8 +1,9 @@
-"""Metrics in Prometheus' form: what is counted, and what it looks like.
+"""Metrics for Prometheus.
 
-What happens is counted by each process when it happens, and added up over all of them where
-``PROMETHEUS_MULTIPROC_DIR`` names a directory for that (``metrics_directory``). What is there
-- uploads, events, room - is taken from the stores when somebody asks, so that it cannot drift.
+Each process counts what happens. If ``PROMETHEUS_MULTIPROC_DIR`` names a directory, the counts
+of all processes are added up there (``metrics_directory``). The numbers of uploads and events,
+and the free space, are read from the stores at each request for metrics, so that they cannot
+drift.
 """
 
 from __future__ import annotations
@@ -32,26 +33,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds without a byte after which an unfinished upload is stalled. A record says at the
-#: latest every ten minutes that bytes arrive.
+#: Seconds without a byte after which an unfinished upload is stalled. While bytes arrive, its
+#: record is saved at least every ten minutes.
 _STALLED = 3600.0
 
-#: How long a look into the stores may take, and for how long it is good (seconds).
-_PATIENCE = 8.0
+#: How long to read from the stores may take, and how long the result is valid, in seconds.
+_TIMEOUT = 8.0
 _FRESH = 5.0
 
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST")
 
-#: Clients may call methods what they like.
+#: Clients can send any name of a method; these are counted as one.
 _OTHER_METHOD = "other"
 
 _SECONDS = (0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Metrics:
-    """The metrics of one server. What is counted is the same for all servers of a process.
+    """The metrics of one server. All servers of a process share the counters.
 
-    :param start: makes the server ready in this process, as its first request does.
+    :param start: starts the server in this process, as its first request does.
     :raises ConfigurationError: if a library is missing.
     """
 
@@ -60,17 +61,17 @@ class Metrics:
         self._counters = _counters()
         self._uploads = uploads
         self._start = start
-        self._census = Probe(self._look_into_infos, _PATIENCE, _FRESH)
-        self._free = Probe(uploads.data.free_space, _PATIENCE, _FRESH)
+        self._census = Probe(self._look_into_infos, _TIMEOUT, _FRESH)
+        self._free = Probe(uploads.data.free_space, _TIMEOUT, _FRESH)
 
     def set_open_connections(self, number: int) -> None:
-        """Tell how many connections this process has."""
+        """Set how many connections this process has."""
         self._counters.connections.set(number)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics as text, and its content type.
 
-        :param accept: what the asker takes, as in ``Accept``.
+        :param accept: the ``Accept`` header of the request.
         """
         from prometheus_client import CollectorRegistry
         from prometheus_client.exposition import choose_encoder
@@ -88,8 +89,8 @@ class Metrics:
         return encode(registry), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what the stores say; Prometheus' library calls it. What cannot be had is left
-        out, so that the rest can be.
+        """Yield the metrics from the stores; Prometheus' library calls this. Those of a store that
+        fails are left out.
         """
         census = self._seen(self._census)
         free = self._seen(self._free)
@@ -118,7 +119,7 @@ class Metrics:
 
 
 class _Counters:
-    """What a process counts, and the signals that it counts by."""
+    """The counters of a process, and the signals that increment them."""
 
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -132,7 +133,7 @@ class _Counters:
             return Histogram(f"tuswsgi_{name}", text, labels, registry=registry, buckets=_SECONDS)
 
         requests = counter("requests", "Requests for uploads that were answered.", "method")
-        # To find a child takes longer than to count by it.
+        # To find a child takes longer than to increment it.
         self._requests = {name: requests.labels(name) for name in (*_METHODS, _OTHER_METHOD)}
         self._errors = counter("errors", "Requests that failed.", "status", "code")
         self._received = counter("received_bytes", "Bytes of uploads that have come.")
@@ -162,7 +163,7 @@ class _Counters:
         )
 
     def connect(self) -> None:
-        """Count from now on."""
+        """Begin to count."""
         telemetry.request_answered.connect(self._on_answer)
         telemetry.bytes_received.connect(self._on_bytes)
         telemetry.upload_taken_over.connect(self._on_takeover)
@@ -213,7 +214,7 @@ class _Counters:
 
 @cache
 def _counters() -> _Counters:
-    """Return the only ones of this process: two would overwrite each other's numbers."""
+    """Return the only counters of this process: two would overwrite each other's numbers."""
     if use_slots():
         from prometheus_client import values
 

@@ -207,7 +207,7 @@ def test_bytes_of_a_killed_post_go_after_the_grace(serve: Serve) -> None:
     server.start()
     server.client.create(5)
     assert gone_at(file) - changed >= 4
-    told = server.wait_for(rf"No record tells of {file.name} \({MB} bytes\): it was moved to (\S+)")
+    told = server.wait_for(rf"{file.name} \({MB} bytes\) has no record: it was moved to (\S+)")
     moved = time.time()
     assert gone_at(Path(told[1])) - moved >= 2
     server.wait_for(rf"Removed {file.name} \(quarantine\): \d+ s old, {MB} bytes")
@@ -227,7 +227,7 @@ def test_bytes_without_a_record_are_found_in_the_quarantine(serve: Serve) -> Non
         records.commit()
         server.start()
         server.client.create(5)
-        told = server.wait_for(rf"No record tells of {id_of(path)} .* it was moved to (\S+)")
+        told = server.wait_for(rf"{id_of(path)} .* has no record: it was moved to (\S+)")
         assert server.client.get(path).status == 404
         assert Path(told[1]).read_bytes() == data
         # The right records are back, and so is the upload.

@@ -526,7 +526,7 @@ class TestQuarantine:
         clean_up(client)
         (path,) = self.files(quarantine)
         assert path.name == info.id
-        assert f"No record tells of {info.id} (4 bytes): it was moved to {path}" in caplog.text
+        assert f"{info.id} (4 bytes) has no record: it was moved to {path}" in caplog.text
         assert clean_up(client) == {}
 
     def test_they_go_after_an_age_of_their_own(

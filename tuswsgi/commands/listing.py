@@ -172,7 +172,6 @@ class Details:
             "location": self.location,
             "concat": self.info.concat,
             "response": None if self.info.response is None else vars(self.info.response),
-            "digest": self.info.digest,
             "sequence": self.info.sequence,
             "events": [
                 {

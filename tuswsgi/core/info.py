@@ -1,7 +1,7 @@
-"""What the server knows about an upload: ``FileInfo``, its metadata, ids.
+"""The record of an upload, ``FileInfo``, with its metadata and its id.
 
-This file owns the shape of an upload's record and of ids. It does not know where
-records are kept (``infostores``) nor how they look on the wire (``protocol.headers``).
+Where records are stored is the business of ``infostores``, and how they look in HTTP that of
+``web.headers``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 from tuswsgi.core.errors import InvalidMetadata, UploadNotFound
 
-#: The largest length and offset: they are kept in signed 64-bit columns.
+#: The largest length and offset: they are stored in signed 64-bit columns.
 MAX_SIZE = 2**63 - 1
 
-#: A new id in bytes: its time, in milliseconds, and what is random.
+#: The bytes of a new id: the time in milliseconds, and random ones.
 _TIME_BYTES = 6
 _RANDOM_BYTES = 16
 
-#: How many digits of it, of 5 bits each, hold the time, and how many bits of them do not.
+#: How many digits of it, of 5 bits each, hold the time, and how many of these bits are random.
 _TIME_DIGITS = 10
 _OVERHANG = 2
 
@@ -33,7 +33,7 @@ _NEW_ID = re.compile(r"[0-9a-v]{36}", re.ASCII)
 
 _ID = re.compile(r"(?![.~])[A-Za-z0-9._~%!$'()*+,;=:@-]{1,128}", re.ASCII)
 
-#: What ``check_id`` asks for, to be told to who chose another one.
+#: What ``check_id`` checks, for messages.
 ID_RULE = (
     "it has 1 to 128 of the characters A-Z a-z 0-9 - . _ ~ % ! $ ' ( ) * + , ; = : @ and does not "
     "begin with a dot or a tilde"
@@ -41,20 +41,19 @@ ID_RULE = (
 
 
 def new_id() -> str:
-    """Return a new id in a form that every URL and file system takes.
+    """Return a new id, in a form that every URL and file system accepts.
 
-    It begins with the time, so that records of uploads that come one after another lie
-    beside each other in a database; 128 random bits follow, since to know it is all that it
-    takes to use an upload where the application does not ask for more. The digits are those
-    of base32hex (RFC 4648, 7) in lower case: they sort as numbers do, and 1,000 URLs with
-    them fit in an ``Upload-Concat`` of 64 KiB.
+    It begins with the time, so that a database stores the records of successive uploads side by
+    side. 128 random bits follow, since whoever knows the id can use the upload, unless the
+    application checks more. The digits are those of base32hex (RFC 4648, 7) in lower case: they
+    sort as numbers do, and 1,000 URLs with them fit in an ``Upload-Concat`` of 64 KiB.
     """
     now = (time.time_ns() // 1_000_000).to_bytes(_TIME_BYTES, "big")
     return b32hexencode(now + os.urandom(_RANDOM_BYTES)).decode().rstrip("=").lower()
 
 
 def made_at(id: str) -> float | None:
-    """Return when ``new_id`` made an id, ``None`` if it did not make it for sure."""
+    """Return when ``new_id`` made an id; ``None`` if it certainly did not make it."""
     if _NEW_ID.fullmatch(id) is None:
         return None
     return (int(id[:_TIME_DIGITS], 32) >> _OVERHANG) / 1000
@@ -64,8 +63,8 @@ def check_id(id: str) -> str:
     """Return `id` if it can be the id of an upload.
 
     An id is one path segment of 1 to 128 of the characters that tusd allows (``%`` and those
-    of RFC 3986, 3.3, but for ``&``; no slash). It does not begin with a dot or a tilde, so it
-    can name a file and be no ``..``.
+    of RFC 3986, 3.3, except for ``&``; no slash). It does not begin with a dot or a tilde, so
+    it is a valid file name and never ``..``.
 
     :raises UploadNotFound: if it cannot, since no upload has such an id.
     """
@@ -75,16 +74,16 @@ def check_id(id: str) -> str:
 
 
 class State(str, Enum):
-    """Where an upload is in its life.
+    """The state of an upload.
 
-    There is no state for *finishing*: it is ``RECEIVING`` with all bytes kept, and
-    who keeps bytes is the data store.
+    There is no state for *finishing*: the upload is ``RECEIVING``, and all its bytes are in the
+    data store.
     """
 
-    RECEIVING = "receiving"  #: takes bytes, or waits to be finished
-    WAITING = "waiting"  #: a final upload that is not made of its parts yet
+    RECEIVING = "receiving"  #: takes bytes, or is about to be finished
+    WAITING = "waiting"  #: a final upload that is not built yet
     FINISHED = "finished"
-    REFUSED = "refused"  #: complete, but pre-finish refused it for good
+    REFUSED = "refused"  #: complete, but pre-finish refused it
     TERMINATED = "terminated"  #: a tombstone: a client or a hook removed it
     EXPIRED = "expired"  #: a tombstone: the clean-up removed it
 
@@ -95,9 +94,9 @@ class State(str, Enum):
 class Metadata(Mapping[str, bytes]):
     """The pairs of ``Upload-Metadata``: text keys in their order, values of any bytes.
 
-    The text of the header is the record ("responses to HEAD requests MUST include
-    the Upload-Metadata header and its value as specified by the Client", Creation);
-    the mapping is read from it when it is asked for.
+    The text of the header is stored ("responses to HEAD requests MUST include the
+    Upload-Metadata header and its value as specified by the Client", Creation), and parsed when
+    a value is needed.
     """
 
     __slots__ = ("_values", "raw")
@@ -108,9 +107,9 @@ class Metadata(Mapping[str, bytes]):
 
     @classmethod
     def parse(cls, raw: str) -> Metadata:
-        """Return the metadata of a header's text, which a client sent.
+        """Parse the header that a client sent.
 
-        :raises InvalidMetadata: with a sentence that names the fault.
+        :raises InvalidMetadata: with a message that says what is wrong.
         """
         metadata = cls(raw)
         metadata._values = _parse_pairs(raw)
@@ -118,7 +117,7 @@ class Metadata(Mapping[str, bytes]):
 
     @classmethod
     def of(cls, values: Mapping[str, bytes | str]) -> Metadata:
-        """Return the metadata of `values`; text is kept as UTF-8."""
+        """Return the metadata of `values`; text is encoded as UTF-8."""
         pairs = []
         for key, value in values.items():
             data = value.encode() if isinstance(value, str) else value
@@ -181,11 +180,11 @@ def _parse_pairs(raw: str) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a data store keeps an upload's bytes.
+    """Where a data store has the bytes of an upload.
 
     :param type: the store's name in hooks, e.g. ``file_storage`` (rustus' names).
-    :param path: where in the store, relative to its root.
-    :param details: what else the store needs to find and extend the bytes.
+    :param path: relative to the root of the store.
+    :param details: what else the store needs to find the bytes and append to them.
     """
 
     type: str = ""
@@ -195,7 +194,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class FinalResponse:
-    """What a pre-finish hook wants the client to be told, kept to be repeated.
+    """What a pre-finish hook answers to the client, stored to be repeated.
 
     :param status: the HTTP status, ``None`` for the protocol's own.
     """
@@ -212,18 +211,17 @@ class FileInfo:
     It is frozen: hooks read it later and in other greenlets. Times are seconds since
     the epoch (UTC).
 
-    :param size: the promised length in bytes; ``None`` while it is deferred.
-    :param offset: how many bytes are kept. While the upload is unfinished this is a
-        hint and the data store is the owner of the fact.
+    :param size: the length in bytes; ``None`` while it is deferred.
+    :param offset: how many bytes are stored. While the upload is unfinished this is a hint:
+        only the data store knows.
     :param concat: the ``Upload-Concat`` header as it was received, ``None`` without.
     :param partial_uploads: the ids of a final upload's parts, in order.
-    :param owner: who created it, as the embedding application or a hook names them.
-    :param response: the final response, once a hook gave one.
-    :param digest: the checksum of the whole, as ``algorithm hex``, where it is known.
-    :param reserved: up to which offset room is held while the length is deferred.
-    :param last_byte_at: when the last byte was kept.
-    :param sequence: how often the record was written; an info store refuses to save
-        over a sequence that is not this one.
+    :param owner: who created it, as the embedding application or a hook calls them.
+    :param response: of pre-finish, if it gave one.
+    :param reserved: how many bytes of the quota are reserved while the length is deferred.
+    :param last_byte_at: when the last byte was stored.
+    :param sequence: how often the record was written; an info store saves the record only if
+        the stored one has the same sequence.
     """
 
     id: str
@@ -238,7 +236,6 @@ class FileInfo:
     owner: str | None = None
     state: State = State.RECEIVING
     response: FinalResponse | None = None
-    digest: str | None = None
     reserved: int = 0
     created_at: float = 0.0
     last_byte_at: float | None = None
@@ -255,28 +252,28 @@ class FileInfo:
 
     @classmethod
     def restored(cls, fields: dict[str, Any]) -> FileInfo:
-        """Return a record with all these fields: what the constructor does, much faster."""
+        """Return a record with exactly these fields, much faster than the constructor."""
         info = object.__new__(cls)
         info.__dict__.update(fields)
         return info
 
     @property
     def is_finished(self) -> bool:
-        """Finished for good: its bytes never change again (refused uploads too)."""
+        """Whether the upload is finished or refused: its bytes never change again."""
         return self.finished_at is not None
 
     @property
     def is_gone(self) -> bool:
-        """A tombstone."""
+        """Whether this is a tombstone."""
         return self.deleted_at is not None
 
     @property
     def promised(self) -> int:
-        """How many bytes of room it may take, at least those that are kept; 0 once it is gone."""
+        """How many bytes count in the quota: the length, or what is stored or reserved."""
         if self.is_gone:
             return 0
         return max(self.offset, self.reserved) if self.size is None else self.size
 
     def has_expired(self, now: float) -> bool:
-        """Whether its time is over; finished uploads have no such time."""
+        """Return whether an unfinished upload has reached its expiry."""
         return not self.is_finished and self.expires_at is not None and self.expires_at <= now

@@ -91,7 +91,6 @@ def load(data: Mapping[str, Any]) -> FileInfo:
                 "owner": get("owner"),
                 "state": State(data["state"]),
                 "response": None if response is None else _load_response(response),
-                "digest": get("digest"),
                 "reserved": get("reserved", 0),
                 "created_at": get("created_at", 0.0),
                 "last_byte_at": get("last_byte_at"),

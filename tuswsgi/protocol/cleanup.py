@@ -1,9 +1,9 @@
-"""Decides what of all that is kept nobody needs any more, and removes it.
+"""Finds and removes uploads, tombstones and files that are no longer needed.
 
-Bytes that no record tells of may be missed: they go to a quarantine first. Each search looks
-at one kind of thing beside the requests, page by page, and disturbs nobody: an upload in use
-is left for the next time. What a search has found is looked at again under the upload's lock
-before it goes. When to search is the business of who calls.
+Files without a record may still be needed, so they are moved to a quarantine first. Each search
+looks for one kind of thing, page by page, beside the requests. An upload in use is left for the
+next search; any other one is checked again under its lock before it is removed. ``sweep``
+decides when to search.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
-#: Nobody asked for what the clean-up does.
-_NOBODY = RequestInfo()
+#: The clean-up acts for no request.
+_NO_REQUEST = RequestInfo()
 
-#: How many expired uploads are asked for at once.
+#: How many expired uploads are fetched at once.
 _EXPIRED = 1000
 
-#: How many places are compared with all records at once.
-_PLACES = 10_000
+#: How many files are compared with all records at once.
+_FILES = 10_000
 
-#: So many strays are nothing strange, or this share of all uploads that are known.
+#: Up to so many files without a record are normal, or this share of all uploads.
 _FEW = 10
 _SHARE = 0.01
 
-#: Paths of places in the data store.
+#: Paths in the data store.
 _Paths = Collection[str | None]
 
-#: How many seconds at most are between an id and the creation of its upload.
+#: The most seconds between the making of an id and the creation of its upload.
 _MOMENT = 60.0
 
 _UNFINISHED = (State.RECEIVING, State.WAITING)
@@ -115,11 +115,11 @@ class Reason(str, Enum):
     UNFINISHED = "unfinished"  #: nothing has arrived for `unfinished_age`
     FINISHED = "finished"  #: finished for `finished_age`
     PARTIAL = "partial"  #: a partial upload, unchanged for `partial_age`
-    DATA_LOST = "data lost"  #: a record of an unfinished upload whose bytes are not there
-    NO_RECORD = "no record"  #: bytes that no record tells of: to the quarantine
+    DATA_LOST = "data lost"  #: the record of an unfinished upload whose bytes are gone
+    NO_RECORD = "no record"  #: a file without a record: moved to the quarantine
     QUARANTINE = "quarantine"  #: in the quarantine for `quarantine_age`
-    LEFT_OVER = "left over"  #: bytes of an upload that was removed
-    TEMPORARY = "temporary"  #: what a crash left of the data store's own
+    LEFT_OVER = "left over"  #: the file of an upload that was removed
+    TEMPORARY = "temporary"  #: a temporary file that a crash has left
     TOMBSTONE = "tombstone"
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ class Reason(str, Enum):
 class Removal:
     """Something that was removed or moved to the quarantine, or would be.
 
-    :param age: for how many seconds nothing has happened to it.
+    :param age: seconds since its last change.
     :param bytes: how many bytes of storage it took.
     """
 
@@ -141,15 +141,15 @@ class Removal:
 
     @property
     def is_for_good(self) -> bool:
-        """Whether it is gone; it is in the quarantine otherwise."""
+        """Whether it is removed, not moved to the quarantine."""
         return self.reason is not Reason.NO_RECORD
 
 
 class TooManyStrays(Exception):
-    """So many uploads have no record that it is rather the records that are missing.
+    """So many files have no record that records are probably missing.
 
-    :param strays: how many there are at least.
-    :param known: how many uploads have a record.
+    :param strays: at least so many files have no record.
+    :param known: so many uploads have one.
     """
 
     def __init__(self, strays: int, known: int) -> None:
@@ -162,10 +162,10 @@ class TooManyStrays(Exception):
 
 
 class Search(NamedTuple):
-    """A search for things that are to be removed.
+    """A search for one kind of thing.
 
     :param age: the least age of what it finds, in seconds.
-    :param removals: removes one thing after the other, and yields what it was.
+    :param removals: removes one thing after the other, and yields each.
     """
 
     name: str
@@ -174,12 +174,12 @@ class Search(NamedTuple):
 
 
 class CleanUp:
-    """Removes what nobody needs any more.
+    """Removes what is no longer needed.
 
-    :param dry_run: only say what would be removed.
-    :param quarantine_many: move strays to the quarantine however many and however young.
-    :param on_look: called before each thing that is looked at; what it raises ends the
-        search.
+    :param dry_run: only yield what would be removed.
+    :param quarantine_many: move files without a record to the quarantine, however many there are
+        and however young they are.
+    :param on_look: called before each thing that is looked at; an exception ends the search.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class CleanUp:
         self._on_look = on_look
 
     def searches(self) -> Sequence[Search]:
-        """Return the searches that the settings ask for, in their order."""
+        """Return the searches that the settings enable, in their order."""
         own = self._settings
         ages = {
             "expired": (0.0, self._expired),
@@ -236,15 +236,15 @@ class CleanUp:
             with log_failures(info.id):
                 is_idle = self._is_idle(info)
                 if is_idle or not any_is_there:
-                    is_there = self._kept(info) is not None
+                    is_there = self._stored(info) is not None
                     any_is_there = any_is_there or is_there
                     if is_idle and not is_there:
                         lost.append(info.id)
-        # Where no upload has its bytes it is the data store that is not there, e.g. a disk
-        # that is not mounted. And records may have been away, so that bytes were moved.
+        # If no upload has its bytes, it is the data store that is missing, e.g. a disk that is
+        # not mounted. And if records were missing for a time, files were moved.
         lost = lost if any_is_there else []
         if lost:
-            self._put_all_back()
+            self._restore_all()
         for id in lost:
             self._on_look()
             yield from self._remove(id, self._reason_if_lost)
@@ -260,7 +260,7 @@ class CleanUp:
         return False
 
     def _reason(self, info: FileInfo) -> Reason | None:
-        """Return why an upload is to be removed, ``None`` if it is to stay."""
+        """Return why to remove an upload, ``None`` to keep it."""
         if info.is_gone:
             return None
         if self._has_expired(info):
@@ -268,7 +268,7 @@ class CleanUp:
         if not self._is_too_old(info):
             return None
         if info.is_finished and self._has_events(info):
-            # Who is told of an upload wants to find it.
+            # The receiver of a hook may want to read the upload.
             return None
         if info.is_partial:
             return None if self._infos.finals_waiting_for(info.id) else Reason.PARTIAL
@@ -278,7 +278,7 @@ class CleanUp:
         try:
             return self._uploads.has_expired(info)
         except UploadGone:
-            # A final upload of which a part is gone: it waits in vain.
+            # A part of a final upload is gone, so it can never be built.
             return True
 
     def _is_too_old(self, info: FileInfo) -> bool:
@@ -291,21 +291,21 @@ class CleanUp:
             return False
         if info.is_finished:
             return True
-        # What a client was told of the expiry holds, and what is complete waits for a hook.
-        kept = self._kept(info)
-        return info.expires_at is None and (kept is None or kept != info.size)
+        # An expiry that its client was told holds, and a complete upload waits for a hook.
+        stored = self._stored(info)
+        return info.expires_at is None and (stored is None or stored != info.size)
 
     def _changed_at(self, info: FileInfo) -> float:
         if info.is_finished or info.state is not State.WAITING:
             return _changed_at(info)
         try:
-            # Bytes that arrive at its parts are bytes of the final upload.
+            # Bytes that arrive at a part keep the final upload alive.
             return max(map(_changed_at, [info, *self._uploads.concatenation.parts_of(info)]))
         except UploadGone:
             return _changed_at(info)
 
     def _has_events(self, info: FileInfo) -> bool:
-        # One that is given up in between is seen by the second look.
+        # Live ones first: an event that dies in between is found among the dead.
         return bool(self._infos.events(info.id) or self._infos.events(info.id, dead=True))
 
     def _is_idle(self, info: FileInfo) -> bool:
@@ -313,11 +313,11 @@ class CleanUp:
         return grace is not None and time.time() - self._changed_at(info) > grace
 
     def _reason_if_lost(self, info: FileInfo) -> Reason | None:
-        is_lost = info.state in _UNFINISHED and self._is_idle(info) and self._kept(info) is None
+        is_lost = info.state in _UNFINISHED and self._is_idle(info) and self._stored(info) is None
         return Reason.DATA_LOST if is_lost else None
 
-    def _kept(self, info: FileInfo) -> int | None:
-        """Return how many bytes of an upload are there, ``None`` if it has not even a file."""
+    def _stored(self, info: FileInfo) -> int | None:
+        """Return how many bytes of an upload are stored, ``None`` if its file is gone."""
         try:
             return self._data.offset(info)
         except UploadGone:
@@ -330,9 +330,9 @@ class CleanUp:
             reason = reason_of(info)
             if reason is not None:
                 age = time.time() - _changed_at(info)
-                removal = Removal(reason, id, age, self._kept(info) or 0)
+                removal = Removal(reason, id, age, self._stored(info) or 0)
                 if not self._dry_run:
-                    self._uploads.context.remove(info, State.EXPIRED, _NOBODY, hold)
+                    self._uploads.context.remove(info, State.EXPIRED, _NO_REQUEST, hold)
                     self._tell(removal)
         if removal is not None:
             yield removal
@@ -355,11 +355,11 @@ class CleanUp:
                 yield removal
 
     def _strays(self) -> Iterator[Removal]:
-        """Remove what crashes left, and move to the quarantine what no record tells of.
+        """Remove what crashes have left, and move files without a record to the quarantine.
 
-        :raises TooManyStrays: before any of that is moved.
+        :raises TooManyStrays: before any file is moved.
         """
-        # A POST writes its record at its end, and may have been silent for that long before.
+        # A POST writes its record at its end, maybe after a silence as long as the timeout.
         before = (
             time.time() - (self._settings.grace or 0.0) - self._uploads.settings.network_timeout
         )
@@ -367,7 +367,7 @@ class CleanUp:
         left = {info.storage.path for info in self._records(_GONE) if _has_chosen_path(info)}
         known = _Known()
         found = self._suspects(before, left)
-        while page := [*islice(found, _PLACES)]:
+        while page := [*islice(found, _FILES)]:
             if any(not file.is_temporary for file, _ in page):
                 known = self._known({file.storage.path for file, _ in page})
             for file, reason in page:
@@ -376,7 +376,7 @@ class CleanUp:
                 if reason is Reason.NO_RECORD:
                     strays.append(file)
                 else:
-                    yield from self._clear(file, left)
+                    yield from self._delete(file, left)
             if self._quarantine_many:
                 yield from self._quarantine_all(strays, known)
                 strays = []
@@ -385,24 +385,23 @@ class CleanUp:
         yield from self._quarantine_all(strays, known)
 
     def _suspects(self, before: float, left: _Paths) -> Iterator[tuple[StoredFile, Reason]]:
-        """Yield what may be nobody's.
+        """Yield the files that may have to go.
 
-        Of all that is neither temporary nor left of an upload that was removed, that is only
-        what this server's uploads have made: its name is an id that was made after that of an
-        upload that is still known. An info store that was emptied or exchanged, or that forgets
-        by itself, makes no strays of finished uploads.
+        A file that is neither temporary nor left over by a removed upload is yielded only if its
+        name is an id that was made after the oldest one in the records: if the info store was
+        emptied or replaced, or its records expire, the files of finished uploads stay.
         """
         since = None if self._infos.is_forgetful else self._oldest()
         for file in self._data.files(before):
             self._on_look()
             made = made_at(file.upload)
             is_ours = since is not None and made is not None and since < made < before
-            reason = self._fate(file, left)
+            reason = self._reason_for_file(file, left)
             if reason is not None and (is_ours or reason is not Reason.NO_RECORD):
                 yield file, reason
 
     def _oldest(self) -> float | None:
-        """Return when the oldest id of this server's own was made that is still known."""
+        """Return when the oldest id was made that this server made itself and has a record of."""
         after = ""
         while page := self._infos.list(after=after, limit=100):
             for info in page:
@@ -412,10 +411,10 @@ class CleanUp:
             let_others_run()
         return None
 
-    def _fate(self, file: StoredFile, left: _Paths = ()) -> Reason | None:
-        """Return why a file is not that of an upload; ``None`` if it is, for all we know.
+    def _reason_for_file(self, file: StoredFile, left: _Paths = ()) -> Reason | None:
+        """Return why a file may go, ``None`` to keep it.
 
-        :param left: the paths that hooks chose for uploads that were removed.
+        :param left: the paths of removed uploads, as far as hooks chose them.
         """
         if file.is_temporary:
             return Reason.TEMPORARY
@@ -424,13 +423,13 @@ class CleanUp:
         except UploadNotFound:
             return Reason.LEFT_OVER if file.storage.path in left else Reason.NO_RECORD
         except ValueError:
-            return None  # there is a record, but nobody can read it
+            return None  # the record cannot be read
         if not info.is_gone:
             return None
         return Reason.LEFT_OVER if _is_at(info, file) else Reason.NO_RECORD
 
     def _known(self, paths: Collection[str | None]) -> _Known:
-        """Look through all uploads for those under another name: a hook chose their paths."""
+        """Read all records, for uploads whose path is not their id because a hook chose it."""
         number = 0
         newest = 0.0
         taken = set()
@@ -441,10 +440,10 @@ class CleanUp:
                 taken.add(info.storage.path)
         return _Known(number, newest, taken)
 
-    def _clear(self, file: StoredFile, left: _Paths) -> Iterator[Removal]:
+    def _delete(self, file: StoredFile, left: _Paths) -> Iterator[Removal]:
         removal = None
         with log_failures(file.upload), self._locked(file) as hold:
-            reason = self._fate(file, left)
+            reason = self._reason_for_file(file, left)
             if reason is not None and reason is not Reason.NO_RECORD:
                 hold.check()
                 if self._dry_run or self._data.delete_file(file):
@@ -456,14 +455,14 @@ class CleanUp:
     def _quarantine_all(self, strays: Sequence[StoredFile], known: _Known) -> Iterator[Removal]:
         for file in strays:
             self._on_look()
-            # What is younger than every record waits: the records may be those of a backup.
+            # Files younger than every record wait: the records may come from a backup.
             if self._quarantine_many or (made_at(file.upload) or 0.0) <= known.newest:
                 yield from self._quarantine(file)
 
     def _quarantine(self, file: StoredFile) -> Iterator[Removal]:
         is_moved = False
         with log_failures(file.upload), self._locked(file) as hold:
-            if self._fate(file) is Reason.NO_RECORD:
+            if self._reason_for_file(file) is Reason.NO_RECORD:
                 hold.check()
                 is_moved = self._dry_run or self._move(file)
         if is_moved:
@@ -475,25 +474,25 @@ class CleanUp:
             return False
         self._report_change("quarantined")
         log.warning(
-            "No record tells of %s (%d bytes): it was moved to %s",
+            "%s (%d bytes) has no record: it was moved to %s",
             file.storage.path,
             file.size,
             moved.location,
         )
-        # A POST may have written its record just now.
-        return not self._put_back(moved)
+        # A POST may just have written its record.
+        return not self._restore(moved)
 
     def _quarantined(self) -> Iterator[Removal]:
         for found in self._data.quarantined():
             self._on_look()
-            yield from self._look_again(found)
+            yield from self._restore_or_discard(found)
 
-    def _look_again(self, found: Quarantined) -> Iterator[Removal]:
+    def _restore_or_discard(self, found: Quarantined) -> Iterator[Removal]:
         removal = _removal(Reason.QUARANTINE, found.file, time.time() - found.moved_at)
         is_removed = False
         with log_failures(removal.id), self._locked(found.file) as hold:
             hold.check()
-            if not self._put_back(found) and self._is_over(removal, found.file):
+            if not self._restore(found) and self._is_over(removal, found.file):
                 is_removed = self._dry_run or self._data.discard(found)
                 if is_removed:
                     self._tell(removal)
@@ -502,24 +501,24 @@ class CleanUp:
 
     def _is_over(self, removal: Removal, file: StoredFile) -> bool:
         age = self._settings.quarantine_age
-        return age is not None and removal.age > age and self._fate(file) is not None
+        return age is not None and removal.age > age and self._reason_for_file(file) is not None
 
-    def _put_all_back(self) -> None:
+    def _restore_all(self) -> None:
         for found in self._data.quarantined():
             self._on_look()
             with log_failures(found.file.upload), self._locked(found.file) as hold:
                 hold.check()
-                self._put_back(found)
+                self._restore(found)
 
-    def _put_back(self, found: Quarantined) -> bool:
-        """Move something to its file if an upload is known by now that has its bytes there."""
-        if self._dry_run or not self._is_missed(found.file) or not self._data.restore(found):
+    def _restore(self, found: Quarantined) -> bool:
+        """Move a file back if it has a record by now."""
+        if self._dry_run or not self._has_record(found.file) or not self._data.restore(found):
             return False
         self._report_change("put back")
         log.warning("%s has a record now and was put back", found.file.storage.path)
         return True
 
-    def _is_missed(self, file: StoredFile) -> bool:
+    def _has_record(self, file: StoredFile) -> bool:
         try:
             info = self._infos.load(file.upload)
         except (UploadNotFound, ValueError):
@@ -531,7 +530,7 @@ class CleanUp:
         try:
             id = check_id(file.upload)
         except UploadNotFound:
-            # A hook chose the path, and nobody needs what is temporary.
+            # A hook chose the path, or the file is temporary: there is no upload to lock.
             yield SURE
             return
         with self._uploads.locker.try_lock(id) as hold:
@@ -564,11 +563,11 @@ class CleanUp:
 
 
 class _Known(NamedTuple):
-    """What is known of all uploads that are not removed.
+    """The uploads that have a record.
 
     :param number: how many there are.
-    :param newest: when the youngest id of this server's own was made.
-    :param taken: which of some paths are theirs.
+    :param newest: when the youngest id was made that this server made itself.
+    :param taken: which of the paths in question are theirs.
     """
 
     number: int = 0
@@ -578,7 +577,7 @@ class _Known(NamedTuple):
 
 @contextmanager
 def log_failures(id: str) -> Iterator[None]:
-    """Log what goes wrong with one upload, so that the others have their turn."""
+    """Log what goes wrong with one upload, and continue with the next."""
     try:
         yield
     except UploadLocked:
@@ -604,9 +603,9 @@ def _has_chosen_path(info: FileInfo) -> bool:
 
 
 def _made_at(info: FileInfo) -> float | None:
-    """Return when the id of an upload was made, ``None`` if it is not this server's own."""
+    """Return when the id of an upload was made, ``None`` if this server did not make it."""
     made = made_at(info.id)
-    # Ids of other servers, and chosen ones, may look alike.
+    # Ids of other servers, and those that hooks choose, may look alike.
     return made if made is not None and abs(made - info.created_at) < _MOMENT else None
 
 

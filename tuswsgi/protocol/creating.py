@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from tuswsgi.transfer.reader import UploadReader
 
 log = logging.getLogger(__name__)
 
+#: The states of uploads that can be resumed.
 _UNFINISHED = (State.RECEIVING, State.WAITING)
 
 
@@ -192,8 +193,10 @@ class Creator:
         return info, None
 
     def _owner_of_file(self, info: FileInfo) -> FileInfo | None:
-        """Return the upload that has a file already, ``None`` if an empty file has no record: the
-        process died in between, and none can be in between now, since the path is locked.
+        """Return the upload whose file is in the way; ``None`` if a process died after it had
+        created the empty file. None can be about to write the record, since the path is locked.
+
+        All records are read: slow, but paths hardly ever collide.
 
         :raises UploadExists: if the file has bytes but no record, or its upload was removed so
             that the file is about to be.
@@ -202,28 +205,20 @@ class Creator:
             is_empty = self.context.data.offset(info) == 0
         except (OSError, UploadGone):
             raise UploadExists from None
-        owner = self._owner_of_path(info.storage.path, None if is_empty else _UNFINISHED)
-        if owner is None and is_empty:
-            return None
-        if owner is None or owner.is_gone:
+        # In the order of an upload's life, so that none is missed while its state changes.
+        states = State if is_empty else _UNFINISHED
+        owners = [
+            found
+            for state in states
+            for found in self.context.infos.scan(state)
+            if found.storage.path == info.storage.path
+        ]
+        for owner in owners:
+            if not owner.is_gone:
+                return owner
+        if owners or not is_empty:
             raise UploadExists
-        return owner
-
-    def _owner_of_path(self, path: str | None, states: Collection[State] | None) -> FileInfo | None:
-        """Return the upload with a path; a tombstone only if there is nothing else.
-
-        All uploads in these states are read: slow, but paths hardly ever collide.
-        """
-        after = ""
-        tombstone = None
-        while page := self.context.infos.list(states, after=after):
-            for info in page:
-                if info.storage.path == path:
-                    if not info.is_gone:
-                        return info
-                    tombstone = info
-            after = page[-1].id
-        return tombstone
+        return None
 
     def _write_record(
         self, info: FileInfo, events: Sequence[Event], hold: Hold, *, delete_if_full: bool = True

@@ -1,8 +1,7 @@
-"""Whether a server can take uploads now: what a load balancer wants to know of it.
+"""Checks whether a server can take uploads now, for load balancers.
 
-It looks at everything that a request needs and says what is wrong in words for everybody:
-what they leave out, because it may hold a secret, is in the log. How that is answered is the
-business of ``web.monitoring``.
+Everything that a request needs is checked. The answers are public, so they leave out what may
+hold a secret; the log has the details. ``web.monitoring`` serves them.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
-#: How long a check may take, and for how long its result is good (seconds).
-_PATIENCE = 1.0
+#: How long a check may take, and how long its result is valid, in seconds.
+_TIMEOUT = 1.0
 _FRESH = 1.0
 
-#: How long checks wait for a server that is about to begin (seconds).
-_START_PATIENCE = 0.25
+#: How long checks wait for a server that is starting, in seconds.
+_START_TIMEOUT = 0.25
 
 _CANNOT_BE_USED = "It cannot be used; the log says why."
 _NO_ANSWER = "No answer within a second."
-_NOT_BEGUN = "It has not begun to work; the log says why."
+_NOT_STARTED = "It has not begun to work; the log says why."
 
 
 class Readiness:
     """The checks of one server.
 
-    :param start: makes the server ready in this process, as its first request does.
-    :param hooks: the transports without which the server is not ready.
+    :param start: starts the server in this process, as its first request does.
+    :param hooks: the transports that the server needs.
     """
 
     def __init__(
@@ -50,47 +49,47 @@ class Readiness:
         }
         checks |= {f"hooks_{hook.name}": hook.check for hook in hooks}
         self._probes = {
-            name: Probe(partial(self._find_problem, name, check), _PATIENCE, _FRESH)
+            name: Probe(partial(self._find_problem, name, check), _TIMEOUT, _FRESH)
             for name, check in checks.items()
         }
-        self._beginning = Probe(self._begin, _START_PATIENCE, _FRESH)
-        #: What the log has of each check since it was well.
-        self._told: dict[str, set[str]] = {name: set() for name in checks}
+        self._starting = Probe(self._try_start, _START_TIMEOUT, _FRESH)
+        #: The problems of each check that were logged since it last succeeded.
+        self._logged: dict[str, set[str]] = {name: set() for name in checks}
 
     def problems(self) -> Mapping[str, str | None]:
-        """Return what is wrong, ``None`` for what is not, by the name of the check.
+        """Return the problem that each check has found, or ``None``, by the name of the check.
 
-        It takes little more than a second at most, and does something once a second at most.
+        This takes little more than a second at most. Each check runs at most once a second.
         """
-        has_begun = self._has_begun()
+        has_started = self._has_started()
         for probe in self._probes.values():
             probe.begin()
         found = {name: self._problem(name, probe) for name, probe in self._probes.items()}
         if self._uploads.readers.is_stopped:
             found["server"] = "It is about to stop."
-        elif not has_begun and not any(found.values()):
-            # Otherwise it is known what it waits for.
-            found["server"] = _NOT_BEGUN
+        elif not has_started and not any(found.values()):
+            # Otherwise the other problems say why.
+            found["server"] = _NOT_STARTED
         return found
 
     def _problem(self, name: str, probe: Probe[str | None]) -> str | None:
         try:
             return probe.get()
         except TimeoutError:
-            self._tell(name, _NO_ANSWER)
+            self._log(name, _NO_ANSWER)
             return _NO_ANSWER
 
-    def _has_begun(self) -> bool:
+    def _has_started(self) -> bool:
         try:
-            return self._beginning.get()
+            return self._starting.get()
         except TimeoutError:
             return False
 
-    def _begin(self) -> bool:
+    def _try_start(self) -> bool:
         try:
             self._start()
         except (TusError, ConfigurationError):
-            return False  # the checks find out which part it is
+            return False  # the other checks find the cause
         return True
 
     def _find_problem(self, name: str, check: Callable[[], None]) -> str | None:
@@ -103,20 +102,20 @@ class Readiness:
         except Exception as error:
             problem = _CANNOT_BE_USED
             cause = error
-        self._tell(name, problem, cause)
+        self._log(name, problem, cause)
         return problem
 
-    def _tell(self, name: str, problem: str | None, cause: Exception | None = None) -> None:
-        """Log what is news."""
-        told = self._told[name]
+    def _log(self, name: str, problem: str | None, cause: Exception | None = None) -> None:
+        """Log a problem that is new."""
+        logged = self._logged[name]
         if problem is None:
-            if told:
-                told.clear()
+            if logged:
+                logged.clear()
                 log.info("Ready again: %s", name)
             return
-        if problem in told:
+        if problem in logged:
             return
-        told.add(problem)
+        logged.add(problem)
         known = isinstance(cause, (TusError, OSError, ConfigurationError))
         reason = getattr(cause, "__cause__", None) or cause
         text = problem if reason is None else f"{type(reason).__name__}: {reason}"
@@ -126,7 +125,7 @@ class Readiness:
         try:
             free = self._uploads.data.free_space()
         except OSError:
-            return  # that there is no directory is the data store's fault
+            return  # the check of the data store reports it
         wanted = self._uploads.settings.min_free_disk
         if free is not None and free < wanted:
             raise StorageFull(f"{free} bytes are free, {wanted} are wanted (min_free_disk).")

@@ -1,8 +1,8 @@
-"""Does what crashes left undone, and cleans up now and then.
+"""Finishes uploads that crashes have left complete, and cleans up at intervals.
 
-It runs beside the requests and never disturbs one: an upload in use is left for the next
-time. One process among all workers and hosts leads: it sweeps for all until it ends or loses
-the lock, and then another one follows.
+This runs beside the requests and never interrupts one: an upload in use is left for the next
+time. One process of all workers and hosts is the leader and sweeps for all. If it ends or
+loses the lock, another process becomes the leader.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from tuswsgi.protocol.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
-#: The lock of the one process that leads.
+#: The lock of the leader.
 _LOCK = "tuswsgi-sweep"
 
-#: The lock of the one process that finishes uploads: a worker that starts does so too.
+#: The lock of the process that finishes uploads: the leader, or a worker that starts.
 _FINISHING = "tuswsgi-finishing"
 
-#: The most seconds until somebody follows a leader that has ended.
+#: The most seconds until another process follows a leader that has ended.
 _FOLLOW = 30.0
 
-#: How often a leader that rests looks whether it still is the leader, in seconds.
+#: How often a leader checks between two sweeps that it still has the lock, in seconds.
 _LOOK = 5.0
 
-#: By how much of their age things may be removed late: to look at everything takes its time.
+#: Things may be removed late by this share of their age, since a search reads everything.
 _LATE = 1 / 24
 
-#: Nobody asked for what a sweep does.
-_NOBODY = RequestInfo()
+#: A sweep acts for no request.
+_NO_REQUEST = RequestInfo()
 
 
 class _Stopped(Exception):
-    """This process sweeps no more."""
+    """This process stops sweeping."""
 
 
 class Sweeper:
-    """Sweeps through all uploads of a server, in one process.
+    """Sweeps through all uploads of a server.
 
-    :param settings: what is to be cleaned up, and how often.
+    :param settings: what to clean up, and how often.
     """
 
     def __init__(self, uploads: Uploads, settings: CleanUpSettings | None = None) -> None:
@@ -59,7 +59,7 @@ class Sweeper:
         self._due: dict[str, float] = {}
 
     def run(self) -> None:
-        """Sweep until ``stop``, as the leader or as soon as there is none."""
+        """Sweep until ``stop``, while this process is the leader."""
         is_new = True
         while not self._stopping.is_set():
             self._lead_or_follow(is_new)
@@ -73,21 +73,21 @@ class Sweeper:
             except UploadLocked:
                 log.debug("Another process sweeps")
                 if is_new:
-                    # It may be in place of one that was killed, and the leader may rest.
+                    # It may replace a worker that was killed, and the leader may be waiting.
                     self._finish_all(SURE)
         except TusError as error:
             log.warning("The sweep ended and is tried again later: %s", error)
         except _Stopped:
-            log.debug("This process sweeps no more")
+            log.debug("This process stops sweeping")
         except Exception:
             log.exception("The sweep failed; it is tried again later")
 
     def stop(self) -> None:
-        """Let another process lead, after the upload that is being looked at. Does not wait."""
+        """Stop after the current upload, so that another process can lead. Does not wait."""
         self._stopping.set()
 
     def lead(self) -> None:
-        """Sweep again and again, as long as this process has the lock of the leader.
+        """Sweep at intervals while this process has the lock of the leader.
 
         :raises UploadLocked: if another process has it.
         :raises LockLost: if it was lost.
@@ -162,14 +162,14 @@ class Sweeper:
         uploads = self._uploads
         info = uploads.infos.load(id)
         if info.state is State.WAITING:
-            uploads.concatenation.build(id, _NOBODY)
+            uploads.concatenation.build(id, _NO_REQUEST)
             return
         with uploads.locker.try_lock(id) as hold:
             info = take_over(uploads.context, uploads.infos.load(id), hold)
             if info.is_gone:
                 return
-            info = uploads.finisher.finish_if_complete(info, _NOBODY, hold)
+            info = uploads.finisher.finish_if_complete(info, _NO_REQUEST, hold)
         if info.is_finished:
             log.info("The upload %s was complete and is finished now", id)
             if info.is_partial:
-                uploads.concatenation.part_finished(info, _NOBODY)
+                uploads.concatenation.part_finished(info, _NO_REQUEST)

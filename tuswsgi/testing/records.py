@@ -41,7 +41,6 @@ def full() -> FileInfo:
         owner="Zoë \N{CAT FACE}",
         state=State.REFUSED,
         response=FinalResponse(422, "Nein.\n", {"X-Reason": "virus"}),
-        digest="sha256 " + "0" * 64,
         reserved=9,
         created_at=1700000000.123456,
         last_byte_at=1700000001.1,
