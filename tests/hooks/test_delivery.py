@@ -21,7 +21,7 @@ from tuswsgi.core.info import FileInfo, Metadata, State
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
 from tuswsgi.hooks.callable import CallableHook
 from tuswsgi.hooks.manager import HookManager
-from tuswsgi.hooks.retries import LastingFailure
+from tuswsgi.hooks.retries import PermanentFailure
 from tuswsgi.hooks.settings import HookSettings
 from tuswsgi.infostores.base import InfoStore
 from tuswsgi.infostores.file import FileInfoStore
@@ -306,7 +306,7 @@ def test_a_refused_event_is_a_dead_letter_after_few_attempts(
 
     def refuse(request: HookRequest) -> None:
         if request.type is CREATED:
-            raise LastingFailure(f"answered 404 ({len(receiver.begun)})")
+            raise PermanentFailure(f"answered 404 ({len(receiver.begun)})")
 
     receiver.behave = refuse
     with delivering(infos, receiver, settings=replace(QUICK, delivery_refusals=3)) as outbox:
@@ -321,7 +321,7 @@ def test_a_refused_event_is_a_dead_letter_after_few_attempts(
 
 def test_one_refusal_after_other_failures_makes_no_dead_letter(infos: InfoStore) -> None:
     receiver = Receiver()
-    failures = [HookFailed("answered 503")] * 3 + [LastingFailure("answered 404")]
+    failures = [HookFailed("answered 503")] * 3 + [PermanentFailure("answered 404")]
 
     def fail(request: HookRequest) -> None:
         if failures:

@@ -25,7 +25,7 @@ from tuswsgi.core.info import FileInfo, Metadata, Storage
 from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.grpc import GrpcHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.hooks.retries import LastingFailure
+from tuswsgi.hooks.retries import PermanentFailure
 
 grpc = pytest.importorskip("grpc")
 protoc = pytest.importorskip("grpc_tools.protoc")
@@ -280,7 +280,7 @@ def test_what_no_repetition_betters_is_not_repeated(pb2: ModuleType) -> None:
 
     with Service(pb2, behave).serving() as service:
         hook = transport(service.port)
-        with pytest.raises(LastingFailure, match="PERMISSION_DENIED"):
+        with pytest.raises(PermanentFailure, match="PERMISSION_DENIED"):
             hook.send(hook_of(HookType.PRE_CREATE))
         hook.close()
     assert len(service.calls) == 1

@@ -28,7 +28,7 @@ from tuswsgi.core.info import FileInfo
 from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.http import HttpHook
 from tuswsgi.hooks.payloads import FormatName, payload_format
-from tuswsgi.hooks.retries import LastingFailure
+from tuswsgi.hooks.retries import PermanentFailure
 
 HEADERS = {"authorization": "Bearer jwt", "cookie": "a=b", "host": "example.org", "x-long": "x"}
 
@@ -376,7 +376,7 @@ def test_a_post_hook_that_is_refused_has_not_arrived(status: int, lasts: bool) -
         with pytest.raises(HookFailed, match=str(status)) as failure:
             hook.send(hook_of(HookType.POST_FINISH))
         hook.close()
-    assert isinstance(failure.value, LastingFailure) is lasts
+    assert isinstance(failure.value, PermanentFailure) is lasts
 
 
 def test_a_post_hook_is_refused_for_good_if_nobody_may_have_it_later() -> None:

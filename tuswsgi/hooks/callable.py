@@ -1,4 +1,4 @@
-"""Brings hooks to functions of the same process: the way of an embedding application."""
+"""Hooks as functions of the embedding application."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ HookFunction = Callable[[HookRequest], "HookResponse | None"]
 
 
 class CallableHook(Hook):
-    """Calls the functions that were added for a hook, in their order.
+    """Calls the functions that were added for a hook, in this order.
 
-    Their answers count as those of transports do: the first one that refuses ends the row,
-    otherwise they are taken together, and each function sees what those before it changed.
+    The first refusal ends the calls. Otherwise the answers are combined, and each function sees
+    the upload as earlier ones changed it.
     """
 
     name = "callable"
@@ -38,6 +38,6 @@ class CallableHook(Hook):
 def _ask(function: HookFunction, request: HookRequest) -> HookResponse | None:
     said = function(request)
     if not request.type.blocking and not isinstance(said, HookResponse):
-        # It has done its work, and must not be called again for what it returned.
+        # Any other return value is no reason to deliver the event again.
         return None
     return said or None

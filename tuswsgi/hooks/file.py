@@ -1,7 +1,7 @@
-"""Brings hooks to programs: one for all events, one per event in a directory, or both.
+"""Hooks as programs: one for all events, one for each event in a directory, or both.
 
-This file owns how a program is told of a hook and what its exit code and its output mean.
-How programs run, and how long they may, is the business of ``tuswsgi.hooks.programs``.
+This file owns the arguments of programs and the meaning of their exit codes and output.
+``hooks.programs`` runs them.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, decode_answer
 
 log = logging.getLogger(__name__)
 
-#: What Linux takes as one argument, in bytes.
+#: The longest argument that Linux accepts, in bytes.
 _LONGEST_ARGUMENT = 128 * KiB - 1
 
-#: The longest answer. Of more output the beginning is logged.
+#: The longest answer, in bytes. Of longer output the beginning is logged.
 _LONGEST_ANSWER = 1 * MiB
 
-#: How much of a program's standard error is kept, and how much of that a client gets to
-#: see, in bytes from its end.
+#: How much of the end of a program's standard error is kept, and how much of that is sent to
+#: clients, in bytes.
 _KEPT_ERRORS = 64 * KiB
 _SHOWN_ERRORS = 4 * KiB
 
-#: How much of what a program writes is logged, in lines and in characters of each.
+#: How much of a program's output is logged: lines, and characters of each.
 _LOGGED_LINES = 50
 _LOGGED_WIDTH = 500
 
 
 @dataclass
 class FileHook(Hook):
-    """Hooks that are programs.
+    """Hooks as programs.
 
-    :param format: what the payload looks like.
+    :param format: the format of the payload.
     """
 
     section: ClassVar[str] = "hooks"
@@ -60,47 +60,47 @@ class FileHook(Hook):
     format: PayloadFormat
     file: Path | None = option(
         None,
-        "A program that is run for every event, with the event's name and the payload as its "
-        "arguments; the payload is on its standard input, too.",
+        "A program to run for every event. Its arguments are the event's name and the payload, "
+        "which is also on its standard input.",
         rustus="HOOKS_FILE",
     )
     dir: Path | None = option(
         None,
-        "A directory of programs, each named like its event, with the payload as the only "
-        "argument and on the standard input.",
+        "A directory of programs, each with the name of its event. The only argument is the "
+        "payload, which is also on the standard input.",
         rustus="HOOKS_DIR",
     )
     file_timeout: float = option(
-        60.0, "How long a program may keep a request waiting; then it is killed.", kind=Duration
+        60.0, "How long a program may delay a request; then it is killed.", kind=Duration
     )
     file_programs: int = option(
         32,
-        "How many programs a worker runs at once for requests that wait for them. Further requests "
-        "wait for their turn, within `file_timeout`, and are told to come back after that (503). "
-        "For events that no request waits for, `delivery_pool` says how many.",
+        "How many programs of blocking hooks a worker runs at once. Further requests wait for up "
+        "to `file_timeout`; then clients are told to retry (503). `delivery_pool` limits the "
+        "programs of other hooks.",
         validate=Range(min=1),
     )
     file_post_timeout: float = option(
         3600.0,
-        "How long a program may take for an event that no request waits for; then it is "
-        "killed, and the event is delivered again.",
+        "How long a program of a post-hook may take; then it is killed, and the event is "
+        "delivered again.",
         kind=Duration,
     )
 
     def __post_init__(self) -> None:
-        # The working directory may be another one later on.
+        # The working directory may change later.
         self.file = self.file and self.file.absolute()
         self.dir = self.dir and self.dir.absolute()
         self._turns = PerProcess(lambda: threading.Semaphore(self.file_programs))
 
     def prepare(self) -> None:
         if self.file is not None:
-            _look_at(self.file)
+            _warn_if_missing(self.file)
         if self.dir is not None and not self.dir.is_dir():
-            log.warning("There is no directory of hooks %s", self.dir)
+            log.warning("The directory of hooks %s does not exist", self.dir)
         elif self.dir is not None:
             for type in sorted(self.types):
-                _look_at(self.dir / type.value)
+                _warn_if_missing(self.dir / type.value)
 
     def send(self, request: HookRequest) -> HookResponse | None:
         programs = self._programs(request.type)
@@ -116,7 +116,7 @@ class FileHook(Hook):
         turn = self._turn(request) if request.type.blocking else nullcontext(self.file_post_timeout)
         try:
             if not path.exists():
-                self._do_without(path, request.type)
+                self._skip_missing(path, request.type)
                 return None
             if not os.access(path, os.X_OK):
                 raise PermissionError
@@ -132,19 +132,19 @@ class FileHook(Hook):
         except OSError as error:
             raise HookFailed(f"{path} cannot be run: {_reason(error, path)}") from None
         _log_lines(request, "stderr", ended.errors)
-        return self._understood(path, request, ended)
+        return self._interpret(path, request, ended)
 
     @contextmanager
     def _turn(self, request: HookRequest) -> Iterator[float]:
-        """Wait until a request may have its program; yields how long that may take.
+        """Wait until a request may run its program; yield how long that may take, in seconds.
 
-        :raises TimeoutError: if its time is over before.
+        :raises TimeoutError: if the request's time is up before.
         """
         timeout = request.time_left(self.file_timeout)
         deadline = time.monotonic() + timeout
         turns = self._turns.get()
         if not turns.acquire(timeout=timeout):
-            raise TimeoutError(f"{self.file_programs} others ran all the time (file_programs)")
+            raise TimeoutError(f"{self.file_programs} other programs are running (file_programs)")
         try:
             yield max(0.0, deadline - time.monotonic())
         finally:
@@ -164,37 +164,37 @@ class FileHook(Hook):
             "TUS_SIZE": str(info.size or 0),
             "TUS_OFFSET": str(info.offset),
         }
-        # tusd runs the programs of a directory in it.
+        # As in tusd, programs of a directory run in it.
         cwd = path.parent if as_tusd and path != self.file else None
         return programs.Program([str(path), *arguments], env, payload, cwd)
 
-    def _do_without(self, path: Path, type: HookType) -> None:
-        # "If some hook file isn't found, rustus throws an error."
+    def _skip_missing(self, path: Path, type: HookType) -> None:
+        # rustus: "If some hook file isn't found, rustus throws an error."
         if type.blocking and not self.format.follows_tusd:
             raise HookFailed(f"There is no program {path}.")
-        log.info("Nobody hears of %s: there is no program %s", type, path)
+        log.info("%s is not delivered: there is no program %s", type, path)
 
-    def _understood(
+    def _interpret(
         self, path: Path, request: HookRequest, ended: programs.Ended
     ) -> HookResponse | None:
-        """Return what a program that has ended means."""
+        """Return the answer of a program that has ended, or raise its refusal or failure."""
         answer = _answer(path, request, ended)
         if ended.code == 0 or (answer is not None and answer.reject):
             return answer
         errors = ended.errors[-_SHOWN_ERRORS:].decode("utf-8", "replace").strip()
         if ended.code < 0:
-            raise HookFailed(f"{path} was ended by signal {-ended.code}.")
+            raise HookFailed(f"{path} was killed by signal {-ended.code}.")
         if not request.type.blocking:
             last = errors.rpartition("\n")[2][:_LOGGED_WIDTH]
             raise HookFailed(f"{path} ended with exit code {ended.code}: {last}")
-        # The statuses are tusd's and rustus'.
+        # The statuses of tusd and of rustus.
         raise HookRefusal(500 if self.format.follows_tusd else 400, errors or None)
 
 
 def _answer(path: Path, request: HookRequest, ended: programs.Ended) -> HookResponse | None:
-    """Return the answer on a program's standard output; what is none goes to the log.
+    """Return the answer on a program's standard output; log any other output.
 
-    :raises HookBroken: if a request waits for an answer that cannot be understood.
+    :raises HookBroken: if the answer to a blocking hook is invalid.
     """
     try:
         if len(ended.output) > _LONGEST_ANSWER and ended.output.lstrip().startswith(b"{"):
@@ -202,18 +202,18 @@ def _answer(path: Path, request: HookRequest, ended: programs.Ended) -> HookResp
         answer = decode_answer(request.type, ended.output) if ended.output else None
     except BadAnswer as error:
         if request.type.blocking and ended.code == 0:
-            raise HookBroken(f"The answer of {path} is wrong: {error}") from None
-        # It was told of the event, which is what counts.
-        said = printable(str(error))
-        log.warning("The answer of %s to %s is wrong: %s", path, request.type, said)
+            raise HookBroken(f"The answer of {path} is invalid: {error}") from None
+        # The event has been delivered; running the program again would not improve the answer.
+        reason = printable(str(error))
+        log.warning("The answer of %s to %s is invalid: %s", path, request.type, reason)
         return None
     if answer is None:
         _log_lines(request, "stdout", ended.output)
     return answer
 
 
-def _look_at(path: Path) -> None:
-    """Warn of a program that cannot be run; the reason may pass before it is needed."""
+def _warn_if_missing(path: Path) -> None:
+    """Log a program that cannot be run. It may be installed before it is needed."""
     if not path.exists():
         log.warning("There is no program %s for hooks", path)
     elif path.is_dir() or not os.access(path, os.X_OK):
@@ -231,7 +231,7 @@ def _reason(error: OSError, path: Path) -> str:
 
 
 def _log_lines(request: HookRequest, stream: str, output: bytes) -> None:
-    """Log what a program wrote, in which clients may have had their say."""
+    """Log what a program wrote, which may contain text of clients."""
     lines = output.decode("utf-8", "replace").splitlines()
     for line in lines[-_LOGGED_LINES:]:
         shown = printable(line)[:_LOGGED_WIDTH]

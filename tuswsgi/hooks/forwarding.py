@@ -1,8 +1,7 @@
-"""Headers of clients' requests that go along with hooks.
+"""Headers of the client's request that are forwarded with hooks.
 
-This file owns that a header which cannot be sent is left out, with a line in the log: as a part
-of the hook it would make every attempt fail, and clients could suppress the hooks of their own
-uploads. What can be sent is the transports' business.
+A header that the transport cannot send is left out and logged. Otherwise every attempt would
+fail, and clients could suppress the hooks of their own uploads.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ def forwarded(
     is_sendable: Callable[[str], bool],
     most: int | None = None,
 ) -> dict[str, str]:
-    """Return the headers that are sent along, by the names that are given.
+    """Return the headers to forward.
 
-    :param names: those that are wanted.
-    :param is_sendable: whether the transport takes a value.
-    :param most: how many bytes there may be of them, the shortest ones first; ``None`` for any.
+    :param names: the names of these headers, as the transport sends them.
+    :param is_sendable: returns whether the transport can send a value.
+    :param most: their largest total size in bytes, ``None`` for any. Shorter headers go first.
     """
     headers = request.request.headers
     wanted = {name: headers[name.lower()] for name in names if name.lower() in headers}

@@ -1,7 +1,6 @@
-"""Brings hooks to gRPC services: those that are handlers of tusd are handlers here.
+"""Hooks as calls of a gRPC service, with tusd's messages (``proto/hook.proto``).
 
-This file owns how hooks and answers become messages, and the channel. The messages are
-declared in ``proto/hook.proto``; what is in them is the business of payload formats.
+Services that were written for tusd work unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from tuswsgi.hooks.payloads import (
     payload_format,
     read_answer,
 )
-from tuswsgi.hooks.retries import LastingFailure, PassingFailure, persistently
+from tuswsgi.hooks.retries import PermanentFailure, TransientFailure, with_retries
 
 if TYPE_CHECKING:
     import grpc
@@ -40,8 +39,8 @@ log = logging.getLogger(__name__)
 
 _METHOD = "/proto.HookHandler/InvokeHook"
 
-#: What may be better the next time; everything else the handler means, or is wrong with it.
-_PASSING = {
+#: Statuses after which a retry may help.
+_TRANSIENT = {
     "ABORTED",
     "DEADLINE_EXCEEDED",
     "INTERNAL",
@@ -56,11 +55,11 @@ class GrpcHook(Hook):
     """Hooks as calls of a gRPC service.
 
     The message is always that of today's tusd, whatever the format of other hooks.
-    ``hook-name``, ``hook-id``, ``idempotency-key`` and ``hook-sequence`` are in the call's
-    metadata, with the headers of the client's request that are forwarded. Every status but
-    OK is a failure: a handler refuses by its answer.
+    ``hook-name``, ``hook-id``, ``idempotency-key``, ``hook-sequence`` and the forwarded headers of
+    the client's request are metadata of the call. Every status but OK is a failure: a handler
+    refuses by its answer.
 
-    :param format: not used; every transport is given one.
+    :param format: unused.
     """
 
     name: ClassVar[str] = "grpc"
@@ -69,29 +68,29 @@ class GrpcHook(Hook):
     format: PayloadFormat
     endpoint: str | None = option(
         None,
-        "The service that hooks are sent to, e.g. `localhost:8081`. Needs `tuswsgi[grpc]`.",
+        "The address of the service, e.g. `localhost:8081`. Needs `tuswsgi[grpc]`.",
         aliases=("hooks-grpc",),
     )
     forward_headers: tuple[str, ...] = option(
-        (), "Headers of the client's request that are sent along as metadata."
+        (), "Headers of the client's request to forward as metadata."
     )
     max_metadata: int = option(
         6 * KiB,
-        "How many bytes of such headers are sent, the shortest ones first. Services refuse calls "
-        "with more metadata than they take, often 8 KiB.",
+        "The largest total size of forwarded headers; shorter ones go first. Services refuse calls "
+        "with too much metadata, often more than 8 KiB.",
         kind=Size,
     )
     timeout: float = option(
         15.0,
-        "How long an attempt may take. A service that hangs costs a request `timeout` for each "
+        "The timeout of an attempt. A service that hangs delays a request by `timeout` for each "
         "attempt and `backoff` between them: 63 s by default, for each blocking hook. `[hooks] "
         "blocking_timeout` bounds the sum.",
         kind=Duration,
     )
     retries: int = option(
         3,
-        "How often a blocking hook is repeated that could not be delivered. Others are "
-        "repeated as `[hooks]` says.",
+        "How many times to retry a blocking hook that could not be delivered. `[hooks]` "
+        "configures the retries of other hooks.",
         aliases=("hooks-grpc-retry",),
     )
     backoff: float = option(1.0, "The time between two attempts.", kind=Duration)
@@ -132,7 +131,7 @@ class GrpcHook(Hook):
     def send(self, request: HookRequest) -> HookResponse | None:
         import grpc
 
-        # Its strings take no more than what can be sent as JSON.
+        # Encoding it replaces what JSON, and a string of protobuf, cannot hold.
         payload = payload_format(FormatName.TUSD_V2).encode(request)
         message = _message(json.loads(payload))
         metadata = self._metadata(request)
@@ -142,14 +141,14 @@ class GrpcHook(Hook):
                 timeout = request.time_left(self.timeout)
                 return self._call()(message, timeout=timeout, metadata=metadata)
             except grpc.RpcError as error:
-                # An RpcError of a call is the call, which knows its status.
+                # The RpcError of a call is also the call, which has a status.
                 code = error.code().name
                 details = error.details()
-            failure = PassingFailure if code in _PASSING else LastingFailure
-            raise failure(f"{self.endpoint} answered {code}: {details}")
+            kind = TransientFailure if code in _TRANSIENT else PermanentFailure
+            raise kind(f"{self.endpoint} answered {code}: {details}")
 
-        answer = persistently(attempt, request, retries=self.retries, backoff=self.backoff)
-        return self._understand(request, answer)
+        answer = with_retries(attempt, request, retries=self.retries, backoff=self.backoff)
+        return self._interpret(request, answer)
 
     def close(self) -> None:
         channel = self._channel.pop()
@@ -172,26 +171,25 @@ class GrpcHook(Hook):
             "hook-sequence": str(request.sequence),
         }
         names = {name.lower() for name in self.forward_headers}
-        names = {name for name in names if _is_free(name)} - own.keys()
-        sent_along = forwarded(request, names, _is_sendable, self.max_metadata)
-        return list((sent_along | own).items())
+        names = {name for name in names if _is_allowed(name)} - own.keys()
+        return list((forwarded(request, names, _is_sendable, self.max_metadata) | own).items())
 
-    def _understand(self, request: HookRequest, answer: Message) -> HookResponse | None:
+    def _interpret(self, request: HookRequest, answer: Message) -> HookResponse | None:
         try:
             return read_answer(request.type, _answer(request.type, answer))
         except BadAnswer as error:
             if request.type.blocking:
-                raise HookBroken(f"{self.endpoint} answered nonsense: {error}") from None
-            # It was told. To tell it again would not make its answer any better.
-            said = printable(str(error))
-            log.warning("%s of %s: nonsense: %s", request.type, request.info.id, said)
+                raise HookBroken(f"The answer of {self.endpoint} is invalid: {error}") from None
+            # The event has been delivered; sending it again would not improve the answer.
+            reason = printable(str(error))
+            log.warning("%s of %s: invalid answer: %s", request.type, request.info.id, reason)
             return None
 
     def _open(self) -> grpc.Channel:
         import grpc
 
         _be_cooperative()
-        # gRPC reconnects by itself, after up to two minutes unless it is told otherwise.
+        # By default gRPC waits for up to two minutes before it reconnects.
         options = [
             ("grpc.max_receive_message_length", self.max_answer),
             ("grpc.min_reconnect_backoff_ms", 100),
@@ -213,7 +211,7 @@ class GrpcHook(Hook):
 
 
 def _message(data: Mapping[str, Any]) -> Message:
-    """Return tusd's payload as a message."""
+    """Return the message for tusd's payload."""
     upload = data["Event"]["Upload"]
     request = data["Event"]["HTTPRequest"]
     info = {
@@ -240,10 +238,10 @@ def _message(data: Mapping[str, Any]) -> Message:
 
 
 def _answer(type: HookType, message: Any) -> dict[str, Any]:
-    """Return an answer in tusd's JSON form, without what says nothing."""
+    """Return an answer in tusd's JSON format, without empty values."""
     response = message.httpResponse
     change = message.changeFileInfo
-    # The message has no word for the refusal of a termination.
+    # The message has no field for the refusal of a termination.
     reject = "RejectTermination" if type is HookType.PRE_TERMINATE else "RejectUpload"
     return _filled(
         {
@@ -275,7 +273,8 @@ def _filled(data: dict[str, Any]) -> dict[str, Any]:
 def _message_class(name: str) -> type[Message]:
     """Return the class of a message.
 
-    In a pool of its own: the application may have tusd's own messages of the same names.
+    It is in a descriptor pool of its own: the application may have tusd's messages, which have
+    the same names.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -291,8 +290,8 @@ def _is_sendable(value: str) -> bool:
     return value.isascii() and value.isprintable()
 
 
-def _is_free(name: str) -> bool:
-    """Whether metadata may have this name: others are gRPC's own, or none that it takes."""
+def _is_allowed(name: str) -> bool:
+    """Return whether metadata may have this name: gRPC reserves some and forbids others."""
     reserved = ("content-type", "te", "user-agent", "host", "connection", "transfer-encoding")
     is_name = re.fullmatch(r"[0-9a-z_.-]+", name) is not None
     is_own = name in reserved or name.startswith("grpc-") or name.endswith("-bin")
@@ -300,10 +299,10 @@ def _is_free(name: str) -> bool:
 
 
 def _be_cooperative() -> None:
-    """Have gRPC wait as gevent does, if gevent has patched this process.
+    """Make gRPC cooperate with gevent, if that has patched this process.
 
-    Before the first channel of the process is early enough. Otherwise every call stops all
-    greenlets until it is answered.
+    This must happen before the process opens its first channel. Otherwise each call blocks all
+    greenlets.
     """
     if is_cooperative():
         from grpc.experimental import gevent

@@ -1,8 +1,7 @@
-"""Brings hooks to web applications, as rustus and tusd do: a POST of JSON to each URL.
+"""Hooks as HTTP requests, as in rustus and tusd: a POST of JSON to each URL.
 
-This file owns the request's headers, the signature, and what the status of an answer
-means. Connections are the business of ``connections.http``, the body that of payload
-formats.
+This file owns the headers, the signature and the meaning of response statuses. The body is that
+of ``hooks.payloads``, and ``connections.http`` sends the requests.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from tuswsgi.hooks.answers import CONNECTION_HEADERS
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 from tuswsgi.hooks.forwarding import forwarded
 from tuswsgi.hooks.payloads import BadAnswer, PayloadFormat, check_object, decode_answer
-from tuswsgi.hooks.retries import LastingFailure, PassingFailure, persistently
+from tuswsgi.hooks.retries import PermanentFailure, TransientFailure, with_retries
 
 if TYPE_CHECKING:
     from tuswsgi.connections.http import HttpAnswer, HttpClient
 
 log = logging.getLogger(__name__)
 
-#: Headers of the client's request that are never sent along: those that say how its own message
-#: is sent, or to whom, and those that hooks have of their own.
-_OURS = {
+#: Headers of the client's request that are never forwarded: they describe the client's own
+#: message or connection, or hooks have their own.
+_NOT_FORWARDED = {
     *CONNECTION_HEADERS,
     "accept-encoding",
     "content-encoding",
@@ -53,11 +52,11 @@ _OURS = {
     "x-request-id",
 }
 
-#: The 4xx after which the same request may be taken later (RFC 9110, 15.5.9; RFC 8470; RFC 6585).
-_PASSING = {408, 425, 429}
+#: The 4xx after which the same request may succeed later (RFC 9110, 15.5.9; RFC 8470; RFC 6585).
+_TRANSIENT = {408, 425, 429}
 
-#: What a header's value may hold (RFC 9110, 5.5). ``requests`` takes none that begins with a
-#: blank, of which Latin-1 has more than a WSGI server strips.
+#: A header's value (RFC 9110, 5.5). ``requests`` refuses leading white space, of which Latin-1
+#: has more than WSGI servers strip.
 _VALUE = re.compile(r"(?!\s)[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -76,19 +75,20 @@ def _check_urls(urls: Sequence[str]) -> None:
 class HttpHook(Hook):
     """Hooks as HTTP requests.
 
-    The request has the headers ``Hook-Name``, ``Hook-Id`` and ``Idempotency-Key`` (the same
-    for every repetition) and ``Hook-Sequence``, besides those that are forwarded. With a
-    secret it is signed: ``Webhook-Signature: t=<unix time>,v1=<signature>``, where the
-    signature is the HMAC-SHA256, in hex, of the time, a dot and the body. A receiver
-    computes it again, compares in constant time and refuses times that are long past.
+    A request has the headers ``Hook-Name``, ``Hook-Id`` and ``Idempotency-Key`` (the same in
+    every attempt) and ``Hook-Sequence``, besides those that are forwarded. With a secret it is
+    signed: ``Webhook-Signature: t=<unix time>,v1=<signature>``, where the signature is the
+    HMAC-SHA256, in hex, of the time, a dot and the body. Receivers compute it too, compare in
+    constant time and refuse old times.
 
-    A 2xx accepts, and its body may be an answer in tusd's form. The 4xx of a blocking hook
-    goes to the client with its body and type, in rustus' formats also the 5xx of the last
-    attempt. All else is a failure; redirects are not followed. URLs are called in turn. The
-    first that refuses ends the row, of a post-hook all are called: what failed is repeated by
-    the caller, for all of them.
+    A 2xx accepts, and its body may be an answer in tusd's format. A 4xx response to a blocking
+    hook is sent to the client with its body and type; with rustus' formats, so is the 5xx of the
+    last attempt. Everything else is a failure. Redirects are not followed.
 
-    :param format: what the body looks like.
+    URLs are called in turn. The first refusal of a blocking hook ends the calls. Post-hooks are
+    sent to all URLs, and again to all of them if one failed.
+
+    :param format: the format of the body.
     """
 
     name: ClassVar[str] = "http"
@@ -104,23 +104,23 @@ class HttpHook(Hook):
     )
     proxy_headers: tuple[str, ...] = option(
         (),
-        "Headers of the client's request that are sent along, e.g. `Authorization,Cookie`.",
+        "Headers of the client's request to forward, e.g. `Authorization,Cookie`.",
         rustus="HOOKS_HTTP_PROXY_HEADERS",
         aliases=("hooks-http-forward-headers",),
     )
     timeout: float = option(
         2.0,
-        "How long an attempt may take, from the connection to the end of the answer. A receiver "
-        "that hangs costs a request `timeout` for each attempt and `backoff` between them: 11 s "
-        "by default, for each blocking hook and URL. `[hooks] blocking_timeout` bounds the sum.",
+        "The timeout of an attempt, from connecting to the end of the response. A receiver that "
+        "hangs delays a request by `timeout` for each attempt and `backoff` between them: 11 s by "
+        "default, for each blocking hook and URL. `[hooks] blocking_timeout` bounds the sum.",
         kind=Duration,
         rustus="HTTP_HOOK_TIMEOUT",
         aliases=("http-hook-timeout",),
     )
     retries: int = option(
         3,
-        "How often a blocking hook is repeated that met a network error or a 5xx. Others are "
-        "repeated as `[hooks]` says.",
+        "How many times to retry a blocking hook after a network error or a 5xx. `[hooks]` "
+        "configures the retries of other hooks.",
         aliases=("hooks-http-retry",),
     )
     backoff: float = option(1.0, "The time between two attempts.", kind=Duration)
@@ -132,7 +132,7 @@ class HttpHook(Hook):
     )
     max_answer: int = option(
         64 * KiB,
-        "The largest answer. A longer one to a blocking hook is a failure, and the text of a "
+        "The largest response. A longer one to a blocking hook is a failure, and the text of a "
         "refusal is cut.",
         kind=Size,
         aliases=("hooks-http-size-limit",),
@@ -147,23 +147,23 @@ class HttpHook(Hook):
 
     def send(self, request: HookRequest) -> HookResponse | None:
         failures: list[HookFailed] = []
-        names = [name for name in self.proxy_headers if name.lower() not in _OURS]
-        sent_along = forwarded(request, names, _is_sendable)
+        names = [name for name in self.proxy_headers if name.lower() not in _NOT_FORWARDED]
+        headers = forwarded(request, names, _is_sendable)
 
         def ask(url: str, request: HookRequest) -> HookResponse | None:
             try:
-                return self._ask(url, request, sent_along)
+                return self._ask(url, request, headers)
             except HookFailed as error:
                 if request.type.blocking:
                     raise
-                # One that is down must not keep the others from ever hearing of it.
+                # The other URLs get the event even while this one is down.
                 failures.append(error)
                 return None
 
         answer = ask_in_turn([partial(ask, url) for url in self.urls], request)
         if failures:
-            # It is repeated for all of them, for as long as one of them may have it.
-            raise min(failures, key=lambda failure: isinstance(failure, LastingFailure))
+            # A transient failure comes first: it means that a retry may help.
+            raise min(failures, key=lambda failure: isinstance(failure, PermanentFailure))
         return answer
 
     def close(self) -> None:
@@ -172,31 +172,31 @@ class HttpHook(Hook):
             client.close()
 
     def _ask(
-        self, url: str, request: HookRequest, sent_along: Mapping[str, str]
+        self, url: str, request: HookRequest, headers: Mapping[str, str]
     ) -> HookResponse | None:
-        """Send a hook to one URL, a blocking one until it is answered or time is up."""
+        """Send a hook to one URL; a blocking hook is retried."""
         body = self.format.encode(request).encode()
 
         def attempt() -> HttpAnswer:
             try:
                 own = self._headers(request, body)
                 timeout = request.time_left(self.timeout)
-                answer = self._client.get().post(url, body, {**sent_along, **own}, timeout)
+                answer = self._client.get().post(url, body, {**headers, **own}, timeout)
             except ValueError as error:
-                raise HookFailed(f"{_shown(url)} cannot be asked: {error}") from None
+                raise HookFailed(f"The request to {_shown(url)} is invalid: {error}") from None
             except OSError as error:
-                raise PassingFailure(f"{_shown(url)} did not answer: {error}") from None
+                raise TransientFailure(f"{_shown(url)} did not answer: {error}") from None
             if answer.status >= 500:
                 raise _ServerError(url, answer)
             return answer
 
         try:
-            answer = persistently(attempt, request, retries=self.retries, backoff=self.backoff)
+            answer = with_retries(attempt, request, retries=self.retries, backoff=self.backoff)
         except _ServerError as error:
             if not request.type.blocking:
                 raise
             answer = error.answer
-        return self._understand(url, request, answer)
+        return self._interpret(url, request, answer)
 
     def _headers(self, request: HookRequest, body: bytes) -> dict[str, str]:
         own = {
@@ -215,20 +215,18 @@ class HttpHook(Hook):
             own["Webhook-Signature"] = f"t={now},v1={signed.hex()}"
         return own
 
-    def _understand(
-        self, url: str, request: HookRequest, answer: HttpAnswer
-    ) -> HookResponse | None:
+    def _interpret(self, url: str, request: HookRequest, answer: HttpAnswer) -> HookResponse | None:
         type = request.type
-        told = f"{_shown(url)} answered"
+        summary = f"{_shown(url)} answered {answer.status}"
         if answer.status >= 500 and type.blocking and self.format.follows_tusd:
-            raise HookBroken(f"{told} {answer.status}")
+            raise HookBroken(summary)
         if answer.status >= 400 and type.blocking:
             level = logging.INFO if answer.status < 500 else logging.ERROR
-            log.log(level, "%s of %s: %s %s", type, request.info.id, told, answer.status)
+            log.log(level, "%s of %s: %s", type, request.info.id, summary)
             raise HookRefusal(answer.status, *_for_client(answer))
         if not 200 <= answer.status < 300:
-            lasts = 400 <= answer.status < 500 and answer.status not in _PASSING
-            raise (LastingFailure if lasts else HookFailed)(f"{told} {answer.status}")
+            is_permanent = 400 <= answer.status < 500 and answer.status not in _TRANSIENT
+            raise (PermanentFailure if is_permanent else HookFailed)(summary)
         try:
             if not answer.complete:
                 raise BadAnswer(f"more than {self.max_answer} bytes")
@@ -237,21 +235,21 @@ class HttpHook(Hook):
             return decode_answer(type, answer.body)
         except BadAnswer as error:
             if type.blocking:
-                raise HookBroken(f"{told} nonsense: {error}") from None
-            # It was told. To tell it again would not make its answer any better.
-            said = printable(str(error))
-            log.warning("%s of %s: %s nonsense: %s", type, request.info.id, told, said)
+                raise HookBroken(f"The answer of {_shown(url)} is invalid: {error}") from None
+            # The event has been delivered; sending it again would not improve the answer.
+            reason = printable(str(error))
+            log.warning("%s of %s: invalid answer: %s", type, request.info.id, reason)
             return None
 
     def _open(self) -> HttpClient:
-        # That takes a tenth of a second, and most servers send no hooks by HTTP.
+        # The import takes 0.1 s, and most servers send no hooks over HTTP.
         from tuswsgi.connections.http import HttpClient
 
         return HttpClient(self.timeout, self.max_answer)
 
 
-class _ServerError(PassingFailure):
-    """A 5xx, which counts as the answer if it comes again and again."""
+class _ServerError(TransientFailure):
+    """A 5xx response, which is the answer if it is the one to the last attempt."""
 
     def __init__(self, url: str, answer: HttpAnswer) -> None:
         super().__init__(f"{_shown(url)} answered {answer.status}")
@@ -263,24 +261,23 @@ def _is_sendable(value: str) -> bool:
 
 
 def _for_client(answer: HttpAnswer) -> tuple[str, dict[str, str]]:
-    """Return the text of a refusal, and its type: it is sent in UTF-8 whatever it was in."""
-    given = answer.content_type
-    text = answer.body
-    if given is None or not (given.isascii() and given.isprintable()):
-        return text.decode(errors="replace"), {}
+    """Return the body of a refusal as text, and its type with UTF-8 as its charset."""
+    content_type = answer.content_type
+    if content_type is None or not (content_type.isascii() and content_type.isprintable()):
+        return answer.body.decode(errors="replace"), {}
     parsed = Message()
-    parsed["Content-Type"] = given
+    parsed["Content-Type"] = content_type
     charset = parsed.get_content_charset("utf-8")
     try:
-        body = text.decode(charset, "replace")
+        body = answer.body.decode(charset, "replace")
     except LookupError:
-        body = text.decode(errors="replace")
+        body = answer.body.decode(errors="replace")
     if charset != "utf-8":
         parsed.set_param("charset", "utf-8")
     return body, {"Content-Type": parsed["Content-Type"]}
 
 
 def _shown(url: str) -> str:
-    """Return a URL without its credentials, which a query may be, too."""
+    """Return a URL without credentials, and without its query, which may contain some."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,7 +1,7 @@
-"""Runs programs while other requests go on, bounded in time and in what they may say.
+"""Runs programs with a timeout and a bound on their output.
 
-This file owns how a program is started, watched and killed: under gevent by the hub,
-elsewhere by the thread that waits for it. It does not know what programs are for.
+Under gevent, the hub starts and watches a program, so that other greenlets go on; elsewhere, the
+calling thread does.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from typing import IO, Any
 
 from tuswsgi.core.process import PerProcess, is_cooperative, let_others_run
 
-#: How long a killed program may take to be gone, in seconds: what sits in a system call
-#: that nothing interrupts must not hold us, too.
+#: How long to wait for the end of a killed program, in seconds. One in an uninterruptible
+#: system call may take for ever.
 _GRACE = 5.0
 
-#: How often a thread looks whether a program has ended whose output stays open, in seconds.
+#: How often a thread checks whether a program has ended whose output is still open, in seconds.
 _TICK = 0.05
 
 _CHUNK = 64 * 1024
 
-#: The most that the kernel lets a pipe hold, in chunks.
+#: The largest capacity of a pipe on Linux, in chunks.
 _FULL_PIPE = 16
 
-#: Python ignores these, and what is ignored stays so in the program that is started.
+#: Signals that Python ignores. Programs would inherit that.
 _IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
 
-#: Under gevent: who may start a program.
+#: Held under gevent while a program is started.
 _turn = PerProcess(lambda: threading.Lock())
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program that is to be run.
+    """A program to run.
 
-    :param command: its path, which is not searched for, and its arguments.
-    :param stdin: what it finds on its standard input, which it need not read.
+    :param command: its path, which is not looked up in ``PATH``, and its arguments.
+    :param stdin: its standard input, which it need not read.
     :param cwd: its working directory, ``None`` for ours.
     """
 
@@ -57,9 +57,9 @@ class Program:
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a program.
+    """The outcome of a program.
 
-    :param code: its exit code; the number of the signal that ended it, below zero.
+    :param code: its exit code, or the negative number of the signal that killed it.
     :param output: the beginning of its standard output.
     :param errors: the end of its standard error.
     """
@@ -70,13 +70,13 @@ class Ended:
 
 
 def run(program: Program, *, timeout: float, output: int, errors: int) -> Ended:
-    """Run a program, as the leader of a new session, and wait for its end.
+    """Run a program in a new session and wait for its end.
 
-    Processes that it leaves in the background live on; what they write is thrown away.
+    Processes that it leaves in the background live on; their output is discarded.
 
-    :param timeout: seconds after which it is killed, with all of its process group.
-    :param output: how many bytes of its standard output are kept, the first ones.
-    :param errors: how many bytes of its standard error are kept, the last ones.
+    :param timeout: seconds after which its process group is killed.
+    :param output: how many bytes of the beginning of its standard output to keep.
+    :param errors: how many bytes of the end of its standard error to keep.
     :raises TimeoutError: if it was killed.
     :raises OSError: if it could not be started.
     """
@@ -90,16 +90,16 @@ def run(program: Program, *, timeout: float, output: int, errors: int) -> Ended:
 
 
 class _Pipe:
-    """A pipe for what a program writes: some of it is kept, the rest is thrown away.
+    """A pipe for a program's output, of which a part is kept.
 
-    :param surplus: what is too much of what has come by now.
+    :param surplus: the slice to discard after each read.
     """
 
     def __init__(self, surplus: slice) -> None:
         self.kept = bytearray()
-        #: Whether nobody can write to it any more.
+        #: Whether all writers have closed it.
         self.ended = False
-        #: Whether it is read on in the background, and closed there.
+        #: Whether a reader in the background drains and closes it.
         self.is_lent = False
         self._writer: int | None
         self.reader, self._writer = os.pipe()
@@ -110,24 +110,24 @@ class _Pipe:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.give_writer()
+        self.close_writer()
         if not self.is_lent:
             os.close(self.reader)
 
     @property
     def writer(self) -> int:
-        """The end for the program."""
+        """The program's end."""
         assert self._writer is not None
         return self._writer
 
-    def give_writer(self) -> None:
-        """The program has its end by now: ours would hide that it closed it."""
+    def close_writer(self) -> None:
+        """Close our copy of the program's end, so that the pipe ends when the program does."""
         if self._writer is not None:
             os.close(self._writer)
             self._writer = None
 
     def take(self) -> bool:
-        """Take some of what is there; return whether there may be more."""
+        """Read once; return whether there may be more."""
         try:
             chunk = os.read(self.reader, _CHUNK)
         except BlockingIOError:
@@ -139,9 +139,9 @@ class _Pipe:
         return bool(chunk)
 
     def take_rest(self) -> None:
-        """Take what was written by a program that has ended.
+        """Read the rest of the output of a program that has ended.
 
-        The pipe is lent if something in the background goes on writing to it.
+        If a process in the background has the pipe open, it becomes lent.
         """
         for _ in range(_FULL_PIPE):
             if self.ended or not self.take():
@@ -153,7 +153,7 @@ Pipes = tuple[_Pipe, _Pipe]
 
 
 def _readable(content: bytes) -> IO[bytes]:
-    """Return a file with `content`: unlike a pipe it does not wait for its reader."""
+    """Return a file with this content. Unlike a pipe, it needs no writer beside the reader."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("stdin")
     else:
@@ -169,7 +169,7 @@ def _kill(group: int) -> None:
     try:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        pass  # it is gone, or not ours any more
+        pass  # it has ended, or changed its user
 
 
 def _too_slow(timeout: float) -> TimeoutError:
@@ -181,18 +181,18 @@ def _in_hub(program: Program, stdin: IO[bytes], pipes: Pipes, timeout: float) ->
     from gevent.event import Event
 
     loop = get_hub().loop
-    # Children are reaped by the loop, which has to hear of them before the first is there.
+    # The loop reaps children. Its handler must exist before the first child does.
     loop.install_sigchld()
     ended = Event()
     with _turn.get():
-        # To start a program takes the kernel a millisecond: many are not started in a row.
+        # The kernel takes a millisecond to start a program. Many in a row would block others.
         let_others_run()
         pid = _start(program, stdin, pipes)
         child = loop.child(pid)
         child.start(ended.set)
     readers = [loop.io(pipe.reader, 1, ref=False) for pipe in pipes]
     for pipe, reader in zip(pipes, readers, strict=True):
-        pipe.give_writer()
+        pipe.close_writer()
         reader.start(_take_some, pipe, reader)
     try:
         if not ended.wait(timeout):
@@ -222,11 +222,11 @@ def _take_some(pipe: _Pipe, reader: Any) -> None:
 def _start(program: Program, stdin: IO[bytes], pipes: Pipes) -> int:
     """Start a program and return its pid.
 
-    ``subprocess`` takes gevent ten times as long, and much longer in a large process.
+    gevent's ``subprocess`` takes ten times as long, and much longer in a large process.
     """
     command = list(program.command)
     if program.cwd is not None:
-        # posix_spawn has no way to say where.
+        # posix_spawn cannot set a working directory.
         command = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(program.cwd), *command]
     fds = (stdin.fileno(), *(pipe.writer for pipe in pipes))
     return os.posix_spawn(
@@ -253,7 +253,7 @@ def _in_thread(program: Program, stdin: IO[bytes], pipes: Pipes, timeout: float)
     )
     try:
         for pipe in pipes:
-            pipe.give_writer()
+            pipe.close_writer()
         _follow(process, pipes, timeout)
     finally:
         if process.returncode is None:
@@ -267,7 +267,7 @@ def _in_thread(program: Program, stdin: IO[bytes], pipes: Pipes, timeout: float)
 
 
 def _follow(process: subprocess.Popen[bytes], pipes: Pipes, timeout: float) -> None:
-    """Take what a program writes until it has ended."""
+    """Read a program's output until it has ended."""
     deadline = time.monotonic() + timeout
     poll = select.poll()
     for pipe in pipes:
@@ -279,7 +279,7 @@ def _follow(process: subprocess.Popen[bytes], pipes: Pipes, timeout: float) -> N
         if all(pipe.ended for pipe in pipes):
             _wait(process, left)
             continue
-        # A process in the background may hold the pipes open after the program's end.
+        # A process in the background may keep the pipes open after the program's end.
         poll.poll(1000 * min(left, _TICK))
         for pipe in pipes:
             if not pipe.ended:
@@ -292,7 +292,7 @@ def _wait(process: subprocess.Popen[bytes], timeout: float) -> None:
     try:
         process.wait(timeout)
     except subprocess.TimeoutExpired:
-        pass  # the caller looks at the clock
+        pass  # the caller checks the deadline
 
 
 def _take_all(pipe: _Pipe) -> None:

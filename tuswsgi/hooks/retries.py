@@ -1,7 +1,6 @@
-"""Asking again: what the transports that go over a network do about passing failures.
+"""Retries of the transports that use a network.
 
-Only blocking hooks are repeated here, while the client waits. Of the others delivery takes
-care.
+Only blocking hooks are retried here, while the client waits. ``outbox`` retries all others.
 """
 
 from __future__ import annotations
@@ -20,32 +19,33 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class PassingFailure(HookFailed):
-    """A failure that may be over in a moment."""
+class TransientFailure(HookFailed):
+    """A failure that a retry may mend."""
 
 
-class LastingFailure(HookFailed):
-    """A failure that will hardly ever be over: the application will not have it."""
+class PermanentFailure(HookFailed):
+    """A failure that no retry will mend, because the application refused the hook."""
 
 
-def persistently(
+def with_retries(
     attempt: Callable[[], T], request: HookRequest, *, retries: int, backoff: float
 ) -> T:
-    """Return what `attempt` returns, if a blocking hook has to be repeated for that.
+    """Call `attempt` and return its result; retry blocking hooks.
 
-    :param retries: how often it is repeated after a ``PassingFailure``.
+    :param retries: how many times to retry after a ``TransientFailure``.
     :param backoff: seconds between two attempts.
-    :raises HookFailed: as the last attempt: that which leaves no time for another one.
+    :raises HookFailed: the error of the last attempt. There is no further attempt if the
+        request's deadline would pass before it.
     """
     left = retries if request.type.blocking else 0
     while True:
         try:
             return attempt()
-        except PassingFailure as error:
+        except TransientFailure as error:
             if left <= 0 or not request.may_wait(backoff):
                 raise
             left -= 1
             log.info(
-                "%s of %s is repeated: %s", request.type, request.info.id, printable(str(error))
+                "%s of %s will be retried: %s", request.type, request.info.id, printable(str(error))
             )
         time.sleep(backoff)

@@ -17,7 +17,7 @@ from tuswsgi.core.display import printable, without_secrets
 from tuswsgi.core.errors import TusError
 from tuswsgi.core.events import Event, HookType
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse
-from tuswsgi.hooks.retries import LastingFailure
+from tuswsgi.hooks.retries import PermanentFailure
 from tuswsgi.infostores.base import EventStore
 from tuswsgi.infostores.record import CorruptRecord
 from tuswsgi.outbox.claims import Claims
@@ -112,7 +112,7 @@ class Sender:
     def _is_hopeless(self, event: Event, error: Exception) -> bool:
         if isinstance(error, CorruptRecord):
             return True
-        if not isinstance(error, LastingFailure):
+        if not isinstance(error, PermanentFailure):
             return False
         # A proxy may answer 404 once while the receiver starts, after many other failures.
         is_repeated = event.error is None or event.error.startswith(_REFUSED)
@@ -164,5 +164,5 @@ def describe(error: Exception) -> str:
     """Return the cause of an error in one line, without secrets."""
     cause = error.__cause__ or error
     text = str(cause) if isinstance(cause, TusError) else f"{type(cause).__name__}: {cause}"
-    text = f"{_REFUSED}{text}" if isinstance(error, LastingFailure) else text
+    text = f"{_REFUSED}{text}" if isinstance(error, PermanentFailure) else text
     return printable(" ".join(without_secrets(text).split()))[:_ERROR_LENGTH]
