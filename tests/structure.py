@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "tuswsgi"
 
-#: The packages and loose modules from the bottom up. Each may import those before it, and no others.
+#: The packages and loose modules from the bottom up. Each may import only those before it.
 ORDER = (
     "core",
     "observing",
