@@ -85,8 +85,8 @@ class HookManager:
     def request(self, type: HookType, info: FileInfo, request: RequestInfo) -> HookRequest:
         """Return what the transports are to send.
 
-        :param info: the upload; for a post-hook as it is before the write that the hook
-            reports, whose sequence is the next one. A post-create reports the first write.
+        :param info: the upload. For a post-hook, its sequence is that before the write that
+            the hook reports; a post-create reports the first write.
         """
         location = None if type is HookType.PRE_CREATE else self._locate(info)
         is_counted = not type.blocking and type is not HookType.POST_CREATE

@@ -154,7 +154,8 @@ class EventStore(ABC):
     def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
         """Return the undelivered events of an upload in the order of their delivery.
 
-        That is the order of their sequence and, where that is equal, of their writing.
+        That is the order of their sequence and, where that is equal, of their writing. An
+        unknown upload has none.
 
         :param dead: return the dead letters instead.
         """

@@ -78,7 +78,7 @@ class FileInfoStore(InfoStore):
 
     info_dir: Path = option(
         None,
-        "The directory of `file-info-storage`. Unset: a directory below the data directory.",
+        "The directory of `file-info-storage`. Unset: `.tuswsgi/info` below the data directory.",
         rustus="INFO_DIR",
     )
     force_fsync: bool = False
@@ -182,7 +182,10 @@ class FileInfoStore(InfoStore):
         return [info.id for info in self._infos(finals) if info.state is State.WAITING]
 
     def events(self, id: str, *, dead: bool = False) -> Sequence[Event]:
-        return self._read(id).undelivered(dead=dead)
+        try:
+            return self._read(id).undelivered(dead=dead)
+        except UploadNotFound:
+            return []
 
     def claim(
         self,

@@ -50,7 +50,7 @@ class Claims:
         self._held.pop((event.id, event.transport), None)
 
     def put_back(self, event: Event) -> None:
-        """Write what became of an event, and release the claim on it."""
+        """Store the outcome of an event, and release the claim on it."""
         self._events.put_back(event)
         self._held.pop((event.id, event.transport), None)
 
@@ -73,7 +73,7 @@ class Claims:
         self._renew(time.time() + self._lease)
 
     def release_all(self) -> None:
-        """Release all claims; the events may be in delivery still."""
+        """Release all claims, although some events may still be in delivery."""
         self._renew(0.0)
 
     def _change_worker(self) -> None:

@@ -1,7 +1,7 @@
-"""Delivers events in one process: decides which are claimed, and when.
+"""Delivers events in one process: decides which events it claims, and when.
 
-The events of an upload go in their order through each transport, one at a time among all
-processes that share the info store; a transport that is slow or away holds up no other.
+Each transport sends the events of an upload in order and one at a time, whichever processes
+deliver them. A slow or unavailable transport does not hold up the others.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _POLL = (1.0, 2.0)
 #: Seconds between two polls for events of unknown transports.
 _UNKNOWN_PAUSE = 30.0
 
-#: Seconds after which an event of an unknown transport becomes a dead letter. A worker with
-#: a newer configuration may have written it, which this process gets when it is reloaded.
+#: Seconds after which an event of an unknown transport becomes a dead letter. Until then, a
+#: worker with a newer configuration may have written it while the server reloads.
 _UNKNOWN_AGE = 60.0
 
-#: How many uploads may wait to be looked at; polls find the events of the others.
+#: How many woken uploads may wait; polls find the events of any others.
 _MOST_WOKEN = 10_000
 
 
@@ -106,7 +106,7 @@ class Delivery:
             if failures:
                 log.info("Post-hooks can be delivered again")
                 failures = 0
-            # Without transports, only events of unknown ones can be there.
+            # Without transports, only events of unknown transports can be pending.
             next_step = min(self._poll_at, self._renew_at) if self._hooks else self._unknown_at
             self._news.wait(max(0.0, next_step - time.monotonic()))
 
@@ -167,14 +167,14 @@ class Delivery:
             self._news.set()
 
     def _work(self, job: Job) -> Event | None:
-        """Do a job of a queue, and return the next event of the queue."""
+        """Do a job of a queue, and return the event that is next in the queue."""
         if isinstance(job, OneShot):
             self._sender.send_once(job)
             return None
         try:
             return self._next(job) if self._sender.deliver(job) else None
         except Exception:
-            # Or this process would renew the claim as long as it lives.
+            # Otherwise this process would renew the claim as long as it lives.
             self._claims.release([job])
             raise
 
@@ -184,6 +184,6 @@ class Delivery:
         try:
             return next(iter(self._claims.claim(event.transport, event.upload, 1)), None)
         except Exception:
-            # The dispatching thread will fail at the same, and logs it.
+            # The delivery thread tries again, and logs the error.
             self.wake(event.upload)
             return None

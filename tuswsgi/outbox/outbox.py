@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Outbox:
     """The post-hooks of a server.
 
-    post-receive, and with `fire-and-forget` every post-hook, is never recorded: it is sent
-    once by this process. The others are delivered at least once.
+    Most are recorded as events and delivered at least once. A post-receive, and with
+    `fire-and-forget` every post-hook, is sent once by this process instead.
 
     :param store: where the events are kept.
     :param hooks: the transports; may be added to later.
@@ -52,7 +52,7 @@ class Outbox:
     def record(self, type: HookType, info: FileInfo, request: RequestInfo) -> Sequence[Event]:
         """Return the events to write with a change of state, one per transport.
 
-        :param info: the upload as it is to be written.
+        :param info: what is passed to ``RecordStore.create`` or ``save`` with the events.
         """
         if not self.keeps_events:
             return ()
@@ -64,7 +64,7 @@ class Outbox:
         return [event_of(sent, hook.name, now) for hook in hooks]
 
     def tell(self, type: HookType, info: FileInfo, request: RequestInfo) -> None:
-        """Deliver a post-hook, soon. Its events, if any, are committed. Does not wait."""
+        """Start the delivery of a post-hook whose events are committed. Does not wait."""
         hooks = self._hooks.of(type)
         if not hooks:
             return
@@ -76,9 +76,11 @@ class Outbox:
             self._send_once(hook, sent)
 
     def wake(self, upload: str) -> None:
-        """Deliver the committed events of `upload` that are due, soon. Does not wait.
+        """Start the delivery of all committed events of an upload. Does not wait.
 
-        Without ``start`` in this process, another one does it at its next poll.
+        Before ``start``, another process delivers them at its next poll.
+
+        :param upload: the id of the upload.
         """
         delivery = self._delivery.peek()
         if delivery is not None and self.keeps_events:

@@ -36,14 +36,15 @@ _ERROR_LENGTH = 500
 #: How the stored error of a refusal begins.
 _REFUSED = "Refused: "
 
-#: The pauses between attempts to write what became of an event.
+#: The pauses between attempts to store the outcome of an event.
 _WRITE_PAUSES = Backoff(first=0.1, longest=5.0)
 
 
 class Sender:
-    """Sends post-hooks, one at a time for each caller.
+    """Sends post-hooks and stores the outcome. May be called from many threads.
 
-    :param stopping: set when the process stops; no write is retried then.
+    :param hooks: the transports; may be added to later.
+    :param stopping: set when the process stops; writes are not retried then.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Sender:
             self._put_back(event)
             return event.dead
         self._write(self._claims.settle, event)
-        self._heed(hook, request, answer)
+        self._handle_answer(hook, request, answer)
         return True
 
     def send_once(self, shot: OneShot) -> None:
@@ -89,7 +90,7 @@ class Sender:
         except Exception as error:
             log.warning("%s failed: %s", shot, describe(error), exc_info=unexpected(error))
             return
-        self._heed(shot.hook, shot.request, answer)
+        self._handle_answer(shot.hook, shot.request, answer)
 
     def bury(self, event: Event, reason: str) -> None:
         """Make a dead letter of an event that this process has claimed."""
@@ -124,8 +125,8 @@ class Sender:
         self._write(self._claims.put_back, event)
 
     def _write(self, write: Callable[[Event], None], event: Event) -> None:
-        """Write what became of an event, and keep the claim on it until that succeeds: the
-        event would be delivered again.
+        """Store the outcome of an event, and keep the claim on it until that succeeds: otherwise
+        it would be delivered again.
         """
         for attempt, pause in enumerate(_WRITE_PAUSES):
             try:
@@ -138,7 +139,7 @@ class Sender:
             if self._stopping.wait(pause):
                 return
 
-    def _heed(self, hook: Hook, request: HookRequest, answer: HookResponse | None) -> None:
+    def _handle_answer(self, hook: Hook, request: HookRequest, answer: HookResponse | None) -> None:
         if answer is None or answer == HookResponse():
             return
         if not answer.stop or request.type is not HookType.POST_RECEIVE:
