@@ -1,7 +1,7 @@
-"""The composed server: backends, settings and hooks put together, as a Flask blueprint.
+"""The server, put together from backends, settings and hooks.
 
-``Tus`` is what an embedding application uses; ``create_app`` makes a Flask application
-that is nothing but a tus server.
+``Tus`` makes blueprints for a Flask application; ``create_app`` returns an application that is
+nothing but a tus server.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds after a start that failed in which nobody tries again.
+#: Seconds between a failed start and the next attempt.
 _START_PAUSE = 1.0
 
 _count = itertools.count(1)
@@ -64,13 +64,13 @@ class Tus:
         tus = Tus(data_dir="uploads", max_file_size="5GB")
         app.register_blueprint(tus.blueprint(), url_prefix="/files")
 
-    :param config: the configuration; otherwise `options` are it.
-    :param data_store: a store of your own in place of the configured one; likewise
+    :param config: the configuration; without one it is made of `options`.
+    :param data_store: a store of your own instead of the configured one; likewise
         `info_store` and `locker`.
-    :param hooks: transports of your own, which are asked before the configured ones; also
-        the option of this name.
-    :param owner: returns who sends a request. Uploads belong to who created them, and
-        nobody else finds them.
+    :param hooks: transports of your own, which are asked before the configured ones; or the
+        value of the option of this name.
+    :param owner: returns the user who sends a request. An upload is visible only to the user who
+        created it.
     :param name: the blueprint's name; unique by default.
     :param options: any option of the reference, e.g. ``max_file_size``.
     :raises ConfigurationError: if the options are wrong.
@@ -89,7 +89,7 @@ class Tus:
         **options: Any,
     ) -> None:
         if locker is not None and not isinstance(locker, Locker):
-            # The option has the same name: which of the server's own lockers it is to be.
+            # The name of a built-in locker, as the option has it.
             options["locker"] = locker
             locker = None
         own_hooks = [] if hooks is None else [hook for hook in hooks if isinstance(hook, Hook)]
@@ -131,9 +131,9 @@ class Tus:
     def blueprint(self, methods: Collection[str] | None = None) -> TusBlueprint:
         """Return a blueprint with the server's routes, to be registered under any prefix.
 
-        :param methods: the only methods that it shall take, e.g. ``["POST", "HEAD",
-            "PATCH", "OPTIONS"]``. The others are left to rules of the application for the
-            same URLs.
+        :param methods: the methods that it serves, e.g. ``["POST", "HEAD", "PATCH",
+            "OPTIONS"]``; by default all. The application may have rules of its own for other
+            methods of the same URLs.
         """
         return TusBlueprint(
             self.name,
@@ -146,13 +146,12 @@ class Tus:
         )
 
     def monitoring_blueprint(self) -> MonitoringBlueprint:
-        """Return a blueprint with `/health` and `/ready`, to be registered where they shall be,
-        and with `/metrics` if that is switched on.
+        """Return a blueprint with `/health`, `/ready` and, if metrics are on, `/metrics`.
 
-        `/health` says that the process answers, and `/ready` whether uploads can be taken.
-        The metrics are those of all workers where the environment variable
-        ``PROMETHEUS_MULTIPROC_DIR`` names an empty directory, as our own settings for gunicorn
-        do; elsewhere they are those of the process that is asked.
+        `/health` tells that the process responds, and `/ready` whether it can accept uploads.
+        The metrics are the sums of all workers if the environment variable
+        ``PROMETHEUS_MULTIPROC_DIR`` names a directory that was empty at the start, as it does with
+        our settings for gunicorn; otherwise they are those of one process.
         """
         needed = []
         if self.config.build(MonitoringSettings).ready_needs_hooks:
@@ -179,11 +178,11 @@ class Tus:
         return HookManager(hooks, self.config.build(HookSettings), data.location)
 
     def on(self, event: str) -> Callable[[HookFunction], HookFunction]:
-        """Decorate a function that is to be called for a hook, e.g. ``pre-create``.
+        """Decorate a function that handles a hook, e.g. ``pre-create``.
 
-        It gets a ``HookRequest`` and returns a ``HookResponse`` or nothing. What it raises
-        in a blocking hook refuses the request. In any other it is called after the change
-        that it tells of was saved, maybe by another worker, and again if it raises.
+        It gets a ``HookRequest`` and returns a ``HookResponse`` or ``None``. An exception in a
+        blocking hook refuses the request. Other hooks are called after their change was saved,
+        perhaps in another worker, and again if the function raises.
 
         :raises ValueError: if there is no such hook.
         """
@@ -200,23 +199,23 @@ class Tus:
         return add
 
     def stop(self, id: str) -> bool:
-        """End an unfinished upload for good, in whatever worker it is being received.
+        """Terminate an unfinished upload, also while another worker receives it.
 
-        :returns: whether there was something to end: finished uploads stay.
+        :returns: whether it was terminated; finished uploads stay.
         :raises UploadNotFound: if there is no such upload.
-        :raises UploadLocked: if its holder did not let go in time.
+        :raises UploadLocked: if the request that holds it did not release it in time.
         """
         self.start()
         return self.uploads.stop(id)
 
     def start(self) -> None:
-        """Make ready in this process: prepare the backends, begin to sweep and to deliver.
+        """Prepare the backends, and start the cleanup and the delivery of hooks, in this process.
 
-        The first request does it too; a server calls it to learn of trouble before that.
-        What failed is tried again by whoever calls it next.
+        Every request calls it; a server calls it before, to notice problems early. After a
+        failure the next call tries again.
 
-        :raises ConfigurationError: if a backend cannot work as it is configured.
-        :raises Unavailable: if a backend cannot be reached now.
+        :raises ConfigurationError: if a backend cannot work with its configuration.
+        :raises Unavailable: if a backend cannot be reached.
         """
         self._started.get()
 
@@ -226,10 +225,9 @@ class Tus:
         return self._started.peek() is not None
 
     def drain(self, timeout: float = 10.0) -> None:
-        """Wait for the post-hooks that are being delivered, and begin no more.
+        """Stop the cleanup, start no more deliveries and wait for those in progress.
 
-        What is left is delivered by other workers, or by the next ones, and one of them cleans
-        up from now on. May be called again.
+        Other workers, or the next ones, deliver the rest. May be called more than once.
 
         :param timeout: in seconds.
         """
@@ -238,19 +236,19 @@ class Tus:
         self._outbox.stop(timeout)
 
     def stop_uploads(self) -> None:
-        """End all uploads that are in flight, and each one that comes.
+        """Interrupt all requests that upload bytes, now and from now on.
 
-        What has arrived is kept, and the clients are told to go on elsewhere or later
-        (503). It only sets latches, so a signal handler may call it.
+        The bytes that have arrived are kept, and clients get a 503, after which they resume. It is
+        safe in a signal handler.
         """
         self.uploads.readers.stop()
 
     def stop_on_sigterm(self) -> None:
-        """Call ``stop_uploads`` at SIGTERM, and then whoever handled it before.
+        """Call ``stop_uploads`` at SIGTERM, and then the previous handler.
 
-        For a gunicorn worker: nothing else tells an application that the worker is to
-        stop, and a worker that waits for a body is killed in the end. To be called in the
-        worker's main thread, e.g. in ``post_worker_init``.
+        gunicorn does not tell applications that a worker is to stop, and kills a worker that still
+        waits for a body in the end. Call this in the worker's main thread, e.g. in
+        ``post_worker_init``.
         """
         previous = signal.getsignal(signal.SIGTERM)
 
@@ -266,11 +264,11 @@ class Tus:
 
     def _start(self) -> bool:
         if time.monotonic() < self._start_again_at:
-            # All who waited for the attempt that failed would otherwise try one by one.
+            # Requests that waited for the failed attempt would otherwise try one by one.
             raise Unavailable
         try:
             self.prepare()
-            self._say_where_locks_are()
+            self._publish_locker()
         except TusError:
             self._start_again_at = time.monotonic() + _START_PAUSE
             raise
@@ -279,7 +277,7 @@ class Tus:
         threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
         return True
 
-    def _say_where_locks_are(self) -> None:
+    def _publish_locker(self) -> None:
         if self._presence is not None:
             try:
                 self._presence.get()
@@ -287,10 +285,10 @@ class Tus:
                 log.warning("Commands beside this server will not find its locks: %s", error)
 
     def prepare(self) -> None:
-        """Make the backends ready, and no more: for a program beside the servers.
+        """Prepare the backends only, for a program beside the servers.
 
-        Post-hooks that are written down are left to the servers; others are sent from here, until
-        ``drain``.
+        Post-hooks that are kept in a store are left to the servers; others are sent from this
+        process, until ``drain``.
 
         :raises ConfigurationError: as ``start``.
         :raises Unavailable: as ``start``.
@@ -298,14 +296,13 @@ class Tus:
         backends: list[DataStore | InfoStore | Locker[Any] | Hook]
         backends = [self.uploads.data, self.uploads.infos, self.uploads.locker, *self.hooks.hooks]
         failures: list[Exception] = []
-        # All of them: one that cannot be used is not in the way of those that can.
         for backend in backends:
             try:
                 backend.prepare()
             except (TusError, ConfigurationError) as error:
                 failures.append(error)
         if failures:
-            # What does not pass by itself comes first.
+            # A configuration error does not pass, so it comes first.
             raise min(failures, key=lambda error: isinstance(error, TusError))
         if self.hooks.hooks and not self._outbox.keeps_events:
             self._outbox.start()
@@ -317,9 +314,10 @@ class Tus:
 def create_app(config: Config | None = None) -> flask.Flask:
     """Return a Flask application that serves uploads at the configured URL.
 
-    ``/health`` and ``/ready`` are beside it, and win where uploads are at ``/``.
+    If uploads are at ``/``, ``/health`` and ``/ready`` still work. Functions, signals and rules
+    that are added to the application are called for uploads, too.
 
-    :param config: the configuration; without one the environment is it.
+    :param config: the configuration; by default that of the environment.
     :raises ConfigurationError: if it is wrong.
     """
     config = config or Config.from_environment(os.environ)

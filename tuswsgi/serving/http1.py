@@ -1,10 +1,9 @@
-"""Plain HTTP/1 requests and responses, with a fraction of the work of gunicorn's own way.
+"""A fast path for plain HTTP/1 requests and their responses.
 
-A request is plain if nothing about it needs a second look: an ordinary request line, a few
-well-formed fields of which none says how the body is framed but Content-Length. Whatever is
-not plain, malformed or just rare, is left to gunicorn's parser, which begins again at the
-first byte and finds the whole head there. Only what has no end is refused here: gunicorn would
-look through all of it again for each piece that comes.
+A request is plain if it has an ordinary request line and a few well-formed fields, and its body
+is framed by Content-Length alone. Everything else, malformed or just rare, is left to gunicorn's
+parser, which gets the whole head from its first byte. Only heads that are too long are refused
+here: gunicorn would look through all of it again for each piece that arrives.
 """
 
 from __future__ import annotations
@@ -25,30 +24,30 @@ from tuswsgi.transfer.fairness import RECEIVE, REQUEST, Budget
 from tuswsgi.transfer.framing import BareLF, FieldBuffer, TooLong
 from tuswsgi.transfer.gunicorn import is_read
 
-#: A head that is longer is not plain.
+#: Longer heads are not plain.
 LONGEST_HEAD = 8000
 _MOST_FIELDS = 60
 
-# No absolute form, no "//", which needs care, no fragment, no lower-case method. CONNECT and
-# TRACE are nothing for an upload server.
+# No absolute form, no "//", no fragment and no lower-case method. An upload server has no use
+# for CONNECT and TRACE.
 _REQUEST_LINE = re.compile(
     r"(GET|HEAD|POST|PATCH|PUT|DELETE|OPTIONS) (/(?!/)[!-\"$-~]*) HTTP/1\.([01])"
 )
-# Without control characters, of which a bare CR or LF might be taken for the end of a line.
+# Without control characters: a bare CR or LF might be taken for the end of a line.
 _LINES = re.compile(rb"(?:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)+")
-# Without "_": in an environ it cannot be told from "-" (RFC 9110, 5.6.2).
+# RFC 9110, 5.6.2, without "_": an environ cannot tell it from "-".
 _NAME = re.compile(r"[!#$%&'*+\-.^`|~0-9A-Za-z]+")
 
-#: Fields about which there is more to say than their value.
+#: Fields that change how a message is read.
 _NOT_PLAIN = {"TRANSFER_ENCODING", "TRAILER", "TE", "EXPECT", "UPGRADE", "HTTP2_SETTINGS"}
 
-#: The environ's keys for the names of fields, as clients spell these.
+#: The environ's keys by the names of fields as clients spell them.
 _keys: dict[str, str] = {}
 _MOST_KEYS = 1000
 
 
 class PlainRequest:
-    """What gunicorn's workers, responses and logs want to know of a request."""
+    """A request with the attributes that gunicorn's workers, responses and logs use."""
 
     trailers: tuple[()] = ()
     proxy_protocol_info: dict[str, Any] | None = None
@@ -86,9 +85,9 @@ class PlainRequest:
 
 
 class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's parser of one connection, which looks first whether a request is plain.
+    """Parses plain requests itself and leaves others to gunicorn's parser.
 
-    Whoever uses it reads each body to its end, or ends the connection.
+    Each body must be read to its end before the next request is asked for.
 
     :param longest_head: the most bytes of a head.
     """
@@ -104,13 +103,12 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
     def __next__(self) -> Any:
         if self.mesg is not None and (self.mesg.should_close() or not is_read(self.mesg.body)):
             raise StopIteration
-        # The next request may be here already: without this one client could send so many at
-        # once that nobody else is served.
+        # A client that sends many requests at once must not keep others from being served.
         self.budget.share()
         self.budget.spend(REQUEST)
         head, rest = self._read_head()
         request = plain_request(head, self) if head else None
-        # gunicorn's parser, asked for the next request, looks after the last one again.
+        # gunicorn's parser would read the body of the last request again.
         self.mesg = request
         if request is None:
             self.unreader.unread(head + rest)
@@ -123,7 +121,7 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
     def _read_head(self) -> tuple[bytes, bytes]:
         """Return the next head with its empty line, and what was read beyond it.
 
-        The head is empty if the connection ends before it does, or if it is malformed.
+        The head is empty if it is malformed, or if the connection is closed before its end.
 
         :raises LimitRequestHeaders: if it is too long.
         :raises LimitRequestLine: if its first line is.
@@ -137,7 +135,7 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
         return (b"", data) if end < 0 else (data[: end + 4], data[end + 4 :])
 
     def _read_on(self, more: bytes) -> tuple[bytes, int]:
-        """Return a head that did not come at once, and where its empty line is, or -1."""
+        """Receive the rest of a head and return it, with the position of its empty line or -1."""
         buffer = FieldBuffer(self._longest_head)
         end = -1
         try:
@@ -149,7 +147,7 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
                     self.budget.share()
                     more = self._receive()
         except BareLF:
-            pass  # gunicorn refuses it at once
+            pass  # gunicorn refuses it
         except TooLong as error:
             raise self._too_long(bytes(buffer.data)) from error
         return bytes(buffer.data), end
@@ -159,7 +157,7 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
         return data
 
     def _check_request_line(self, data: bytearray) -> None:
-        # An empty line before it is allowed.
+        # An empty line may precede it.
         limit = self.cfg.limit_request_line + 4
         if len(data) > limit > 4 and data.find(b"\r\n", 2, limit) < 0:
             raise LimitRequestLine(len(data), self.cfg.limit_request_line)
@@ -172,7 +170,7 @@ class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types
 
 
 def plain_request(head: bytes, parser: PlainParser) -> PlainRequest | None:
-    """Return the request with this head, ``None`` if it is not plain."""
+    """Return the request of a head, ``None`` if it is not plain."""
     if len(head) > LONGEST_HEAD or _LINES.fullmatch(head) is None:
         return None
     request_line, *lines = head[:-4].decode("latin-1").split("\r\n")
@@ -217,7 +215,7 @@ def _key(name: str) -> str | None:
 
 
 class PlainEnviron:
-    """Makes the environs (PEP 3333) of one connection's plain requests."""
+    """Makes the WSGI environs (PEP 3333) of the plain requests of a connection."""
 
     def __init__(self, cfg: Any, sock: Any, addr: Any, server: Any) -> None:
         self._common = {
@@ -249,7 +247,7 @@ class PlainEnviron:
             "SERVER_PROTOCOL": "HTTP/1.1" if request.version == (1, 1) else "HTTP/1.0",
         }
         if self._is_unix:
-            # As gunicorn has it: only the client can say what this server is called.
+            # As in gunicorn: a unix socket has no name, so the client's Host is used.
             name, _, port = request.fields.get("HTTP_HOST", "").partition(":")
             environ["SERVER_NAME"] = name
             environ["SERVER_PORT"] = port or self._default_port(name)
@@ -261,18 +259,18 @@ class PlainEnviron:
         return "443" if self._common["wsgi.url_scheme"] == "https" else "80"
 
 
-# Nothing that could end a line, nor what no encoding of a head knows.
+# What could end a line, and what Latin-1 does not have.
 _NO_VALUE = re.compile(r"[^\t -~\x80-\xff]")
 _NO_NAME = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]|^$")
 
-#: The names of a response's fields, as applications spell them, in lower case.
+#: The lower-case names of a response's fields by the names as applications spell them.
 _names: dict[str, str] = {}
 
 
 class PlainResponse(Response):  # type: ignore[misc]
-    """gunicorn's response, which sends head and body at once where it can.
+    """Sends the head together with the first block of the body.
 
-    Headers that need a second look get gunicorn's.
+    Unusual headers are left to gunicorn's response.
     """
 
     headers_sent: bool
@@ -288,7 +286,7 @@ class PlainResponse(Response):  # type: ignore[misc]
             None in names
             or lengths > 1
             or (lengths and self.status_code == 204)
-            # Not formatted: what is no text must be found out.
+            # Joined and not formatted, so that a value that is not a string is noticed.
             or _NO_VALUE.search("".join([value for _, value in headers])) is not None
         ):
             super().process_headers(headers)
@@ -300,7 +298,7 @@ class PlainResponse(Response):  # type: ignore[misc]
         self._head = head.encode("latin-1")
 
     def is_chunked(self) -> bool:
-        # gunicorn's asks its settings, which is slow, whether this is HTTP.
+        # gunicorn's method looks at its settings first, which is slow.
         return self.response_length is None and self.req.version > (1, 0) and not self._omits_body
 
     def send_headers(self) -> None:
@@ -324,7 +322,7 @@ class PlainResponse(Response):  # type: ignore[misc]
             return
         self.headers_sent = True
         if self.req.body.reader.length > DRAIN_LIMIT:
-            self.force_close()  # nobody is going to read all of that
+            self.force_close()  # the rest is too long to be read
         minor = self.req.version[1]
         connection = "close" if self.should_close() else "keep-alive"
         chunked = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
@@ -352,7 +350,7 @@ _now = (0, "")
 
 
 def _date() -> str:
-    """Return the value of the Date field; it is made anew each second."""
+    """Return the value of the Date field, cached for a second."""
     global _now
     seconds = int(time.time())
     if _now[0] != seconds:

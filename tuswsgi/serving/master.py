@@ -1,7 +1,7 @@
 """gunicorn's master process, as ``tuswsgi serve`` runs it.
 
-It gives gunicorn its settings and each worker its application, and it keeps a server alive
-whose configuration was broken before a reload. What the settings are is ``server``'s.
+It passes the settings to gunicorn and the application to each worker. A reload with a broken
+configuration leaves the server running with the previous one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Master(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    """The server.
+    """The server's gunicorn application.
 
     :param load: returns the configuration; called again at each reload (SIGHUP).
     :raises ConfigurationError: if the configuration is wrong.
@@ -37,7 +37,7 @@ class Master(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         super().__init__()
 
     def check(self) -> None:
-        """Try what the workers will do, so that it fails here, once and in one sentence.
+        """Check what the workers need, so that problems are reported once and in one sentence.
 
         :raises ConfigurationError: if the server cannot start on this host.
         """
@@ -56,7 +56,7 @@ class Master(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         try:
             return application(self.config)
         except ConfigurationError as error:
-            # The error after which gunicorn gives up instead of trying with new workers.
+            # With this error gunicorn gives up instead of starting more workers.
             raise AppImportError(str(error)) from error
 
     def reload(self) -> None:

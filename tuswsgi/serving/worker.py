@@ -1,9 +1,8 @@
 """gunicorn's gevent worker, as ``tuswsgi serve`` uses it.
 
-It tells the application about SIGTERM, takes no connections then and lets go of idle ones,
-and leaves it to the application when a client that asked is told to send its body. Plain
-requests take a shorter way through it (``http1``). Everything also works under
-``-k gevent``, where a client that expects 100 gets it before anything was checked.
+At SIGTERM it interrupts uploads, accepts no more connections and closes idle ones. A response 100
+is sent when the application first reads the body. Plain requests are served by ``http1``. All
+features also work with ``-k gevent``, where clients get the 100 before anything was checked.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _LAST_CALL = 1.0
 class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     """A gevent worker for an application that has a ``Tus`` as an extension."""
 
-    #: The most bytes of a request's head. The server's settings say it.
+    #: The most bytes of a request's head; overwritten by the server's settings.
     max_head_size = 128 * KiB
 
     _tus: Tus | None = None
@@ -54,15 +53,15 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Since when greenlets wait for a request, on the monotonic clock.
+        #: When each idle greenlet began to wait for a request, on the monotonic clock.
         self._idle: dict[Any, float] = {}
         self._stopping = Event()
         self._servers: list[StreamServer] = []
         #: Whether bodies and plain requests can be served past gunicorn.
         self._knows_gunicorn = False
         self._serves_plain = False
-        #: Why uploads cannot be served, as the log has it.
-        self._troubles: set[str] = set()
+        #: The reasons that were logged why uploads cannot be served.
+        self._reasons: set[str] = set()
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
@@ -79,24 +78,24 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             self._start_tus()
         except ConfigurationError as error:
             if self.age <= self.cfg.workers:
-                # gunicorn gives up after this one instead of trying with new workers.
+                # With this error gunicorn gives up instead of starting more workers.
                 raise AppImportError(str(error)) from error
-            # It was right when the server began, so it may be again.
-            self._tell_of_trouble(str(error))
-        # What is loaded by now stays: to look through it for garbage again and again would hold
-        # up all connections.
+            # It was valid when the server started, so it may be valid again.
+            self._log_unavailable(str(error))
+        # All that is loaded by now stays. Collecting garbage in it again and again would hold up
+        # all connections.
         gc.collect()
         gc.freeze()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        # This runs wherever SIGTERM struck: it sets latches and nothing more.
+        # A signal handler may run anywhere, so this only sets flags.
         super().handle_exit(sig, frame)
         if self._tus is not None:
             self._tus.stop_uploads()
         gevent.get_hub().loop.run_callback_threadsafe(self._stopping.set)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
-        # A terminal sends Ctrl-C to each worker itself; gunicorn would break off its requests.
+        # A terminal sends Ctrl-C to each worker, too; gunicorn's handler would abort requests.
         if sig == signal.SIGINT:
             self.handle_exit(sig, frame)
             return
@@ -105,8 +104,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         super().handle_quit(sig, frame)
 
     def run(self) -> None:
-        # gunicorn's own looks each second whether to stop. Until then it takes connections
-        # that another worker would serve, only to tell their uploads to come back.
+        # gunicorn's own loop notices a stop up to a second later, and until then accepts
+        # connections whose uploads it would interrupt at once.
         servers = self._servers = [self._serve(listener) for listener in self.sockets]
         while self.alive:
             self._tick()
@@ -114,14 +113,14 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         for server in servers:
             server.close()
         self._join(servers, _LAST_CALL)
-        # Otherwise the worker would wait for clients that have nothing to say.
+        # Otherwise the worker would wait for idle connections.
         self._close_idle(0)
         self._join(servers, self.cfg.graceful_timeout)
         for server in servers:
             server.stop(timeout=1)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        if self.cfg.is_ssl and not self._shakes_hands(client):
+        if self.cfg.is_ssl and not self._handshake(client):
             client.close()
         elif self._serves_plain:
             self._serve_requests(listener, client, addr)
@@ -129,15 +128,14 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             super().handle(listener, client, addr)
 
     def timeout_ctx(self) -> _Idle:
-        # gunicorn waits for the next request of a connection inside of this, too.
+        # gunicorn's own loop uses it while it waits for a request.
         return _Idle(self._idle)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         if self._tus is not None and getattr(req, "_expected_100_continue", False):
             req._expected_100_continue = False
             req.body.send_continue = lambda: sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # Of a field that comes more than once the environ has one string. A request with one is
-        # never plain.
+        # The environ has one string for a field that is repeated. Plain requests have none.
         req.body.request_fields = req.headers
         if not self._knows_gunicorn:
             super().handle_request(listener_name, req, sock, addr)
@@ -153,17 +151,17 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         super().handle_error(req, client, addr, exc)
         if isinstance(exc, Exception):
-            # It may still send what was refused. A greenlet that is killed has no time for that.
+            # The client may still be sending. A greenlet that is killed has no time for that.
             linger(client)
 
     def _finish(self, request: Any, sock: Any) -> None:
-        """Get rid of a body that the application did not read.
+        """Read a body that the application has not read, or close the connection.
 
         :raises StopIteration: if the connection is to be closed.
         """
         if is_read(request.body):
             return
-        # Who gave a body up has seen to its client.
+        # When reading fails, the body itself takes care of the client.
         if not request.body.failed:
             if drain(request.body, sock):
                 return
@@ -171,7 +169,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         raise StopIteration
 
     def _leave(self, request: Any, sock: Any) -> None:
-        """Let a client that still sends read the answer before the connection is closed."""
+        """Let a client that is still sending read the response before the connection is closed."""
         if not request.body.failed and not is_read(request.body):
             linger(sock)
 
@@ -198,7 +196,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         except (StopIteration, NoMoreData) as end:
             self.log.debug("A connection ends: %s", end)
         except OSError as error:
-            # What breaks TLS is the client's or the network's fault.
+            # A TLS error is the client's or the network's fault.
             gone = error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
             if gone or isinstance(error, SSLError):
                 self.log.debug("The client went away: %s", error)
@@ -243,7 +241,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         except Exception:
             if not response.headers_sent:
                 raise
-            # Another answer in the middle of this one would make it worse.
+            # An error page in the middle of a response would make it worse.
             self.log.exception("A response broke off")
             raise StopIteration from None
         if response.should_close():
@@ -265,8 +263,8 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         server.start()
         return server
 
-    def _shakes_hands(self, client: Any) -> bool:
-        # gevent would wait for ever for a client that does not even begin.
+    def _handshake(self, client: Any) -> bool:
+        # gevent's own handshake waits for ever for a silent client.
         with self.timeout_ctx():
             try:
                 client.do_handshake()
@@ -285,7 +283,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
                 server.pool.join(min(left, 1.0))
 
     def _tick(self) -> None:
-        """Do what is to be done each second."""
+        """Do the periodic work, each second."""
         self.notify()
         self._close_idle(self.cfg.keepalive)
         if self._tus is not None and self._tus.metrics is not None:
@@ -294,7 +292,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         try:
             self._start_tus()
         except ConfigurationError as error:
-            self._tell_of_trouble(str(error))
+            self._log_unavailable(str(error))
 
     def _start_tus(self) -> None:
         if self._tus is None or self._tus.is_started:
@@ -302,36 +300,36 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         try:
             self._tus.start()
         except TusError as error:
-            # A worker that is made anew while a database is away must not end the server.
-            self._tell_of_trouble(str(error.__cause__ or "the log says why above"))
+            # A worker that is replaced while a database is away must not end the server.
+            self._log_unavailable(str(error.__cause__ or "the log says why above"))
         except OSError as error:
-            self._tell_of_trouble(str(error))
+            self._log_unavailable(str(error))
         else:
-            if self._troubles:
+            if self._reasons:
                 log.info("Uploads can be served now")
 
-    def _tell_of_trouble(self, reason: str) -> None:
-        """Log why uploads cannot be served, unless that is known."""
-        if reason not in self._troubles:
-            self._troubles.add(reason)
+    def _log_unavailable(self, reason: str) -> None:
+        """Log why uploads cannot be served, each reason once."""
+        if reason not in self._reasons:
+            self._reasons.add(reason)
             log.error("Uploads cannot be served yet; trying again each second: %s", reason)
 
     def _close_idle(self, seconds: float) -> None:
-        """Close the connections that have been without a request for so long."""
-        # One look at all of them now and then is far cheaper than a timer per request.
+        """Close the connections that have been idle for so many seconds."""
+        # Looking at all of them each second is far cheaper than a timer per request.
         latest = time.monotonic() - seconds
         for greenlet, since in tuple(self._idle.items()):
             if since <= latest:
                 gevent.get_hub().loop.run_callback(self._end_wait, greenlet, since)
 
     def _end_wait(self, greenlet: Any, since: float) -> None:
-        # In the hub: a greenlet that is idle waits for its socket then and does nothing else.
+        # In the hub, so an idle greenlet is waiting for its socket.
         if self._idle.get(greenlet) == since:
             greenlet.throw(_Silence)
 
 
 def _is_ordinary(cfg: Any) -> bool:
-    """Whether nothing is set that only gunicorn's own parser and loop know about."""
+    """Return whether there is no setting that only gunicorn's own parser and loop support."""
     return (
         bool(cfg.keepalive)
         and not cfg.secure_scheme_headers
@@ -346,9 +344,9 @@ def _is_ordinary(cfg: Any) -> bool:
 
 
 class _Name:
-    """A listener's name, in its stead.
+    """A stand-in for a listener that only knows its name.
 
-    At SIGTERM listeners are closed, and connections that were just accepted begin after that.
+    At SIGTERM a listener may be closed before a connection that it accepted is served.
     """
 
     def __init__(self, name: Any) -> None:
@@ -359,15 +357,15 @@ class _Name:
 
 
 class _Silence(BaseException):
-    """Thrown where a greenlet waits for a request. Never leaves ``_Idle``."""
+    """Thrown into a greenlet that waits for a request. Never leaves ``_Idle``."""
 
 
 class _Idle:
-    """A block in which the current greenlet waits for a request; it may be entered again.
+    """A context in which the current greenlet waits for a request; it is reusable.
 
-    The worker ends the block when that takes too long.
+    The worker ends the context when the wait takes too long.
 
-    :param idle: where the worker looks for those who wait.
+    :param idle: the worker's idle greenlets, with the time at which each began to wait.
     """
 
     __slots__ = ("_greenlet", "_idle")
