@@ -4,8 +4,7 @@ They come from the same options as those of ``tuswsgi serve``, which are read fr
 environment and from the INI file that ``TUSWSGI_CONFIG`` names. Flags of gunicorn win.
 """
 
-# gunicorn's workers would do this too, but only after the imports below have taken hold
-# of what is to be patched.
+# gunicorn's workers patch, too, but only after the imports below.
 from gevent import monkey
 
 monkey.patch_all()

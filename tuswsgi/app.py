@@ -140,9 +140,9 @@ class Tus:
             self.uploads,
             self.config.build(WebSettings),
             owner=self._owner,
-            before_first=self._started.get,
+            start=self._started.get,
             methods=methods,
-            tells_request_id=self.config.build(ServerSettings).access_log,
+            shows_request_id=self.config.build(ServerSettings).access_log,
         )
 
     def monitoring_blueprint(self) -> MonitoringBlueprint:

@@ -1,7 +1,7 @@
-"""gunicorn's own log, in the form of all the others.
+"""gunicorn's log and access log, in the format of the server's log.
 
-gunicorn makes one of these classes by its name. The class says which format was configured,
-also after a reload, when gunicorn keeps its logger and gives it the new settings.
+gunicorn makes one of these classes by its name, which therefore implies the format. At a reload
+it keeps its logger and calls ``setup`` with the new class in its settings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuswsgi.observing.logs import CLIENT, LogFormat, current_request, formatter
 
 
 class TextLog(Logger):  # type: ignore[misc]  # gunicorn has no types
-    """Lines of text; those of requests are in the format of Apache's logs, and a bit more."""
+    """Lines of text. The access log is in an extended form of Apache's combined format."""
 
     format = LogFormat.TEXT
 
@@ -40,7 +40,7 @@ class TextLog(Logger):  # type: ignore[misc]  # gunicorn has no types
             return
         fields = _fields(resp, environ, request_time)
         line = f"{fields['method']} {fields['path']}: {fields['status']}"
-        # Where the server runs another application, nobody else says that this is a request.
+        # Other applications than ours do not set the current request.
         token = current_request.set(environ)
         try:
             self.access_log.info("%s", line, extra=fields)
@@ -55,7 +55,7 @@ class TextLog(Logger):  # type: ignore[misc]  # gunicorn has no types
         # Queries may hold tokens.
         target = environ["RAW_URI"].partition("?")[0]
         atoms["r"] = f"{environ['REQUEST_METHOD']} {target} {environ['SERVER_PROTOCOL']}"
-        # Clients choose most of them. Those of the other format are escaped by it.
+        # Clients choose most of them. JSON escapes its own.
         return {
             name: printable(value) if isinstance(value, str) else value
             for name, value in atoms.items()
@@ -63,7 +63,7 @@ class TextLog(Logger):  # type: ignore[misc]  # gunicorn has no types
 
 
 class JsonLog(TextLog):
-    """JSON objects, whose fields say of a request what the line of text does."""
+    """JSON objects. Those of the access log have the fields of the line of text."""
 
     format = LogFormat.JSON
 

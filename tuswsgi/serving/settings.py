@@ -1,7 +1,6 @@
-"""What gunicorn is told because of the server's settings.
+"""gunicorn's settings, made of the server's settings.
 
-``gunicorn_settings`` is the one source of that for ``tuswsgi serve`` and for
-``conf/gunicorn.conf.py``.
+Both ``tuswsgi serve`` and ``conf/gunicorn.conf.py`` get them from ``gunicorn_settings``.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ _ACCESS_FORMAT = (
     '%(h)s %(l)s %(u)s %(t)s "%(r)s" %(s)s %(b)s "%(f)s" "%(a)s" %(M)s %({x-request-id}o)s'
 )
 
-#: Takes what all loggers of this process say, but for gunicorn's, who has handlers of its own.
+#: Handles the records of all loggers but gunicorn's, which have handlers of their own.
 _handler = LogHandler()
 
 
 def gunicorn_settings(config: Config) -> dict[str, Any]:
-    """Return what gunicorn is to be told, by the names of its settings.
+    """Return gunicorn's settings by their names.
 
     :raises ConfigurationError: if options contradict each other, or an extra is missing.
     """
@@ -74,7 +73,7 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "workers": _worker_count(settings, backends),
         "worker_class": "tuswsgi.serving.worker.TusWorker",
         "worker_connections": settings.worker_connections,
-        # gunicorn looks at each field alone, the worker at the head as a whole.
+        # gunicorn limits each field, the worker the whole head.
         "limit_request_field_size": settings.max_head_size // 2,
         "graceful_timeout": math.ceil(settings.graceful_timeout),
         "loglevel": logging.getLevelName(_level(settings)).lower(),
@@ -91,7 +90,7 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
     }
 
 
-#: What is not to be chosen, and why.
+#: Settings that are not configurable, and why.
 _FIXED: dict[str, Any] = {
     "proc_name": "tuswsgi",
     # Each worker makes the application, so that a reload makes it anew.
@@ -99,16 +98,15 @@ _FIXED: dict[str, Any] = {
     # A worker reports each second unless something blocks it whole. A slow disk may, and
     # killing it would break off all its uploads; one that never comes back is replaced.
     "timeout": 300,
-    # Between requests, and at the same time all that the head of a request may take. It is
-    # more than the 60 s of common proxies: whoever is first to close an idle connection
-    # must not be the server, or requests get lost.
+    # Also the time in which the head of a request must arrive. It is more than the 60 s of
+    # common proxies: if the server closed idle connections first, requests would get lost.
     "keepalive": 75,
     "limit_request_line": LONGEST_LINE,
-    # Proxies are our own settings' business; gunicorn believes loopback peers by default.
+    # We have settings of our own for proxies; gunicorn trusts loopback peers by default.
     "forwarded_allow_ips": "",
     "forwarder_headers": "",
     "secure_scheme_headers": {},
-    # Otherwise there is a socket below the home directory, which may not be writable.
+    # The control socket would be below the home directory, which may not be writable.
     "control_socket_disable": True,
 }
 
@@ -216,21 +214,21 @@ def _level(settings: ServerSettings) -> int:
 
 
 def _processors() -> int:
-    # A container or a systemd unit may be given fewer than the machine has.
+    # A container or a systemd unit may have fewer than the machine.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _prepare_process(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
-    """Get the process ready that will fork the workers.
+    """Prepare the master, at its start and at a reload.
 
-    :param counted: where metrics are to be put together, ``None`` for no metrics.
+    :param counted: the directory in which workers share metrics, ``None`` for no metrics.
     """
     _raise_file_limit()
     set_up_logging(settings)
     if counted is not None:
-        # While one gunicorn replaces another (SIGUSR2), that one still counts.
+        # While one gunicorn replaces another (SIGUSR2), the old one still counts.
         metrics_directory.open_directory(counted, is_successor=bool(arbiter.master_pid))
     access = logging.getLogger("gunicorn.access")
     access.removeFilter(_is_not_health)
@@ -239,16 +237,16 @@ def _prepare_process(settings: ServerSettings, counted: Path | None, arbiter: An
 
 
 def _begin_master(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
-    """Get the master ready that has just begun."""
-    # To gunicorn, Ctrl-C means to break off all requests. A second one still does.
+    """Prepare a new master."""
+    # gunicorn would abort all requests at Ctrl-C. A second Ctrl-C still does.
     arbiter.handle_int = arbiter.handle_term
     _prepare_process(settings, counted, arbiter)
 
 
 def set_up_logging(settings: ServerSettings) -> None:
-    """Make this process log as it is configured; also after a reload.
+    """Set up the logging of this process, also after a reload.
 
-    Handlers that somebody else has given to the root logger are left alone.
+    If the root logger has handlers already, it is left alone.
     """
     logging.disable(logging.CRITICAL if settings.log_level is LogLevel.OFF else logging.NOTSET)
     logging.getLogger("tuswsgi").setLevel(_level(settings))
@@ -274,12 +272,12 @@ def _is_not_health(record: logging.LogRecord) -> bool:
     return getattr(record, "path", said) not in WATCHED
 
 
-#: What tells a worker to stop.
+#: The signals that stop a worker.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def _enter(settings: ServerSettings, reports: SentrySettings, arbiter: Any, worker: Any) -> None:
-    """Make the process of a new worker its own."""
+    """Prepare the process of a new worker."""
     # gunicorn has no setting for it.
     worker.max_head_size = settings.max_head_size
     _hold_signals(arbiter)
@@ -287,10 +285,10 @@ def _enter(settings: ServerSettings, reports: SentrySettings, arbiter: Any, work
 
 
 def _hold_signals(arbiter: Any) -> None:
-    """Keep signals for a new worker until it can handle them.
+    """Block the signals to a new worker until it has handlers for them.
 
-    Until then the handlers are the master's. A worker that was told to stop just after it
-    was forked would forget it, and be killed when `graceful_timeout` is over.
+    Until then it has the master's handlers. A worker that is stopped right after its fork would
+    ignore the signal, and be killed after `graceful_timeout`.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     while not arbiter.SIG_QUEUE.empty():
@@ -298,17 +296,16 @@ def _hold_signals(arbiter: Any) -> None:
             sys.exit(0)
 
 
-#: How long a worker that ends waits for post-hooks on their way; another worker repeats
-#: those that take longer (seconds).
+#: How long a worker that stops waits for post-hooks in delivery (seconds). Another worker repeats
+#: those that take longer.
 _DRAIN_TIME = 5.0
 
 
 def _begin(settings: ServerSettings, worker: Any) -> None:
-    """Let a worker begin that is ready to serve."""
+    """Start a worker that is ready to serve."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    # gunicorn's when_ready comes before there are workers. The first worker that a master
-    # forks says it: its sockets listen already, and workers after it (also after a reload)
-    # are not news.
+    # gunicorn calls when_ready before there are workers. So a master's first worker, whose
+    # sockets listen already, logs that the server is ready; later ones do not repeat it.
     if worker.age == 1:
         lines = ready_lines(settings, worker.sockets[0].getsockname())
         if settings.log_format is LogFormat.JSON:
@@ -319,7 +316,7 @@ def _begin(settings: ServerSettings, worker: Any) -> None:
 
 
 def _end(worker: Any) -> None:
-    """Let a worker end whose connections are closed."""
+    """Stop a worker whose connections are closed."""
     tus = getattr(getattr(worker, "wsgi", None), "extensions", {}).get("tuswsgi")
     if tus is not None:
         tus.drain(_DRAIN_TIME)

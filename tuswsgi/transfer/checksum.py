@@ -1,7 +1,7 @@
-"""The Checksum extension: which algorithms there are, and whether bytes match.
+"""The algorithms and values of the Checksum extension.
 
-The names are those of the specification (lower-case ASCII); a digest is the algorithm's
-raw bytes, for crc32 its four bytes in network order.
+Names are those of the specification (lower-case ASCII). A digest is the algorithm's raw bytes,
+for crc32 four bytes in network order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Crc32:
 
 
 #: "The Server MUST support at least the SHA1 checksum algorithm identified by `sha1`."
-#: The first ones are what clients use; the others cost nothing, the library has them.
+#: Clients use the first ones; the others come with the library.
 ALGORITHMS: dict[str, Callable[[], Hash]] = {
     "sha1": lambda: hashlib.sha1(usedforsecurity=False),
     "md5": lambda: hashlib.md5(usedforsecurity=False),
@@ -56,7 +56,7 @@ ALGORITHMS: dict[str, Callable[[], Hash]] = {
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a client says the bytes of a body hash to."""
+    """The checksum of a body, as its client sent it."""
 
     algorithm: str
     digest: bytes
@@ -66,7 +66,7 @@ class Checksum:
         """Return the checksum of an ``Upload-Checksum`` header or trailer.
 
         :raises InvalidChecksum: "400 Bad Request if the checksum algorithm is not
-            supported by the server", and if the text is no checksum at all.
+            supported by the server", and if the value is malformed.
         """
         algorithm, _, encoded = text.strip(" \t").partition(" ")
         if algorithm not in ALGORITHMS:

@@ -1,9 +1,8 @@
-"""Reads the body of a request on behalf of a data store.
+"""Reads the body of a request for a data store.
 
-The reader counts and limits the bytes, hashes them where a checksum was sent, can be
-interrupted from outside and remembers why it ended. It asks a ``Body`` for bytes and
-does not know what a WSGI server is; it fills file descriptors and does not know what
-they mean.
+The reader counts, limits and hashes the bytes, can be interrupted from outside and remembers why
+it ended. It receives bytes from a ``Body`` and writes them to file descriptors; it knows neither
+WSGI servers nor uploads.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from tuswsgi.transfer.checksum import Checksum
 #: The most bytes that are moved at once.
 _STEP = 1024 * 1024
 
-#: Seconds between two looks at all readers, at least.
+#: The shortest interval at which readers are checked, in seconds.
 _SHORTEST_PAUSE = 0.02
 
 
 class Body(ABC):
-    """The body of a request, as ``web`` gets it from the WSGI server.
+    """The body of a request, as the reader sees it.
 
-    :ivar length: its announced length in bytes; ``None`` where it is chunked.
-    :ivar received: how many of its bytes were taken as an upload's.
+    :ivar length: its announced length in bytes, ``None`` if it is chunked.
+    :ivar received: the number of its bytes that the upload has got.
     """
 
     length: int | None = 0
@@ -52,40 +51,41 @@ class Body(ABC):
     def receive(self, n: int) -> memoryview | bytes:
         """Wait for bytes and return 1 to `n` of them, nothing at the end.
 
-        The bytes are valid until the next switch of greenlets. After ``wake`` it may
-        return nothing although the body goes on.
+        The bytes are valid until the next switch of greenlets. After ``wake`` it may return
+        nothing although the body goes on.
 
-        :raises TusError: ``BodyIncomplete`` or ``BodyMalformed``; nothing more can come.
+        :raises BodyIncomplete: if the connection is broken or closed.
+        :raises BodyMalformed: if the chunked coding is malformed.
         """
 
     def transfer(self, fd: int, offset: int, n: int, is_lost: IsLost | None = None) -> int | None:
-        """Wait for bytes and move 1 to `n` of them to a file, past this process' memory.
+        """Wait for bytes and move 1 to `n` of them to a file inside the kernel.
 
-        :param is_lost: asked after each wait; nothing is moved if the lock is lost.
-        :returns: how many, 0 where ``receive`` would return nothing; ``None`` if it cannot
-            be done, which is to be asked again for every call.
+        :param is_lost: called after each wait; nothing is moved if the lock is lost.
+        :returns: how many, 0 where ``receive`` would return nothing; ``None`` if the next bytes
+            have to be received.
         :raises TusError: as ``receive``.
-        :raises OSError: if the file takes no more; nothing more can come then.
+        :raises OSError: if the file takes no more bytes. The body cannot be read on then.
         """
         return None
 
     def nudge(self) -> None:
-        """Make a waiting ``transfer`` take what has arrived, however little. Waits on."""
+        """Make a waiting ``transfer`` take what has arrived, however little, and go on."""
 
     @abstractmethod
     def wake(self) -> None:
         """Make a waiting ``receive`` return soon. May be called from anywhere."""
 
     def trailer(self, name: str) -> str | None:
-        """Return a trailer's value once the end was reached."""
+        """Return a trailer's value; only after the end of the body."""
         return None
 
 
 class UploadReader:
-    """A ``datastores.base.Source`` on a body.
+    """A ``datastores.base.Source`` that reads a body.
 
-    :param checksum: what the bytes must hash to, if the client said so beforehand.
-    :param awaits_trailer: the checksum comes after the body.
+    :param checksum: that of the bytes, if the client sent it in a header.
+    :param awaits_trailer: whether the checksum comes in a trailer.
     :param on_progress: called after bytes were stored; a ``TusError`` ends the body.
     """
 
@@ -101,7 +101,7 @@ class UploadReader:
         #: Why the body ended, ``None`` if it came to its own end.
         self.error: TusError | None = None
         self.last_progress = time.monotonic()
-        #: When what has arrived shall be taken, however little; on the monotonic clock.
+        #: When to take what has arrived, however little; on the monotonic clock.
         self.due_at = math.inf
         self._pace = math.inf
         self._body = body
@@ -152,48 +152,46 @@ class UploadReader:
         return matches
 
     def limit(self, limit: int, too_many: TusError) -> None:
-        """Take at most `limit` bytes; the byte after them is the error `too_many`."""
+        """Accept at most `limit` bytes; one more is the error `too_many`."""
         self._limit = limit
         self._too_many = too_many
-        # What came before this, waiting for a lock above all, was not the client's silence.
+        # The time until now, e.g. for a lock, was not the client's silence.
         self.last_progress = time.monotonic()
 
     def guard(self, hold: Hold) -> None:
-        """Look before every byte whether the upload's lock is lost, and end the body if so.
+        """End the body if the upload's lock is lost, which is checked before every write.
 
-        The process may have stood still for long, and another one may write by now.
+        The process may have been suspended, and another one may be writing.
         """
         self._is_lost = None if hold is SURE else hold.is_lost
 
     def interrupt(self, error: TusError) -> None:
-        """End the body as if it had come to its end, for the reason `error`.
+        """End the body for the reason `error`, unless it has ended already.
 
-        This is a latch: it stays set, and what arrives later is not read. A body that has
-        ended by itself is not touched. May be called from anywhere.
+        Bytes that arrive later are not read. May be called from anywhere.
         """
         if not self._ended and self.error is None:
             self.error = UploadInterrupted() if type(error) is UploadLocked else error
             self._body.wake()
 
     def pace(self, at: float, interval: float) -> None:
-        """Take what has arrived at a time, and again when no byte has come for an interval.
+        """Have the reader nudged.
 
-        :param at: on the monotonic clock.
-        :param interval: in seconds.
+        :param at: for the first time, on the monotonic clock.
+        :param interval: and again after so many seconds without a byte.
         """
         self.due_at = at
         self._pace = interval
 
     def nudge(self) -> None:
-        """Take what has arrived of a slow body."""
+        """Take what has arrived of a slow body, however little."""
         self.due_at = time.monotonic() + self._pace
         self._body.nudge()
 
     def _receive(self, n: int) -> memoryview | bytes:
         if self._ended or self.error is not None or self._has_lost_lock():
             return b""
-        # One byte beyond the limit is asked for, since only that tells whether a chunked
-        # body that reached it goes on.
+        # At the limit one more byte is asked for: only that shows whether a chunked body goes on.
         left = self._limit - self.received
         try:
             block = self._body.receive(min(n, left) or 1)
@@ -269,18 +267,18 @@ def write_at(fd: int, block: memoryview | bytes, offset: int) -> int:
     """Write the whole of `block` at `offset` and return its length."""
     written = os.pwrite(fd, block, offset)
     while written < len(block):
-        # A full disk takes the first bytes and refuses the next ones.
+        # A disk may become full within a block.
         written += os.pwrite(fd, block[written:], offset + written)
     return written
 
 
 class ActiveReaders:
-    """The readers of this process, to end those that went silent or shall stop.
+    """The readers of this process, which end at a timeout and at a stop.
 
     :param network_timeout: the longest silence of a body, in seconds.
-    :param lifetime: after how many seconds without progress an upload is forgotten, ``None`` for
-        never: the bytes of a slow body are told in time.
-    :param pace: returns the shortest interval, in seconds, at which readers are paced now.
+    :param lifetime: the seconds without progress after which an upload expires, ``None`` for
+        never. Bytes of a slow body are stored well before.
+    :param pace: returns the shortest interval of ``UploadReader.pace`` now, in seconds.
     """
 
     def __init__(
@@ -296,7 +294,7 @@ class ActiveReaders:
         self._stopped = False
 
     def active(self, reader: UploadReader) -> AbstractContextManager[None]:
-        """Watch over `reader` for the length of a ``with`` block.
+        """Return a context in which `reader` is watched.
 
         :raises ServerShutdown: if ``stop`` was called before.
         """
@@ -310,7 +308,7 @@ class ActiveReaders:
         return self._stopped
 
     def stop(self) -> None:
-        """Interrupt every reader, now and from now on. Safe in a signal handler."""
+        """Interrupt every reader, now and from now on. It is safe in a signal handler."""
         self._stopped = True
         for reader in tuple(self._readers.peek() or ()):
             reader.interrupt(ServerShutdown())
@@ -323,18 +321,18 @@ class ActiveReaders:
         return readers
 
     def _watch(self, readers: set[UploadReader]) -> None:
-        # One look at all readers now and then is far cheaper than a timer per wait.
+        # Looking at all readers at intervals is far cheaper than a timer per wait.
         looked = time.monotonic()
         while True:
             pause = self._pause_before_next(readers)
             time.sleep(pause)
             now = time.monotonic()
-            # A process that was held up knows nothing of its clients until it looks again.
-            held_up = now - looked - pause > self.network_timeout / 2
+            # After a suspension of the process the silence may not be the client's.
+            was_suspended = now - looked - pause > self.network_timeout / 2
             looked = now
             for reader in tuple(readers):
                 silence = now - reader.last_progress
-                if silence > self.network_timeout and not held_up:
+                if silence > self.network_timeout and not was_suspended:
                     reader.interrupt(ReadTimeout())
                 elif silence > self._pause or reader.due_at <= now:
                     reader.nudge()
@@ -343,15 +341,15 @@ class ActiveReaders:
         pace = self._pace()
         if pace == math.inf:
             return self._pause
-        # Who comes meanwhile is due after its interval at the earliest. That many are due one
-        # after the other must not keep us busy.
+        # A reader that comes meanwhile is due after its interval at the earliest. Many that are due
+        # one after the other must not cause a check each.
         due_at = min((reader.due_at for reader in tuple(readers)), default=math.inf)
         soonest = max(_SHORTEST_PAUSE, pace / 20)
         return max(soonest, min(self._pause, pace, due_at - time.monotonic()))
 
 
 class _Active(AbstractContextManager[None]):
-    """A reader that is watched over. Not a generator: every slow connection keeps one."""
+    """The context of a reader. Generators need more memory, and slow connections keep theirs."""
 
     __slots__ = ("_reader", "_readers")
 

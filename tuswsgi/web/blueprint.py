@@ -1,7 +1,7 @@
-"""The Flask blueprint: URL rules, the choice of the method, and errors as answers.
+"""The Flask blueprint: URL rules, dispatch by method, and responses to errors.
 
-One rule takes every method, so that each answer below the URL, 404 and 405 included, is
-ours and carries the headers that tus and browsers need.
+One rule takes every method. So all responses below the URL are ours, 404 and 405 too, and have
+the headers that tus and browsers need.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from tuswsgi.web.views import Call, Views
 
 _REQUEST_ID_HEADER = "X-Request-ID"
 
-#: The longest id of an upload that logs show: none is longer.
+#: Logs show no longer ids; no upload has one.
 _SHOWN = 128
 
-#: The code of an error that the application answers itself.
+#: The code of an error that the application responds to itself.
 _ABORTED = "ERR_ABORTED"
 
-#: Returns who sends a request, ``None`` for nobody in particular.
+#: Returns the user who sends a request, ``None`` for an anonymous one.
 OwnerFunction = Callable[[flask.Request], "str | None"]
 
 
 class _Rest(BaseConverter):
-    """Everything that follows, slashes and nothing at all included."""
+    """Any text, also with slashes, also empty."""
 
     regex = r"[\s\S]*?"
     part_isolating = False
-    # Before an application's own rule for a download, to which Flask adds HEAD.
+    # Before an application's own rule for downloads, to which Flask adds HEAD.
     weight = 50
 
 
 class TusBlueprint(flask.Blueprint):
     """The routes of one tus server.
 
-    ``before_request`` functions of the embedding application run before any byte of a
-    body is read, and what they answer gets the headers of every other answer.
+    ``before_request`` functions of the embedding application run before any byte of a body is
+    read, and their responses get the same headers as ours.
 
-    :param before_first: called before each request is looked at.
-    :param methods: the methods to take, ``None`` for all.
-    :param tells_request_id: whether every answer says its request's id; those say it in any
-        case whose client sent one, or of which the log has told.
+    :param start: called before each request; it starts the server at the first one.
+    :param methods: the methods to serve, ``None`` for all.
+    :param shows_request_id: whether every response has the request's id. A response always has it
+        if the client sent one, or if the log has a line about the request.
     """
 
     def __init__(
@@ -70,16 +70,16 @@ class TusBlueprint(flask.Blueprint):
         settings: WebSettings,
         *,
         owner: OwnerFunction | None = None,
-        before_first: Callable[[], object] = lambda: None,
+        start: Callable[[], object] = lambda: None,
         methods: Collection[str] | None = None,
-        tells_request_id: bool = False,
+        shows_request_id: bool = False,
     ) -> None:
         super().__init__(name, __name__)
         self._uploads = uploads
         self._settings = settings
         self._owner = owner
-        self._before_first = before_first
-        self._tells_request_id = tells_request_id
+        self._start = start
+        self._shows_request_id = shows_request_id
         self._methods = None if methods is None else {method.upper() for method in methods}
         self._views = Views(uploads, settings, self._methods)
         self._cors = Cors(settings)
@@ -87,8 +87,8 @@ class TusBlueprint(flask.Blueprint):
         self.after_request(self._complete)
 
     def _add_rules(self, state: BlueprintSetupState) -> None:
-        # Werkzeug's own rules: Flask's would redirect /files, merge slashes and answer
-        # unknown methods themselves.
+        # Werkzeug's own rules: Flask's would redirect /files, merge slashes and refuse unknown
+        # methods themselves.
         app = state.app
         app.url_map.converters.setdefault("tus_rest", _Rest)
         endpoint = f"{state.name_prefix}.{state.name}.upload".lstrip(".")
@@ -107,7 +107,7 @@ class TusBlueprint(flask.Blueprint):
         app.view_functions[endpoint] = self._view
 
     def _view(self, tus_id: str = "", **values: Any) -> TusResponse:
-        # `values` are variables of the embedding application's URL prefix.
+        # `values` are variables of the prefix.
         environ = flask.request.environ
         token = current_request.set(environ)
         try:
@@ -116,7 +116,7 @@ class TusBlueprint(flask.Blueprint):
             current_request.reset(token)
 
     def answer(self, environ: dict[str, Any], path: str) -> Answer:
-        """Return the answer to a request, which the caller has made the current one.
+        """Return the response to a request, which the caller has made the current one.
 
         :param path: the part of the URL below the collection: an upload's id, maybe with a slash
             at its end, or nothing for the collection.
@@ -124,7 +124,7 @@ class TusBlueprint(flask.Blueprint):
         began = time.monotonic()
         id = path.removesuffix("/")
         common = self._common_headers(environ)
-        is_told = REQUEST_ID in environ
+        has_request_id = REQUEST_ID in environ
         if len(id) <= _SHOWN and id.isascii() and id.isprintable():
             environ[UPLOAD_ID] = id
         body: RequestBody | None = None
@@ -133,7 +133,7 @@ class TusBlueprint(flask.Blueprint):
         method = headers.method
         try:
             body = body_of(environ)
-            self._before_first()
+            self._start()
             answer = self._answer(environ, method, id, headers, body, common)
             log_answer(environ, method, answer.status, body, began)
         except TusError as error:
@@ -141,12 +141,12 @@ class TusBlueprint(flask.Blueprint):
             answer = error_response(error, common, body)
             log_answer(environ, method, answer.status, body, began, error)
         except HTTPException as error:
-            # The application's own: its ``owner`` function aborts with 401.
+            # The application's own, e.g. if its ``owner`` function aborts with 401.
             if request_answered.receivers:
                 self._report(method, error.code or 500, _ABORTED)
             raise
         except Exception as error:
-            # Too many open files, or a disk that is read-only for now.
+            # For example too many open files, or a read-only disk.
             passes = isinstance(error, OSError) and may_pass(error)
             failure = Unavailable() if passes else TusError()
             code = failure.code
@@ -158,7 +158,7 @@ class TusBlueprint(flask.Blueprint):
                 log_failure(environ, method, answer.status, body, began, error)
         if request_answered.receivers:
             self._report(method, answer.status, code)
-        if REQUEST_ID in environ and not is_told:
+        if REQUEST_ID in environ and not has_request_id:
             answer.headers.append((_REQUEST_ID_HEADER, request_id(environ)))
         return answer
 
@@ -193,7 +193,7 @@ class TusBlueprint(flask.Blueprint):
         if not headers.names_version:
             if self._settings.compat is Compat.RUSTUS:
                 return methods[method]
-            # Not one that is overridden: its answer is read as that to another method.
+            # A method override expects a tus response.
             if method == environ["REQUEST_METHOD"] == "HEAD" and "GET" in methods:
                 return self._views.head_of_download
         headers.check_version()
@@ -212,7 +212,7 @@ class TusBlueprint(flask.Blueprint):
             request_uri(environ),
             origin.client,
             int(port) if port.isdecimal() else None,
-            # The id as if the client had sent it, so that every transport can pass it on.
+            # As if the client had sent the id, so that every transport passes it on.
             headers | {"x-request-id": request_id(environ)},
             owner,
             {name: values for name, values in repeated.items() if name in headers},
@@ -224,12 +224,12 @@ class TusBlueprint(flask.Blueprint):
         origin = environ.get("HTTP_ORIGIN")
         cors = self._cors.without_origin if origin is None else self._cors.headers(environ, origin)
         headers = [(TUS_RESUMABLE, VERSION), *cors]
-        if self._tells_request_id or "HTTP_X_REQUEST_ID" in environ or REQUEST_ID in environ:
+        if self._shows_request_id or "HTTP_X_REQUEST_ID" in environ or REQUEST_ID in environ:
             headers.append((_REQUEST_ID_HEADER, request_id(environ)))
         return headers
 
     def _complete(self, response: flask.Response) -> flask.Response:
-        """Complete an answer that the embedding application gave in our place."""
+        """Complete a response that the embedding application gave instead of ours."""
         if isinstance(response, TusResponse):
             return response
         environ = flask.request.environ
@@ -242,15 +242,15 @@ class TusBlueprint(flask.Blueprint):
         try:
             completed.request_body = body_of(environ)
         except TusError:
-            completed.request_body = None  # its length is nonsense
+            completed.request_body = None  # its length is malformed
         return completed
 
 
 def request_method(request: flask.Request) -> str:
     """Return the method of a request for an upload, in upper case.
 
-    For ``before_request`` functions: ``request.method`` is not what counts where the client sent
-    ``X-HTTP-Method-Override``.
+    For ``before_request`` functions: ``X-HTTP-Method-Override``, which tus clients may send,
+    overrides ``request.method``.
     """
     return TusHeaders(request.environ).method
 
@@ -265,7 +265,7 @@ def _headers(environ: Mapping[str, Any]) -> dict[str, str]:
 def _repeated(environ: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     """Return the values of the headers that came more than once, with names in lower case.
 
-    In an environ they are one string. Our worker tells them apart, other servers do not.
+    An environ has one string for all of them. Only our worker passes them separately.
     """
     values: dict[str, list[str]] = {}
     for name, value in getattr(environ["wsgi.input"], "request_fields", ()):

@@ -1,7 +1,6 @@
-"""Cross-origin requests: what browsers may send and read (the Fetch standard).
+"""Cross-origin requests: the headers that browsers ask for (the Fetch standard).
 
-Every answer gets these headers, errors too: without them a script cannot even see which
-error it met.
+Every response has them, errors too: without them a script cannot even see the status.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ _EXPOSED = (
 
 
 class Cors:
-    """The rules of one server; they are put together once."""
+    """The CORS headers of one server."""
 
     def __init__(self, settings: WebSettings) -> None:
         self._any_origin = "*" in settings.cors
         self._origins = [origin_pattern(origin) for origin in settings.cors]
-        #: The headers of responses to requests without an origin. Caches have to know that others
-        #: have more.
+        #: The headers of responses to requests without an origin. They tell caches that responses
+        #: depend on it.
         self.without_origin = [("Vary", "Origin")] if settings.cors else []
         self._common = [
             ("Access-Control-Expose-Headers", ", ".join((*_EXPOSED, *settings.cors_expose_headers)))

@@ -1,6 +1,6 @@
-"""Downloads: which bytes of an upload are asked for, and how a browser shall treat them.
+"""Downloads: the headers of an upload's content, conditional requests and ranges.
 
-What is uploaded may be anybody's: a browser gets nothing from here that it would run.
+Uploads come from untrusted clients, so no browser may run any of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from werkzeug.http import parse_date, parse_etags, parse_range_header
 from tuswsgi.core.errors import PreconditionFailed, RangeNotSatisfiable
 from tuswsgi.core.info import FileInfo, Metadata
 
-#: Types that a browser may show in place; the list is tusd's. Everything else, HTML and
-#: SVG above all, could carry scripts.
+#: Types that a browser may display; the list is tusd's. Others, such as HTML and SVG, may contain
+#: scripts.
 INLINE_TYPES = frozenset(
     {
         "text/plain",
@@ -48,7 +48,7 @@ Headers = list[tuple[str, str]]
 
 
 def content_headers(info: FileInfo) -> Headers:
-    """Return what the content of an upload is and how it may be shown."""
+    """Return the type of an upload's content and how a browser may show it."""
     media_type = (info.metadata.text("filetype") or info.metadata.text("type") or "").strip()
     bare = _bare_type(media_type)
     if bare is None:
@@ -64,7 +64,7 @@ def content_headers(info: FileInfo) -> Headers:
 def _bare_type(text: str) -> str | None:
     """Return a media type without its parameters, ``None`` if it is malformed.
 
-    Where a parameter comes twice, programs do not agree which of them counts.
+    Programs disagree on which of two parameters with the same name counts.
     """
     match = _MEDIA_TYPE.fullmatch(text)
     if match is None or not text.isascii():
@@ -76,8 +76,8 @@ def _bare_type(text: str) -> str | None:
 def disposition(metadata: Metadata, *, inline: bool) -> str:
     """Return ``Content-Disposition`` with the upload's name (RFC 6266).
 
-    The name is the client's: control characters and directories are taken off. Names that
-    are not ASCII come twice, the second time in RFC 8187's form.
+    Control characters and directories are removed from the client's name. A name that is not ASCII
+    is sent twice, the second time in the form of RFC 8187.
     """
     kind = "inline" if inline else "attachment"
     name = metadata.text("filename") or metadata.text("name") or ""
@@ -92,10 +92,9 @@ def disposition(metadata: Metadata, *, inline: bool) -> str:
 
 
 def validators(info: FileInfo) -> Headers:
-    """Return what names the content's version; finished uploads never change.
+    """Return the validators of the content, which never changes once the upload is finished.
 
-    A hook may choose the id of a removed upload again, so the id alone would be no strong tag
-    (RFC 9110, 8.8.1).
+    A hook may reuse the id of a removed upload, so the id alone is no strong tag (RFC 9110, 8.8.1).
     """
     if not info.is_finished or info.finished_at is None:
         return [("Cache-Control", "no-store")]
@@ -107,9 +106,9 @@ def validators(info: FileInfo) -> Headers:
 
 
 def is_cached(environ: Mapping[str, Any], headers: Headers) -> bool:
-    """Whether the client has the content already (RFC 9110, 13.2.2).
+    """Return whether the client has the content already (RFC 9110, 13.2.2).
 
-    :raises PreconditionFailed: if it wants another content than this.
+    :raises PreconditionFailed: if the client asks for another version.
     """
     named = dict(headers)
     tag = named.get("ETag")
@@ -140,20 +139,20 @@ def _bare(tag: str) -> str:
 
 
 def _date(text: str | None) -> datetime | None:
-    """Return the date in a header, ``None`` if it has none."""
+    """Return the date in a header, ``None`` if it is missing or malformed."""
     try:
         return parse_date(text)
     except OverflowError:
-        # A year, a day or an offset that no number of the machine's holds.
+        # A part of it is too large for an integer of C.
         return None
 
 
 def wanted_range(environ: Mapping[str, Any], headers: Headers, size: int) -> tuple[int, int] | None:
-    """Return the range [start, stop) that is asked for, ``None`` for the whole.
+    """Return the requested range [start, stop), ``None`` for the whole content.
 
-    Several ranges are answered by the whole, as RFC 9110, 14.2 allows.
+    A request for several ranges gets the whole content, as RFC 9110, 14.2 allows.
 
-    :raises RangeNotSatisfiable: if the range lies outside.
+    :raises RangeNotSatisfiable: if the range is outside the content.
     """
     named = dict(headers)
     if "ETag" not in named or "HTTP_RANGE" not in environ:
@@ -174,8 +173,8 @@ def wanted_range(environ: Mapping[str, Any], headers: Headers, size: int) -> tup
 
 
 def _range_applies(text: str | None, named: Mapping[str, str]) -> bool:
-    """Whether ``If-Range`` names the version that we have (RFC 9110, 13.1.5)."""
+    """Return whether ``If-Range`` names the current version (RFC 9110, 13.1.5)."""
     if text is None:
         return True
-    # A weak tag never matches here: the comparison is the strong one.
+    # The comparison is strong, so a weak tag never matches.
     return text == named["ETag"] or _date(text) == _date(named["Last-Modified"])

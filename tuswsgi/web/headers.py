@@ -1,8 +1,6 @@
-"""The headers of tus, as text and as typed values.
+"""The headers of tus, parsed from a WSGI environ and built for responses.
 
-Wire names stand here and nowhere else. Requests are read from a WSGI environ, which is
-a mapping of names to text; what is malformed raises a 400 that names the header and the
-fault of its value.
+A malformed header is refused with a 400 that names it and says what is wrong.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ UPLOAD_CHECKSUM = "Upload-Checksum"
 UPLOAD_EXPIRES = "Upload-Expires"
 METHOD_OVERRIDE = "X-HTTP-Method-Override"
 
-#: What browsers may send and read beyond what they may anyway (web/cors.py).
+#: The headers that scripts in browsers may send, and those that they may read (web/cors.py).
 REQUEST_HEADERS = (
     TUS_RESUMABLE,
     UPLOAD_OFFSET,
@@ -78,13 +76,13 @@ class TusHeaders:
         self._environ = environ
 
     def get(self, name: str) -> str | None:
-        """Return a header as it was sent, repeated ones joined by commas."""
+        """Return a header's value; those of repeated headers are joined by commas."""
         value: str | None = self._environ.get("HTTP_" + name.upper().replace("-", "_"))
         return value
 
     @property
     def method(self) -> str:
-        """The method that counts, in upper case.
+        """The method, in upper case, which may be overridden.
 
         "The X-HTTP-Method-Override request header MUST be a string which MUST be interpreted as
         the request's method by the Server [...]. The actual method of the request MUST be
@@ -105,11 +103,11 @@ class TusHeaders:
 
     @property
     def names_version(self) -> bool:
-        """Whether there is a ``Tus-Resumable``, whatever it says."""
+        """Whether there is a ``Tus-Resumable`` header."""
         return "HTTP_TUS_RESUMABLE" in self._environ
 
     def check_transfer_coding(self) -> None:
-        """Refuse a body that is coded in a way that nobody here takes back, such as gzip.
+        """Refuse a transfer coding that is not supported, such as gzip.
 
         "A server that receives a request message with a transfer coding it does not understand
         SHOULD respond with 501 (Not Implemented)." (RFC 9112, 6.1)
@@ -197,8 +195,8 @@ def final_urls(concat: str, most: int) -> list[str]:
     "The value MUST be `final` followed by a semicolon and a space-separated list of the
     partial upload URLs that need to be concatenated."
 
-    :param most: how many there may be. "The same partial upload MAY be present multiple times",
-        so that a short header can ask for much work.
+    :param most: the most URLs. "The same partial upload MAY be present multiple times", so a
+        short header can cause much work.
     :raises InvalidConcat: if there are more, or none.
     """
     urls = concat.removeprefix("final;").split()
@@ -210,9 +208,9 @@ def final_urls(concat: str, most: int) -> list[str]:
 
 
 def describe(info: FileInfo, *, full: bool) -> list[tuple[str, str]]:
-    """Return the headers that tell where an upload is.
+    """Return the headers that describe an upload.
 
-    :param full: for HEAD, everything; otherwise only what POST and PATCH answer.
+    :param full: whether to return all, as for HEAD; otherwise those for POST and PATCH.
     """
     headers = []
     # "The response to a HEAD request for a final upload SHOULD NOT contain the

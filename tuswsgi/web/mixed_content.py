@@ -18,7 +18,7 @@ from tuswsgi.web.urls import is_trusted
 
 log = logging.getLogger(__name__)
 
-#: How long nothing more is said, in seconds.
+#: The seconds between two warnings, at least.
 _PAUSE = 600.0
 
 #: The most characters that are shown of a URL.
@@ -26,7 +26,7 @@ _SHOWN = 200
 
 
 class MixedContentWatch:
-    """Looks at each ``Location`` beside the ``Origin`` of the page that asked for it."""
+    """Compares each ``Location`` with the ``Origin`` of the page that created the upload."""
 
     def __init__(self, settings: WebSettings) -> None:
         self._settings = settings

@@ -1,8 +1,4 @@
-"""What operators and their machines ask a server for: ``/health``, ``/ready``, ``/metrics``.
-
-This file owns these URLs and how the answers look. It knows neither what makes a server ready
-nor what is counted.
-"""
+"""The pages for monitoring: ``/health``, ``/ready`` and ``/metrics``."""
 
 from __future__ import annotations
 
@@ -18,9 +14,9 @@ Exposition = Callable[[str], tuple[bytes, str]]
 
 
 class MonitoringBlueprint(flask.Blueprint):
-    """The URLs by which a server is watched. They take no body and change nothing.
+    """The pages for monitoring.
 
-    :param exposition: ``None`` where no metrics are to be served.
+    :param exposition: ``None`` to serve no metrics.
     """
 
     def __init__(self, name: str, readiness: Readiness, exposition: Exposition | None) -> None:

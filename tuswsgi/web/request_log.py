@@ -1,8 +1,8 @@
-"""What the log tells of a request for an upload: one line, once its answer is known.
+"""The log line of a request for an upload, written once its response is known.
 
-Requests that bring bytes, make an upload or end one are told of at INFO, and so is why one of
-them broke off. Whoever only asks is told of at DEBUG, and a fault of ours at WARNING. Lines
-carry no header but the offset, no metadata and no query, which may hold secrets.
+The level is INFO for requests that send bytes, create or terminate an upload, also if they break
+off; DEBUG for those that change nothing; WARNING for errors of the server. Lines have no header
+but the offset, no metadata and no query, since these may hold secrets.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tuswsgi.web.urls import request_uri
 log = logging.getLogger(__name__)
 
 #: Methods that change nothing.
-_ASKING = ("HEAD", "OPTIONS", "GET")
+_SAFE = ("HEAD", "OPTIONS", "GET")
 
-#: What ends requests every day: this protocol and a deploy are made for it.
-_EVERYDAY = (BodyIncomplete, ReadTimeout, ServerShutdown)
+#: Errors that are normal for resumable uploads, and at a deployment.
+_NORMAL = (BodyIncomplete, ReadTimeout, ServerShutdown)
 
-#: What strangers meet who try URLs.
-_ASTRAY = (UploadNotFound, MethodNotAllowed, UnsupportedVersion)
+#: Errors of clients that try URLs at random.
+_SCANNING = (UploadNotFound, MethodNotAllowed, UnsupportedVersion)
 
-#: The most characters that are shown of what a client or an application says.
+#: The most characters that are shown of a text from outside.
 _SHOWN = 200
 
 
@@ -51,25 +51,25 @@ def log_answer(
     began: float,
     error: TusError | None = None,
 ) -> None:
-    """Tell of a request and its answer.
+    """Log a request and its response.
 
-    :param began: on the monotonic clock.
-    :param error: what is answered, if that is an error.
+    :param began: when the request began, on the monotonic clock.
+    :param error: the error that is the response, if any.
     """
-    if error is not None and error.status >= 500 and not isinstance(error, _EVERYDAY):
+    if error is not None and error.status >= 500 and not isinstance(error, _NORMAL):
         level = logging.WARNING
     elif body is not None and body.length != 0:
         level = logging.INFO
     else:
-        level = logging.DEBUG if method in _ASKING or isinstance(error, _ASTRAY) else logging.INFO
+        level = logging.DEBUG if method in _SAFE or isinstance(error, _SCANNING) else logging.INFO
     if log.isEnabledFor(level):
         cause = None if error is None or level != logging.WARNING else error.__cause__
         fields = _fields(environ, method, status, body, began, error)
-        # Where in the code a disk turned out to be full or broken is of no use to anybody.
+        # A traceback does not help with a full or broken disk.
         if isinstance(cause, OSError) and may_pass(cause):
             fields["reason"] += f" {_shown(str(cause))}"
             cause = None
-        _tell(level, fields, None if isinstance(error, StorageFull) else cause)
+        _write(level, fields, None if isinstance(error, StorageFull) else cause)
 
 
 def log_failure(
@@ -80,8 +80,8 @@ def log_failure(
     began: float,
     error: Exception,
 ) -> None:
-    """Tell of a request that met a mistake of ours, with the traceback."""
-    _tell(logging.ERROR, _fields(environ, method, status, body, began), error)
+    """Log a request that failed because of a bug, with the traceback."""
+    _write(logging.ERROR, _fields(environ, method, status, body, began), error)
 
 
 def _fields(
@@ -92,7 +92,7 @@ def _fields(
     began: float,
     error: TusError | None = None,
 ) -> dict[str, Any]:
-    """Return what a line tells, by name."""
+    """Return the fields of a line."""
     fields: dict[str, Any] = {
         "method": _shown(method),
         "path": _shown(request_uri(environ).partition("?")[0]),
@@ -110,7 +110,7 @@ def _fields(
     return fields
 
 
-def _tell(level: int, fields: dict[str, Any], cause: BaseException | None) -> None:
+def _write(level: int, fields: dict[str, Any], cause: BaseException | None) -> None:
     line = f"{fields['method']} {fields['upload_id'] or fields['path']}: {fields['status']}"
     if "code" in fields:
         line += f" {fields['code']}"

@@ -1,8 +1,4 @@
-"""Turns what the protocol returned or raised into responses.
-
-A response is a value: status, headers and body. When it is sent while the client still
-sends, it looks after the rest of the request's body.
-"""
+"""Builds responses from what the protocol returned or raised."""
 
 from __future__ import annotations
 
@@ -35,7 +31,7 @@ _REASONS = {status.value: status.phrase for status in HTTPStatus} | {460: "Check
 
 @dataclass
 class Answer:
-    """What is to be answered. It is a WSGI application, so nothing else is needed to send it.
+    """A response. It is a WSGI application, which sends it.
 
     :param request_body: the body of the request, which may not have been read.
     """
@@ -47,7 +43,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         if self.status in (204, 304):
-            # They have no body, whatever a hook says: it would be taken for the next answer.
+            # They have no body, even if a hook sets one: it would be taken for the next response.
             self.content = b""
 
     @property
@@ -55,7 +51,7 @@ class Answer:
         return f"{self.status} {_REASONS.get(self.status, 'Unknown')}"
 
     def headers_for(self, environ: Mapping[str, Any]) -> Headers:
-        """Return the headers with which this answers a request.
+        """Return the headers of the response to a request.
 
         "A server MUST NOT send a Content-Length header field in [a response to HEAD] unless its
         field value equals the decimal number of octets that would have been sent in the content
@@ -81,18 +77,18 @@ class Answer:
 
 
 class TusResponse(Response):
-    """An answer as Flask wants it, so that an embedding application may change it."""
+    """An ``Answer`` as a Flask response, which an embedding application may change."""
 
     default_mimetype = None
 
-    #: Whether the headers are as they shall be sent, because this server has made them all.
-    #: Werkzeug looks through those of an application's own response once more.
+    #: Whether the headers can be sent as they are. Those of an application's own response are
+    #: completed by werkzeug first.
     are_final = False
     request_body: RequestBody | None = None
 
     def __init__(self, answer: Answer, environ: Mapping[str, Any]) -> None:
         content = answer.content
-        # The content of an answer to HEAD says nothing about that to GET.
+        # The length of a response to HEAD would be taken for that of GET.
         self.automatically_set_content_length = environ["REQUEST_METHOD"] != "HEAD"
         super().__init__(
             [content] if isinstance(content, bytes) else content,
@@ -119,7 +115,7 @@ class TusResponse(Response):
 
 
 def error_response(error: TusError, common: Headers, body: RequestBody | None) -> Answer:
-    """Return the answer for an error: one line with its code and its sentence."""
+    """Return the response to an error: one line with its code and its message."""
     headers = [*common, ("Cache-Control", "no-store")]
     text = f"{error.code}: {error.message}\n"
     if error.retry_after is not None:
@@ -141,7 +137,7 @@ def error_response(error: TusError, common: Headers, body: RequestBody | None) -
 
 
 def text_response(status: int, headers: Headers, text: str, body: RequestBody | None) -> Answer:
-    """Return an answer with a plain text, unless its headers name another type."""
+    """Return a response with a text, which is plain unless the headers name another type."""
     if text and not any(name.lower() == "content-type" for name, _ in headers):
         headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
     return Answer(status, headers, text.encode(), body)
@@ -153,7 +149,7 @@ def success_response(
     answer: HookResponse | FinalResponse | None,
     body: RequestBody,
 ) -> Answer:
-    """Return the answer to a request that worked, as a hook may have changed it."""
+    """Return the response to a request that succeeded, with the changes of a hook."""
     if answer is None:
         return Answer(status, headers, b"", body)
     merged = _merged(headers, answer.headers.items())
@@ -161,8 +157,9 @@ def success_response(
 
 
 def _merged(headers: Headers, more: Iterable[tuple[str, str]]) -> Headers:
-    """Return our headers and those of a hook, which may replace ours but for what the protocol
-    says with them: tusd sets its ``Location`` and ``Upload-Offset`` after the hook's, too.
+    """Return our headers with those of a hook, which may replace all but the protocol's.
+
+    tusd sets ``Location`` and ``Upload-Offset`` after the hook, too.
     """
     fixed = {name.lower() for name, _ in headers if _is_of_protocol(name)}
     more = [(name, value) for name, value in more if name.lower() not in fixed]

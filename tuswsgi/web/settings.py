@@ -1,4 +1,4 @@
-"""The settings of the HTTP edge: URLs, proxies, CORS and what monitoring is told."""
+"""Settings of URLs, proxies, CORS and monitoring."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from tuswsgi.core.options import MAIN, Duration, option
 
 
 class LocationForm(str, Enum):
-    """How the URL of a new upload is written in ``Location``."""
+    """The form of the URL in ``Location``."""
 
     ABSOLUTE = "absolute"
     RELATIVE = "relative"
 
 
 class Compat(str, Enum):
-    """A server whose answers clients are used to, where they differ from the specification."""
+    """A server whose deviations from the specification clients rely on."""
 
     RUSTUS = "rustus"
 
 
-#: The paths by which a server is watched; they are never those of uploads.
-WATCHED = HEALTH, READY, METRICS = ("/health", "/ready", "/metrics")
+#: The paths of the pages for monitoring. No upload has one of them.
+HEALTH = "/health"
+READY = "/ready"
+METRICS = "/metrics"
+WATCHED = (HEALTH, READY, METRICS)
 
-#: Stands for the peers of a unix socket, which have no address.
+#: Stands for the peers of a unix socket, which have no addresses.
 UNIX = "unix"
 
 
-#: Origins that nobody can have (RFC 6761, 6.4): what allows one of them allows all.
+#: Origins that do not exist (RFC 6761, 6.4). A pattern that allows one of them allows all.
 _STRANGERS = ("https://stranger.invalid", "http://stranger.invalid")
 
 
 def origin_pattern(origin: str) -> re.Pattern[str]:
-    """Return what an origin of ``cors`` means: ``*`` stands for any text."""
+    """Return the pattern of an origin of ``cors``, in which ``*`` stands for any text."""
     return re.compile(".*".join(map(re.escape, origin.lower().split("*"))))
 
 

@@ -1,7 +1,6 @@
-"""URLs: who the client thinks it talks to, where uploads are, which upload a URL means.
+"""URLs: the origin of a request, the URL of an upload, and the upload of a URL.
 
-One function computes the origin of a request, for ``Location`` and for hooks alike. What
-a proxy says is believed only if the proxy is trusted (RFC 7239, 8.1).
+``Forwarded`` headers count only if they come from a trusted proxy (RFC 7239, 8.1).
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Origin(NamedTuple):
-    """Where a request came from and went to, as its client sees it.
+    """The two ends of a request as its client sees them.
 
-    :param host: with its port, unless that is the default one of the scheme.
-    :param prefix: the path that a proxy has taken off, without a slash at its end.
-    :param client: the client's address, ``None`` if the server does not know it.
+    :param host: with its port, unless that is the scheme's default.
+    :param prefix: the path that a proxy has removed, without a slash at its end.
+    :param client: the client's address, ``None`` if it is unknown.
     """
 
     scheme: str
@@ -47,7 +46,7 @@ def origin_of(environ: Mapping[str, Any], settings: WebSettings) -> Origin:
     host = environ.get("HTTP_HOST", "")
     if not host and environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
         raise BadRequest("The Host header is missing.")
-    said = _forwarded(environ, settings) if _is_believed(environ, settings) else {}
+    said = _forwarded(environ, settings) if _is_trusted_peer(environ, settings) else {}
     target = _target_host(environ)
     host = said.get("host") or target or host or environ["SERVER_NAME"]
     match = _HOST.fullmatch(host)
@@ -66,12 +65,12 @@ def origin_of(environ: Mapping[str, Any], settings: WebSettings) -> Origin:
 
 
 def _is_default(port: str, scheme: str) -> bool:
-    """Whether URLs are the same without this port, and shall be written so (RFC 9110, 4.2.3)."""
+    """Return whether URLs are written without this port (RFC 9110, 4.2.3)."""
     return not port or int(port) == _DEFAULT_PORTS.get(scheme)
 
 
 def _target_host(environ: Mapping[str, Any]) -> str:
-    """Return the host in the target of a request, empty if that is but a path.
+    """Return the host in the target of a request, empty if the target is a path.
 
     "When an origin server receives a request with an absolute-form of request-target, the origin
     server MUST ignore the received Host header field (if any) and instead use the host
@@ -85,7 +84,7 @@ def _target_host(environ: Mapping[str, Any]) -> str:
 
 
 def request_uri(environ: Mapping[str, Any]) -> str:
-    """Return path and query of a request as its client sent them, if the server tells."""
+    """Return the path and query of a request, as its client sent them if the server tells."""
     uri: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or ""
     if uri:
         return uri
@@ -95,7 +94,7 @@ def request_uri(environ: Mapping[str, Any]) -> str:
 
 
 def _collection_path(environ: Mapping[str, Any]) -> str:
-    """Return the path of the upload collection, which this request addressed."""
+    """Return the path of the upload collection, to which a request was sent."""
     path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     path = path.rstrip("/")
     # latin-1 is how PEP 3333 carries the bytes of a path.
@@ -104,7 +103,7 @@ def _collection_path(environ: Mapping[str, Any]) -> str:
 
 def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings, origin: Origin) -> str:
     """Return the URL of a new upload, for ``Location``."""
-    # All else that an id may have stands for itself in a path (RFC 3986, 3.3).
+    # All other characters of ids may be in a path (RFC 3986, 3.3).
     id = id.replace("%", "%25")
     if settings.public_url is not None:
         return f"{settings.public_url.rstrip('/')}/{id}"
@@ -115,10 +114,10 @@ def upload_url(environ: Mapping[str, Any], id: str, settings: WebSettings, origi
 
 
 def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> str:
-    """Return the id of the upload that a URL in ``Upload-Concat`` means.
+    """Return the id of the upload at a URL in ``Upload-Concat``.
 
-    The URL is absolute or a path. Its host does not count, as in tusd: one server has many names,
-    and clients write them as they like. What protects an upload is its id and who may see it.
+    The URL is absolute or a path. As in tusd, any host is accepted, since one server has many
+    names. Uploads are protected by their ids and owners.
 
     :raises InvalidConcat: if it is not a URL of this collection.
     """
@@ -141,7 +140,7 @@ def upload_id(url: str, environ: Mapping[str, Any], settings: WebSettings) -> st
         raise InvalidConcat("The Upload-Concat header has a URL with an invalid id.") from None
 
 
-def _is_believed(environ: Mapping[str, Any], settings: WebSettings) -> bool:
+def _is_trusted_peer(environ: Mapping[str, Any], settings: WebSettings) -> bool:
     if not settings.behind_proxy:
         return False
     return is_trusted(environ.get("REMOTE_ADDR", ""), settings.trusted_proxies)
@@ -149,7 +148,7 @@ def _is_believed(environ: Mapping[str, Any], settings: WebSettings) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_trusted(address: str, trusted: tuple[str, ...]) -> bool:
-    """Return whether a peer is a proxy that may be believed.
+    """Return whether a peer is a trusted proxy.
 
     :param address: empty for the peer of a unix socket.
     """
@@ -169,9 +168,9 @@ def is_trusted(address: str, trusted: tuple[str, ...]) -> bool:
 
 
 def _forwarded(environ: Mapping[str, Any], settings: WebSettings) -> dict[str, str]:
-    """Return what the proxies say: ``proto``, ``host``, ``prefix`` and ``for``.
+    """Return the proxies' ``proto``, ``host``, ``prefix`` and ``for``.
 
-    ``Forwarded`` (RFC 7239) wins over the X-Forwarded headers, which came before it.
+    ``Forwarded`` (RFC 7239) overrides the X-Forwarded headers.
     """
     said = {}
     for name in ("proto", "host", "prefix"):
@@ -193,10 +192,10 @@ def _pairs(element: str) -> dict[str, str]:
 
 
 def _first_hop(chain: list[dict[str, str]], trusted: tuple[str, ...]) -> dict[str, str]:
-    """Return the last element that was not sent by a trusted proxy.
+    """Return the last element that does not name a trusted proxy.
 
-    Every proxy adds its peer at the end, and what stands before the first peer that is no
-    proxy of ours may be anybody's invention.
+    Every proxy appends its peer. The elements before that of the first untrusted peer may be
+    forged.
     """
     for hop in reversed(chain):
         hop["for"] = _address(hop.get("for", "").strip())

@@ -1,4 +1,4 @@
-"""One short function per method: parse the request, call the heart, render the result."""
+"""One short function per method: parse the request, call ``Uploads``, build the response."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from tuswsgi.web.urls import Origin, upload_id, upload_url
 class Call(NamedTuple):
     """One request, as the views see it.
 
-    :param id: what follows the collection's path; empty for the collection itself.
-    :param common: headers that every answer carries.
+    :param id: the upload's; empty for the collection.
+    :param common: the headers that every response has.
     """
 
     environ: dict[str, Any]
@@ -52,7 +52,7 @@ _Methods = dict[str, Callable[[Call], Answer]]
 class Views:
     """The methods of the upload collection and of uploads.
 
-    :param methods: the methods to offer, ``None`` for all.
+    :param methods: the methods to serve, ``None`` for all.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Views:
         )
 
     def methods(self, id: str) -> _Methods:
-        """Return the methods that a URL takes, by name."""
+        """Return the views of a URL by their methods."""
         return self._of_upload if id else self._of_collection
 
     def options(self, call: Call) -> Answer:
@@ -106,10 +106,10 @@ class Views:
         return Answer(200, headers, b"", call.body)
 
     def head_of_download(self, call: Call) -> Answer:
-        """Answer a HEAD without ``Tus-Resumable``, which browsers and ``curl -I`` send.
+        """Respond to a HEAD without ``Tus-Resumable``, which browsers and ``curl -I`` send.
 
-        As in tusd they learn what GET would answer, and where the upload is. Only a tus client has
-        something to ask about an upload that cannot be downloaded.
+        As in tusd, the response has the headers of a GET and the offset. Unfinished uploads cannot
+        be downloaded, so only tus clients may ask for them.
         """
         try:
             info = self._uploads.look(call.id, call.request)
@@ -120,7 +120,7 @@ class Views:
         validators = downloads.validators(info)
         if downloads.is_cached(call.environ, validators):
             return Answer(304, [*call.common, *validators], b"", call.body)
-        # What GET misses is not there for HEAD either.
+        # If the content is missing, HEAD fails as GET does.
         self._uploads.open(info, 0).close()
         headers = [
             *call.common,
