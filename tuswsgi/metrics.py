@@ -98,13 +98,13 @@ class Metrics:
             yield _gauge("uploads_in_progress", "Unfinished uploads.", census.unfinished)
             text = "Unfinished uploads without a byte for an hour."
             yield _gauge("uploads_stalled", text, census.stalled)
-            yield _gauge("outbox_events", "Post-hooks that wait for delivery.", census.pending)
+            yield _gauge("outbox_events", "Post-hooks to be delivered.", census.pending)
             oldest = 0.0 if census.oldest is None else max(0.0, time.time() - census.oldest)
             yield _gauge("outbox_oldest_seconds", "Age of the oldest one of them.", oldest)
             text = "Post-hooks that were given up (dead letters)."
             yield _gauge("outbox_dead_events", text, census.dead)
         if free is not None:
-            yield _gauge("disk_free_bytes", "Room that is left in the data store.", free)
+            yield _gauge("disk_free_bytes", "Free space of the data store.", free)
 
     def _seen(self, probe: Probe[Any]) -> Any:
         try:
@@ -136,22 +136,22 @@ class _Counters:
         # To find a child takes longer than to increment it.
         self._requests = {name: requests.labels(name) for name in (*_METHODS, _OTHER_METHOD)}
         self._errors = counter("errors", "Requests that failed.", "status", "code")
-        self._received = counter("received_bytes", "Bytes of uploads that have come.")
+        self._received = counter("received_bytes", "Bytes of uploads that were received.")
         self._created = counter("uploads_created", "Uploads that were created.")
         self._finished = counter("uploads_finished", "Uploads that were finished.")
         text = "Uploads that clients, hooks or the application removed."
         self._terminated = counter("uploads_terminated", text)
-        self._expired = counter("uploads_expired", "Uploads whose time was over.")
-        text = "Uploads that a request let go of for another one."
+        self._expired = counter("uploads_expired", "Uploads that expired.")
+        text = "Requests that were interrupted by another one for the same upload."
         self._takeovers = counter("takeovers", text)
         text = "Waits for the lock of an upload that another request held."
         waits = histogram("lock_wait_seconds", text, "outcome")
         self._waits = {True: waits.labels("acquired"), False: waits.labels("given up")}
         self._hooks = histogram("hook_seconds", "Hooks that were sent.", "transport", "type")
-        text = "Hooks that could not be sent or were not understood."
+        text = "Hooks that failed, or whose answer was invalid."
         self._hook_errors = counter("hook_errors", text, "transport", "type")
         self._reclaimed = counter("reclaimed_bytes", "Bytes that the clean-up has removed.")
-        text = "Files without a record: what the clean-up did with them."
+        text = "Files without a record that the clean-up moved, restored or deleted."
         moves = counter("quarantine_files", text, "action")
         actions = ("quarantined", "put back", "discarded")
         self._moves = {action: moves.labels(action) for action in actions}

@@ -18,11 +18,11 @@ class DataStoreName(str, Enum):
 
 @dataclass(frozen=True)
 class DataStoreSettings:
-    """Where the bytes of uploads are kept."""
+    """Where the bytes of uploads are stored."""
 
     storage: DataStoreName = option(
         DataStoreName.FILE,
-        "Where the bytes of uploads are kept. In memory they are lost with the process.",
+        "Where the bytes of uploads are stored. In memory they are lost with the process.",
         rustus="STORAGE",
         short="s",
     )

@@ -57,52 +57,52 @@ _GONE = (State.TERMINATED, State.EXPIRED)
 
 @dataclass(frozen=True)
 class CleanUpSettings:
-    """What is removed without being asked for."""
+    """What the clean-up removes."""
 
     section: ClassVar[str] = "gc"
 
     unfinished_age: float | None = option(
         None,
-        "How long an unfinished upload stays after its last byte. One with an `expiration`, which "
-        "its client was told, lives until that instead. Longer than any request lasts, e.g. `7d`. "
+        "How long an unfinished upload stays after its last byte; one with an expiry (see "
+        "`expiration`) stays until that instead. Must be longer than any request lasts, e.g. `7d`. "
         "Unset: for ever.",
         kind=Duration,
     )
     finished_age: float | None = option(
         None,
         "How long an upload stays after it was finished, e.g. `30d`, and in any case until its "
-        "hooks are delivered; those that were given up count as not delivered. Unset: for ever.",
+        "hooks are delivered; dead ones count as undelivered. Unset: for ever.",
         kind=Duration,
     )
     partial_age: float | None = option(
         None,
-        "How long a partial upload stays after its last byte, instead of the two above, and in any "
-        "case while a final upload waits for it. Unset: for ever.",
+        "The same for partial uploads, after their last byte; in any case they stay while a final "
+        "upload waits for them. Unset: for ever.",
         kind=Duration,
     )
     tombstone_age: float | None = option(
         7 * 86400.0,
-        "How long it is known that an upload was removed (410), and in any case until its hooks "
-        "are delivered; afterwards it was never there (404). Unset: for ever.",
+        "How long the tombstone of a removed upload stays, and in any case until its hooks are "
+        "delivered: clients are answered 410, afterwards 404. Unset: for ever.",
         kind=Duration,
     )
     grace: float | None = option(
         86400.0,
-        "After how long without a change that is removed which only crashes leave behind: records "
-        "of unfinished uploads without their bytes, temporary files; bytes without a record are "
-        "moved to the quarantine. Longer than any hook lasts. Unset: never.",
+        "How long what crashes have left stays after its last change: records of unfinished "
+        "uploads without bytes and temporary files are removed then, files without a record are "
+        "moved to the quarantine. Must be longer than any hook takes. Unset: for ever.",
         kind=Duration,
     )
     quarantine_age: float | None = option(
         30 * 86400.0,
-        "How long bytes without a record stay in the quarantine, `.tuswsgi/quarantine` below the "
-        "data directory, where an operator who misses them finds them. Unset: for ever.",
+        "How long files without a record stay in the quarantine, `.tuswsgi/quarantine` below the "
+        "data directory, where an operator can find them. Unset: for ever.",
         kind=Duration,
     )
     interval: float = option(
         600.0,
-        "How often one of all workers and hosts looks for what is to be removed. What has to be "
-        "older than some age is looked for less often: it may stay for a 24th of its age more.",
+        "How often one process of all workers and hosts cleans up. Things with an age, e.g. "
+        "`finished_age`, are searched for less often, and may stay for a 24th of it longer.",
         kind=Duration,
         validate=Range(min=1.0, error="Not a duration of at least 1s."),
     )

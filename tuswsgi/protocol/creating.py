@@ -329,4 +329,4 @@ def _is_same(info: FileInfo, existing: FileInfo) -> bool:
 
 def _lock_of_path(storage: Storage) -> str:
     """Return the name of the lock of a path; no upload has such an id."""
-    return "tuswsgi-place-" + hashlib.sha256((storage.path or "").encode()).hexdigest()[:32]
+    return "tuswsgi-path-" + hashlib.sha256((storage.path or "").encode()).hexdigest()[:32]

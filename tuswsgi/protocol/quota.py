@@ -47,16 +47,16 @@ class QuotaSettings:
 
     max_total_size: int | None = option(
         None,
-        "How many bytes all uploads together may take, those that are promised and have not "
-        "arrived included. One that does not fit is refused (507) until others are gone. "
-        "Unset: no limit.",
+        "How many bytes all uploads together may take; each counts with its length, whether its "
+        "bytes have arrived or not. An upload that does not fit is refused (507) until others are "
+        "removed. Unset: no limit.",
         kind=Size,
     )
     evict: bool = option(
         False,
-        "Remove finished uploads, the oldest first, where others need their room, and tell "
-        "post-terminate. One that a hook is still to be told of stays, and so does a part that "
-        "a final upload waits for.",
+        "If an upload does not fit, remove finished ones, the oldest first, and send "
+        "post-terminate. Uploads with undelivered hooks stay, and so do parts that a final upload "
+        "waits for.",
     )
 
 

@@ -13,11 +13,11 @@ from tuswsgi.core.options import Duration, MiB, Size, option
 
 @dataclass(frozen=True)
 class UploadSettings:
-    """How uploads are created, received, kept and given out."""
+    """How uploads are created, received, stored and served."""
 
     tus_extensions: tuple[Extension, ...] = option(
         tuple(Extension),
-        "The extensions that are offered. `expiration` counts only if that is set, and "
+        "The extensions to offer. `expiration` is offered only if the option of that name is set; "
         "`getting` is the download of uploads.",
         rustus="TUS_EXTENSIONS",
     )
@@ -36,14 +36,14 @@ class UploadSettings:
     )
     max_parts: int = option(
         1000,
-        "How many partial uploads a final upload may be made of, repeated ones counted each time: "
-        "all of them are copied, and `pre-access` is asked about each.",
+        "How many parts a final upload may have, repeated ones counted each time: all are copied, "
+        "and `pre-access` is sent for each.",
         validate=Range(min=1, error="Not 1 or more."),
     )
     remove_parts: bool = option(
         False,
-        "Remove partial uploads once a final upload was made of them, unless another "
-        "final upload waits for them.",
+        "Remove partial uploads once a final upload is built of them, unless another final upload "
+        "waits for them.",
         rustus="REMOVE_PARTS",
     )
     expiration: float | None = option(
@@ -53,13 +53,13 @@ class UploadSettings:
     )
     min_free_disk: int = option(
         64 * MiB,
-        "An upload is created only if this much room would be left beside it (507 otherwise).",
+        "An upload is created only if this much space stays free after it (507 otherwise).",
         kind=Size,
     )
     network_timeout: float = option(
         60.0,
-        "How long a request's body may stay silent before what arrived is kept and the "
-        "connection is closed; also how long a client may take nothing of a download.",
+        "How long no byte of a request's body may arrive before the connection is closed; the "
+        "bytes before that are stored. Also how long a client may read nothing of a download.",
         kind=Duration,
     )
     download_unfinished: bool = option(

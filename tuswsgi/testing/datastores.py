@@ -32,7 +32,7 @@ class Blocks:
 
     :param provisional: whether the bytes count only if they are accepted.
     :param accepts: what ``accepted`` says; a body that broke off says no, too.
-    :param before_answer: called with what the store has kept, before ``accepted`` answers.
+    :param before_answer: called with the stored bytes before ``accepted`` answers.
     :param breaks: raised after the last block, as if the process died there.
     """
 
@@ -80,7 +80,7 @@ class Blocks:
         return self._accepts
 
 
-class LosesIt(Hold):
+class LosesLock(Hold):
     """A lock that is lost with the last byte of a body."""
 
     def __init__(self, source: Blocks) -> None:
@@ -91,7 +91,7 @@ class LosesIt(Hold):
 
 
 class Died(BaseException):
-    """Stands for whatever ends a method in the middle."""
+    """The death of the process in the middle of a method."""
 
 
 def created(store: DataStore, id: str | None = None, **fields: Any) -> FileInfo:
@@ -345,7 +345,7 @@ class DataStoreContract:
 
     @pytest.mark.usefixtures("verifying")
     @pytest.mark.parametrize("provisional", [False, True])
-    def test_provisional_bytes_that_nobody_judged_do_not_count(
+    def test_provisional_bytes_of_a_crash_do_not_count(
         self, store: DataStore, provisional: bool
     ) -> None:
         info = created(store)
@@ -360,7 +360,7 @@ class DataStoreContract:
         assert content(store, info) == b"oldgood"
 
     @pytest.mark.parametrize("late", ["more and more", "cut off", "accepted"])
-    def test_who_wrote_before_a_seal_changes_nothing(self, store: DataStore, late: str) -> None:
+    def test_a_late_writer_changes_nothing_after_a_seal(self, store: DataStore, late: str) -> None:
         if late != "more and more" and Extension.CHECKSUM not in store.extensions:
             pytest.skip("the store verifies nothing")
         info = created(store, size=16)
@@ -368,7 +368,7 @@ class DataStoreContract:
         sealed: list[FileInfo] = []
 
         class Late(Blocks):
-            """A body during which somebody else takes the upload over."""
+            """A body during which another process takes the upload over."""
 
             def read(self, n: int) -> bytes:
                 if not self._blocks and not sealed:
@@ -446,7 +446,7 @@ class DataStoreContract:
         store.append(info, 0, Blocks(b"kept"), SURE)
         source = Blocks(b"late", provisional=True)
         with pytest.raises(LockLost):
-            store.append(info, 4, source, LosesIt(source))
+            store.append(info, 4, source, LosesLock(source))
         assert store.offset(info) == 4
         assert store.append(info, 4, Blocks(b"more"), SURE) == 8
         assert content(store, info) == b"keptmore"
@@ -524,7 +524,7 @@ class DataStoreContract:
         part = self.part(store, b"part")
         final = self.final(store, part)
         with pytest.raises(LockLost):
-            store.concatenate(final, [part], LosesIt(Blocks()))
+            store.concatenate(final, [part], LosesLock(Blocks()))
         assert store.offset(final) == 0
 
     @pytest.mark.usefixtures("concatenating")
@@ -717,7 +717,7 @@ class DataStoreContract:
         store.append(info, 0, Blocks(b"second"), SURE)
         assert not store.restore(first)
         assert content(store, info) == b"second"
-        # Both are kept if the second one goes there, too.
+        # Both stay if the second one is moved there, too.
         (file,) = store.files(time.time() + 60)
         assert (second := store.quarantine(file)) is not None
         assert sorted(found.file.size for found in store.quarantined()) == [5, 6]
