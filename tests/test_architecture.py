@@ -15,8 +15,8 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 #: A module that the page proposes to add.
 EXAMPLE = "datastores/swift.py"
 
-#: Modules and what they contain: ``web/views.py:Views.patch``. A name without a directory is that of a
-#: loose module, or of a module in the package that the text is about.
+#: Modules and what they contain: ``web/views.py:Views.patch``. A path without a directory is a
+#: loose module, or one of the package that the text is about.
 REFERENCES = sorted(
     (path, name)
     for path, name in set(re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", PAGE))

@@ -121,9 +121,9 @@ class Tus:
         #: The blueprint's name.
         self.name = name or ("tus" if number == 1 else f"tus_{number}")
         self._started = PerProcess(self._start)
-        self._presence: PerProcess[runtime.Presence] | None = None
-        if is_own and runtime.is_told(config):
-            self._presence = PerProcess(lambda: runtime.Presence(config))
+        self._registration: PerProcess[runtime.Registration] | None = None
+        if is_own and runtime.registers(config):
+            self._registration = PerProcess(lambda: runtime.Registration(config))
         #: ``None`` if they are switched off.
         self.metrics = self._make_metrics()
         self._start_again_at = 0.0
@@ -268,7 +268,7 @@ class Tus:
             raise Unavailable
         try:
             self.prepare()
-            self._publish_locker()
+            self._register_runtime_dir()
         except TusError:
             self._start_again_at = time.monotonic() + _START_PAUSE
             raise
@@ -277,10 +277,10 @@ class Tus:
         threading.Thread(target=self._sweep, name="tuswsgi-sweep", daemon=True).start()
         return True
 
-    def _publish_locker(self) -> None:
-        if self._presence is not None:
+    def _register_runtime_dir(self) -> None:
+        if self._registration is not None:
             try:
-                self._presence.get()
+                self._registration.get()
             except OSError as error:
                 log.warning("Commands beside this server will not find its locks: %s", error)
 

@@ -85,7 +85,7 @@ def opened(config: Config) -> Iterator[Uploads]:
             "Some of the backends are in the server's memory, where no command can reach them."
         )
     backends.check_data_dir()
-    tus = Tus(runtime.as_servers_have_it(config))
+    tus = Tus(runtime.with_runtime_dir_of_servers(config))
     try:
         tus.prepare()
         yield tus.uploads

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _OLD = 30 * 86_400.0
 
 
-class Known(NamedTuple):
+class RuntimeDir(NamedTuple):
     """A registered runtime directory.
 
     :param file: the registration.
@@ -46,23 +46,23 @@ class Known(NamedTuple):
     is_in_use: bool
 
 
-class Presence:
+class Registration:
     """The registration of this process; it lasts as long as this object."""
 
     def __init__(self, config: Config) -> None:
         backends = Backends(config)
         scope = _scope(config)
-        directory = _directory(backends)
+        directory = _registrations(backends)
         path = backends.runtime_dir.absolute()
         make_directory(directory)
-        for known in _known(directory):
-            if not known.is_in_use and known.since < time.time() - _OLD:
-                known.file.unlink(missing_ok=True)
-            elif known.is_in_use and known.scope != scope:
+        for registered in _registered(directory):
+            if not registered.is_in_use and registered.since < time.time() - _OLD:
+                registered.file.unlink(missing_ok=True)
+            elif registered.is_in_use and registered.scope != scope:
                 log.error(
                     "Another server on %s has its locks in %s, and this one in %s: both can write "
                     "an upload at the same time. Set the same runtime_dir for both",
-                    *(backends.data_dir, known.path, path),
+                    *(backends.data_dir, registered.path, path),
                 )
         name = hashlib.blake2b(f"{path}\n{scope}".encode(), digest_size=8).hexdigest()
         self._fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -77,47 +77,47 @@ class Presence:
             os.close(self._fd)
 
 
-def is_told(config: Config) -> bool:
+def registers(config: Config) -> bool:
     """Whether servers with this configuration register their runtime directory."""
     backends = Backends(config)
     return backends.locker_name is LockerName.FILE and not backends.in_memory
 
 
-def as_servers_have_it(config: Config) -> Config:
+def with_runtime_dir_of_servers(config: Config) -> Config:
     """Return the configuration of a command with the runtime directory of the servers.
 
     :raises ConfigurationError: if the configuration names another one, or if that of the servers
         cannot be reached from here.
     """
-    if not is_told(config):
+    if not registers(config):
         return config
     backends = Backends(config)
     try:
-        known = sorted(_known(_directory(backends)), key=lambda one: one.since)
+        registered = sorted(_registered(_registrations(backends)), key=lambda one: one.since)
     except OSError as error:
         raise ConfigurationError(
             f"The runtime directories of the servers cannot be read: {error}"
         ) from error
-    if config["runtime_dir"] is None and known:
+    if config["runtime_dir"] is None and registered:
         # If no server runs now, the next one most likely uses the directory of the last one.
-        last = next((one for one in known if one.is_in_use), known[-1])
-        config = _with(config, last.path, backends)
+        last = next((one for one in registered if one.is_in_use), registered[-1])
+        config = _using(config, last.path, backends)
     scope = _scope(config)
-    for one in known:
+    for one in registered:
         if one.is_in_use and one.scope != scope:
             here = Backends(config).runtime_dir.absolute()
             raise ConfigurationError(_refusal(backends.data_dir, one.path, here))
     return config
 
 
-def _with(config: Config, path: Path, backends: Backends) -> Config:
+def _using(config: Config, path: Path, backends: Backends) -> Config:
     if not path.is_dir():
         try:
             make_directory(path)
             adopt(path, backends.own_dir)
         except OSError:
             return config
-    return config.replace("runtime_dir", path, str(_directory(backends)))
+    return config.replace("runtime_dir", path, str(_registrations(backends)))
 
 
 def _refusal(data_dir: Path, path: Path, here: Path) -> str:
@@ -135,11 +135,11 @@ def _scope(config: Config) -> str:
     return FileLocker(directory).scope or str(directory.absolute())
 
 
-def _directory(backends: Backends) -> Path:
+def _registrations(backends: Backends) -> Path:
     return backends.own_dir / "runtime"
 
 
-def _known(directory: Path) -> Iterator[Known]:
+def _registered(directory: Path) -> Iterator[RuntimeDir]:
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _known(directory: Path) -> Iterator[Known]:
         except FileNotFoundError:
             continue  # removed a moment ago
         if scope:  # else its server has not written it yet, or was killed before
-            yield Known(directory / name, Path(path), scope, since, is_in_use)
+            yield RuntimeDir(directory / name, Path(path), scope, since, is_in_use)
 
 
 def _is_locked(fd: int) -> bool:
