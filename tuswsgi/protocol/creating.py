@@ -1,10 +1,10 @@
 """Creates uploads, in one of two orders.
 
-Bytes first: a random id is known to no one until its POST is answered. The bytes are stored
-without a lock, and one record tells how the POST ended.
+Bytes first: no other request can know a random id before its POST is answered. The bytes are
+stored without a lock, and one record says how the POST ended.
 
 Record first: if a hook chose the id or the path, a repeated POST gets the same one and has to
-find what the first POST left. If there is a quota, the record must promise the bytes before
+find what the first POST has left. If there is a quota, the record must promise the bytes before
 they arrive. The upload is locked meanwhile.
 """
 
@@ -88,7 +88,9 @@ class Creator:
             raise
 
     def _bytes_first(self, info: FileInfo, post: Post) -> FileInfo:
-        """If the process dies meanwhile, bytes without a record are left to the clean-up, and never
+        """Store the bytes, then write the record, or delete the bytes if the POST fails.
+
+        If the process dies in between, it leaves bytes without a record to the clean-up, but never
         a record without bytes.
         """
         context = self.context
@@ -113,7 +115,7 @@ class Creator:
                     *events,
                 ]
         except Exception:
-            # There is no record yet, so no one can know of the upload.
+            # Without a record no client can know of the upload.
             context.data.delete(info)
             raise
         self._write_record(info, events, SURE)
@@ -124,13 +126,15 @@ class Creator:
         return info
 
     def _record_first(self, info: FileInfo, post: Post) -> FileInfo:
-        """If there is such an upload already, unfinished and with the same length, metadata and
-        owner, the answer to its POST was lost: it is returned, and gets no bytes of this POST.
+        """Write the record, then store the bytes; or return the upload of an earlier POST.
+
+        That is one with the same id or path, length, metadata and owner, which is unfinished: the
+        answer to its POST was lost. It gets no bytes of this POST.
         """
         context = self.context
         known = context.find(info.id)
         if known is not None:
-            # Before a holder is interrupted: the client may have chosen which upload it is.
+            # Before its holder is interrupted: the id may come from the client.
             self._check_same(info, known, post.request)
         with context.locker.lock(info.id, post.reader.interrupt) as hold:
             existing = context.find(info.id)
