@@ -1,4 +1,4 @@
-"""DSNs of database servers: what they say, and what is said of those that are wrong."""
+"""DSNs: how they are parsed, and the errors about wrong ones."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_a_dsn_is_decoded() -> None:
         "mysql://me:secret@one,two/db",
     ],
 )
-def test_a_dsn_that_is_wrong_is_said_without_secrets(dsn: str) -> None:
+def test_errors_about_dsns_contain_no_secrets(dsn: str) -> None:
     with pytest.raises(ConfigurationError, match="percent-encoded") as caught:
         connect(dsn)
     assert "se" not in str(caught.value).replace("user", "").replace("base", "")
 
 
-def test_parameters_that_a_driver_does_not_know_are_said() -> None:
+def test_unknown_parameters_are_reported() -> None:
     with pytest.raises(ConfigurationError, match="not supported: colour"):
         connect("mysql://me:secret@host/db?colour=red").prepare()
 
@@ -54,7 +54,7 @@ def test_parameters_that_a_driver_does_not_know_are_said() -> None:
         ("mysql://host/db", "pymysql", "mysql"),
     ],
 )
-def test_a_library_that_is_missing_is_named(
+def test_a_missing_library_is_named(
     dsn: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = builtins.__import__

@@ -1,4 +1,4 @@
-"""SQLite's connection: one transaction for many writes, and what happens when it fails."""
+"""The connection to SQLite: group commit, waiting for other processes, and failures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def connection(path):
 
 @pytest.fixture
 def foreign(connection, path):
-    """Somebody else, who holds the write lock until it rolls back."""
+    """A connection of another process, which holds the write lock until it rolls back."""
     foreign = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     foreign.execute("BEGIN IMMEDIATE")
     yield foreign
@@ -84,7 +84,7 @@ def test_a_failing_write_is_undone(connection):
     assert connection.write(add(1)) == 1
 
 
-def test_writes_that_wait_share_a_commit_but_no_failure(connection, foreign):
+def test_waiting_writes_share_a_commit_but_no_failure(connection, foreign):
     commits = []
     with ThreadPoolExecutor(20) as pool:
         good = [pool.submit(connection.write, add(n)) for n in range(10)]
@@ -105,7 +105,7 @@ def test_writes_that_wait_share_a_commit_but_no_failure(connection, foreign):
     assert len(commits) == 1
 
 
-def test_the_lead_goes_round(connection, foreign, monkeypatch):
+def test_the_lead_is_passed_on(connection, foreign, monkeypatch):
     monkeypatch.setattr(sqlite, "_BATCH", 3)
     order = []
     with ThreadPoolExecutor(10) as pool:
@@ -118,8 +118,8 @@ def test_the_lead_goes_round(connection, foreign, monkeypatch):
     assert order == list(range(10))
 
 
-def test_waiting_for_others_has_an_end(connection, foreign, monkeypatch):
-    monkeypatch.setattr(sqlite, "_PATIENCE", 0.05)
+def test_waiting_for_other_processes_has_a_timeout(connection, foreign, monkeypatch):
+    monkeypatch.setattr(sqlite, "_TIMEOUT", 0.05)
     with ThreadPoolExecutor(5) as pool:
         futures = [pool.submit(connection.write, add(n)) for n in range(5)]
         assert all(isinstance(future.exception(), Unavailable) for future in futures)
@@ -129,7 +129,7 @@ def test_waiting_for_others_has_an_end(connection, foreign, monkeypatch):
     assert numbers(connection) == [1]
 
 
-def test_a_commit_that_fails_fails_for_all(connection, foreign):
+def test_a_failed_commit_fails_all_its_writes(connection, foreign):
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(connection.write, add(n)) for n in range(3)]
         wait_until(lambda: queued(connection) == 3)
@@ -148,7 +148,7 @@ def test_a_commit_that_fails_fails_for_all(connection, foreign):
     assert numbers(connection) == [1]
 
 
-def test_a_full_disk_is_told(connection):
+def test_a_full_disk_is_reported(connection):
     def limit(database):
         (pages,) = database.execute_sql("PRAGMA page_count").fetchone()
         database.execute_sql(f"PRAGMA max_page_count = {pages}")
@@ -161,13 +161,13 @@ def test_a_full_disk_is_told(connection):
     with pytest.raises(StorageFull):
         connection.write(fill)
     assert numbers(connection) == []
-    # The limit went with the connection, as a full disk is emptied.
+    # The limit ended with the connection, as if the disk had been cleaned up.
     connection.write(fill)
     assert len(numbers(connection)) == 10_000
 
 
-def test_a_waiter_that_is_struck_leaves_nothing_behind(connection, foreign):
-    """As a timeout of gevent strikes: in the middle of the waiting."""
+def test_an_interrupted_waiter_leaves_nothing_behind(connection, foreign):
+    """Raised while a greenlet waits, like a timeout of gevent."""
 
     class Struck(threading.Event):
         def wait(self, timeout=None):
@@ -187,7 +187,7 @@ def test_a_waiter_that_is_struck_leaves_nothing_behind(connection, foreign):
     assert numbers(connection) == [1, 3]
 
 
-def test_a_leader_that_is_struck_passes_the_lead_on(connection, foreign, monkeypatch):
+def test_an_interrupted_leader_passes_the_lead_on(connection, foreign, monkeypatch):
     monkeypatch.setattr(sqlite, "_BATCH", 1)
 
     class Struck(threading.Event):
@@ -230,13 +230,13 @@ def test_one_dsn_is_one_connection(path, connection):
     "dsn",
     ["oracle://me:secret@host/db", "secret", "sqlite://", "sqlite:///", "sqlite:///:memory:"],
 )
-def test_what_is_not_supported_is_said_without_secrets(dsn):
+def test_errors_about_dsns_contain_no_secrets(dsn):
     with pytest.raises(ConfigurationError, match="Supported: sqlite:///") as caught:
         connect(dsn)
     assert "secret" not in str(caught.value)
 
 
-def test_a_file_that_is_no_database_is_said(tmp_path):
+def test_a_file_that_is_not_a_database_is_reported(tmp_path):
     (tmp_path / "x").write_text("no database" * 1000)
     with pytest.raises(ConfigurationError, match="cannot be used"):
         connect(f"sqlite:///{tmp_path}/x").prepare()

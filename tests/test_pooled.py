@@ -1,4 +1,4 @@
-"""Connections to SQL servers: what becomes of transactions when something goes wrong."""
+"""Connections to database servers: what happens to transactions when something fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tuswsgi.core.errors import StorageFull, Unavailable
 
 ROOT = Path(__file__).parent.parent
 
-#: What ends all connections of a test but the one that asks, or says how to.
+#: Queries that end all connections of a test but their own, or return the statements that do.
 KILL = {
     "postgres": "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
     "WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()",
@@ -34,7 +34,7 @@ KILL = {
     "WHERE db = DATABASE() AND id <> CONNECTION_ID()",
 }
 
-#: Statements that fail with a server's error, as it would come from a full disk.
+#: Statements that fail with the server's error for a full disk.
 FULL = {
     "postgres": "DO $$ BEGIN RAISE EXCEPTION 'full' USING ERRCODE = 'disk_full'; END $$",
     "mysql": "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1114, MESSAGE_TEXT = 'full'",
@@ -103,7 +103,7 @@ def test_a_failing_write_is_undone(connection: SqlConnection) -> None:
     assert numbers(connection) == [1]
 
 
-def test_an_error_of_the_database_that_was_overlooked_undoes_the_write(
+def test_a_swallowed_error_of_the_database_undoes_the_write(
     connection: SqlConnection,
 ) -> None:
     def overlook(db: Any) -> None:
@@ -132,7 +132,7 @@ def test_connections_that_the_server_ended_are_replaced(
         assert kill_others(connection, dsn) == 1
 
 
-def test_a_write_that_is_cut_before_its_commit_is_done_again(
+def test_a_write_whose_connection_breaks_before_the_commit_is_repeated(
     connection: SqlConnection, dsn: str
 ) -> None:
     calls = 0
@@ -150,7 +150,7 @@ def test_a_write_that_is_cut_before_its_commit_is_done_again(
     assert numbers(connection) == [1, 2]
 
 
-def test_a_write_that_is_cut_again_and_again_is_given_up(
+def test_a_write_whose_connections_keep_breaking_fails(
     connection: SqlConnection, dsn: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = 0
@@ -169,7 +169,7 @@ def test_a_write_that_is_cut_again_and_again_is_given_up(
     assert numbers(connection) == []
 
 
-def test_a_write_that_is_cut_at_its_commit_is_not_done_again(
+def test_a_write_whose_connection_breaks_in_the_commit_is_not_repeated(
     connection: SqlConnection, dsn: str
 ) -> None:
     calls = 0
@@ -186,7 +186,7 @@ def test_a_write_that_is_cut_at_its_commit_is_not_done_again(
     assert numbers(connection) == []
 
 
-def test_deadlocks_are_sorted_out(connection: SqlConnection) -> None:
+def test_deadlocks_are_resolved(connection: SqlConnection) -> None:
     connection.write(lambda db: [add(n)(db) for n in range(2)])
     barrier = threading.Barrier(2)
     calls: list[int] = []
@@ -206,7 +206,7 @@ def test_deadlocks_are_sorted_out(connection: SqlConnection) -> None:
     assert len(calls) == 3
 
 
-def test_a_full_disk_is_told(connection: SqlConnection) -> None:
+def test_a_full_disk_is_reported(connection: SqlConnection) -> None:
     def fill(db: Any) -> None:
         add(1)(db)
         db.execute_sql(FULL[connection.kind])
@@ -216,9 +216,7 @@ def test_a_full_disk_is_told(connection: SqlConnection) -> None:
     assert numbers(connection) == []
 
 
-def test_a_pool_that_is_exhausted_is_unavailable(
-    dsn: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_exhausted_pool_is_unavailable(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
     with opened(dsn, size=2, timeout=0.2) as connection:
         busy, free = threading.Barrier(3), threading.Event()
 
@@ -238,7 +236,9 @@ def test_a_pool_that_is_exhausted_is_unavailable(
         assert numbers(connection) == []
 
 
-def test_what_takes_too_long_is_given_up_once(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_statement_that_takes_too_long_is_not_repeated(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with opened(dsn, timeout=0.3) as connection:
         sql = SLEEP[connection.kind].format(60)
         started = time.monotonic()
@@ -249,7 +249,7 @@ def test_what_takes_too_long_is_given_up_once(dsn: str, caplog: pytest.LogCaptur
         assert numbers(connection) == []
 
 
-def test_who_waits_for_a_lock_too_long_is_unavailable(dsn: str) -> None:
+def test_waiting_for_a_lock_has_a_timeout(dsn: str) -> None:
     with opened(dsn, timeout=1.0) as connection:
         connection.write(add(1))
         locked, done = threading.Event(), threading.Event()
@@ -273,9 +273,7 @@ def test_who_waits_for_a_lock_too_long_is_unavailable(dsn: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", list(databases.SERVERS))
-def test_a_server_that_says_nothing_is_not_waited_for(
-    scheme: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_that_hangs_is_unavailable(scheme: str, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         connection = connect(f"{scheme}://me:secret@127.0.0.1:{port}/db", pool=PoolSettings(1, 0.5))
@@ -289,7 +287,7 @@ def test_a_server_that_says_nothing_is_not_waited_for(
 
 
 @pytest.mark.parametrize("scheme", list(databases.SERVERS))
-def test_a_server_that_is_not_there_is_told_once(
+def test_a_server_that_is_down_is_logged_once(
     scheme: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -305,7 +303,7 @@ def test_a_server_that_is_not_there_is_told_once(
 
 
 @pytest.mark.parametrize("server", [PrivatePostgres, PrivateMariaDb])
-def test_a_server_may_be_started_anew(server: Any) -> None:
+def test_a_server_may_restart(server: Any) -> None:
     private = server()
     try:
         with opened(private.dsn) as connection:
@@ -345,12 +343,12 @@ def tick():
 gevent.spawn(tick)
 sleep = lambda db: db.execute_sql(sql).fetchall()
 started = time.monotonic()
-# More than there are connections: the last ones wait in the pool.
+# More greenlets than connections: the last ones wait in the pool.
 greenlets = [gevent.spawn(run, sleep) for run in (connection.read, connection.write) * 3]
 gevent.joinall(greenlets, raise_error=True)
 assert time.monotonic() - started < 9, "they wait for each other"
 assert max(gaps) < 1.0, max(gaps)
-# A greenlet that is ended in the middle of a statement takes its connection with it.
+# The connection of a greenlet that is killed in the middle of a statement is closed.
 victim = gevent.spawn(connection.write, sleep)
 gevent.sleep(0.1)
 victim.kill()
@@ -379,7 +377,7 @@ def run_python(code: str, *args: str) -> None:
     assert result.stderr == ""
 
 
-def test_passwords_may_hold_anything() -> None:
+def test_passwords_may_contain_any_characters() -> None:
     password = "pä:ss/w@rd#%кошка"
     with databases.mysql() as dsn:
         parts = urlsplit(dsn)

@@ -1,4 +1,4 @@
-"""The connection to Redis: its addresses, its limits, and what happens when Redis goes away."""
+"""The connection to Redis: DSNs, timeouts, restarts and failover."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tuswsgi.connections.redis import connect
 from tuswsgi.connections.redis_scripts import Script
 from tuswsgi.core.errors import ConfigurationError, StorageFull, Unavailable
 
-#: Seconds after which a test's server is given up.
-PATIENCE = 0.5
+#: The timeout of requests to Redis, in seconds.
+TIMEOUT = 0.5
 
 COUNT = Script("return redis.call('INCR', KEYS[1])")
 
@@ -43,7 +43,7 @@ def line():
 
 @pytest.fixture
 def server(line):
-    server = connect(line.url, PoolSettings(pool_size=2, pool_timeout=PATIENCE))
+    server = connect(line.url, PoolSettings(pool_size=2, pool_timeout=TIMEOUT))
     yield server
     server.close()
 
@@ -61,19 +61,19 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_commands_are_answered_in_their_order(server, key):
+def test_commands_are_answered_in_order(server, key):
     commands = [("SET", key, "1"), ("GET", key), ("INCR", key), ("GET", key)]
     assert server.calls(commands) == [True, b"1", 2, b"2"]
 
 
-def test_a_script_is_sent_where_it_is_not_known(server, key):
+def test_a_script_that_redis_does_not_know_is_sent(server, key):
     for count in (1, 3):
         server.call("SCRIPT", "FLUSH")
         assert server.call(*COUNT.on([key])) == count
         assert server.call(*COUNT.on([key])) == count + 1
 
 
-def test_an_error_leaves_the_other_answers_alone(server, key, caplog):
+def test_an_error_does_not_mix_up_later_answers(server, key, caplog):
     server.call("SET", key, "text")
     with pytest.raises(Unavailable):
         server.calls([("GET", key), ("INCR", key), ("APPEND", key, "!")])
@@ -81,21 +81,21 @@ def test_an_error_leaves_the_other_answers_alone(server, key, caplog):
     assert server.call("GET", key) == b"text!"
 
 
-def test_everybody_shares_the_connections_of_a_server(line):
+def test_callers_share_the_connections_of_a_server(line):
     server = connect(line.url)
     assert connect(line.url, PoolSettings(99)) is server
     del server
     gc.collect()
 
 
-def test_a_connection_that_was_closed_is_replaced(server, line, key):
+def test_a_closed_connection_is_replaced(server, line, key):
     assert server.call("SET", key, "1") is True
     line.drop()
     assert server.call("GET", key) == b"1"
     assert line.accepted == 2
 
 
-def test_a_connection_that_is_closed_in_the_middle_is_replaced(server, line, key):
+def test_a_connection_that_breaks_during_a_command_is_replaced(server, line, key):
     with redis.Redis.from_url(redis_service.url()) as other, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.call, "BLPOP", key, "0.4")
         wait_until(lambda: b"BLPOP" in line.sent)
@@ -105,7 +105,7 @@ def test_a_connection_that_is_closed_in_the_middle_is_replaced(server, line, key
         assert answer.result() == (key.encode(), b"late")
 
 
-def test_one_line_tells_of_a_server_that_is_away(server, line, key, caplog):
+def test_a_server_that_is_down_is_logged_in_one_line(server, line, key, caplog):
     line.cut()
     with pytest.raises(Unavailable) as caught:
         server.call("GET", key)
@@ -115,25 +115,25 @@ def test_one_line_tells_of_a_server_that_is_away(server, line, key, caplog):
     assert server.call("GET", key) is None
 
 
-def test_a_server_that_hangs_is_given_up(server, line, key):
+def test_a_server_that_hangs_is_unavailable(server, line, key):
     server.call("GET", key)
     line.block()
     began = time.monotonic()
     with pytest.raises(Unavailable):
         server.call("SET", key, "1")
-    assert time.monotonic() - began < 20 * PATIENCE
+    assert time.monotonic() - began < 20 * TIMEOUT
     line.unblock()
-    # The late answer is nobody's.
+    # The late answer is dropped.
     assert server.call("ECHO", "hello") == b"hello"
 
 
-def test_more_than_the_connections_wait_for_one(server, key):
+def test_more_callers_than_connections(server, key):
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(server.call, "ECHO", str(n)) for n in range(100)]
         assert [answer.result() for answer in answers] == [str(n).encode() for n in range(100)]
 
 
-def test_who_waits_too_long_for_a_connection_is_told(server, line, key, caplog):
+def test_waiting_for_a_connection_has_a_timeout(server, line, key, caplog):
     with ThreadPoolExecutor(2) as pool:
         line.block()
         busy = [pool.submit(server.call, "GET", key) for _ in "12"]
@@ -146,7 +146,7 @@ def test_who_waits_too_long_for_a_connection_is_told(server, line, key, caplog):
     assert server.call("GET", key) is None
 
 
-def test_redis_may_start_again(private):
+def test_redis_may_restart(private):
     server = connect(private.dsn, PoolSettings(3, 5.0))
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda n: server.call("SET", f"key{n}", n), range(30)))
@@ -166,7 +166,7 @@ def answers(server):
         return False
 
 
-def test_a_full_server_is_told_from_one_that_is_away(private):
+def test_a_server_without_memory_is_full(private):
     server = connect(f"{private.dsn}/0")
     used = int(server.call("MEMORY", "STATS")[3])
     server.call("CONFIG", "SET", "maxmemory", used // 2)
@@ -180,7 +180,7 @@ def test_a_full_server_is_told_from_one_that_is_away(private):
         server.close()
 
 
-def test_messages_are_heard_again_after_a_break(server, line, key):
+def test_a_subscription_recovers_from_a_break(server, line, key):
     subscription = server.subscribe(key)
     assert subscription.messages(0.0) == []
     server.calls([("PUBLISH", key, "one"), ("PUBLISH", key, "two")])
@@ -196,7 +196,7 @@ def test_messages_are_heard_again_after_a_break(server, line, key):
     subscription.close()
 
 
-def test_a_channel_without_anybody_at_the_other_end_is_noticed(server, line, key):
+def test_a_subscription_notices_a_server_that_hangs(server, line, key):
     subscription = server.subscribe(key)
     assert subscription.messages(0.0) == []
     line.block()
@@ -206,9 +206,9 @@ def test_a_channel_without_anybody_at_the_other_end_is_noticed(server, line, key
     subscription.close()
 
 
-def test_a_quiet_channel_stays_open(server, line, key):
+def test_a_quiet_subscription_stays_open(server, line, key):
     subscription = server.subscribe(key)
-    end = time.monotonic() + 4 * PATIENCE
+    end = time.monotonic() + 4 * TIMEOUT
     while time.monotonic() < end:
         assert subscription.messages(0.1) == []
     assert line.accepted == 1
@@ -231,13 +231,13 @@ def test_a_quiet_channel_stays_open(server, line, key):
         "rediss+sentinel://:secret@host/service?colour=red",
     ],
 )
-def test_a_wrong_address_is_said_without_its_password(dsn):
+def test_errors_about_dsns_contain_no_passwords(dsn):
     with pytest.raises(ConfigurationError, match="Redis DSN is not like") as caught:
         connect(dsn)
     assert "secret" not in str(caught.value)
 
 
-def test_addresses_that_can_be():
+def test_supported_dsns():
     for dsn in (
         "redis://host",
         "redis://user:p%40ss@host:7000/3?socket_timeout=2",
@@ -249,7 +249,7 @@ def test_addresses_that_can_be():
         connect(dsn)
 
 
-def test_a_password_is_used_and_never_told(caplog):
+def test_a_password_is_used_and_never_logged(caplog):
     server = PrivateRedis("--requirepass", "sec@ret")
     try:
         host = f"127.0.0.1:{server.port}"
@@ -278,7 +278,7 @@ def test_a_unix_socket(tmp_path):
         server.remove()
 
 
-def test_settings_that_lose_records_are_told_once(caplog):
+def test_settings_that_lose_records_are_logged_once(caplog):
     server = PrivateRedis("--appendonly", "no", "--maxmemory-policy", "allkeys-lru")
     try:
         connection = connect(server.dsn)
@@ -300,7 +300,7 @@ def test_a_cluster_is_not_supported():
         server.remove()
 
 
-def test_the_master_is_found_through_sentinels():
+def test_the_master_is_found_by_sentinels():
     first = PrivateRedis()
     second = PrivateRedis("--replicaof", "127.0.0.1", str(first.port))
     sentinel = PrivateSentinel(first.port)
@@ -386,7 +386,7 @@ def test_the_hub_is_not_blocked(key):
     subprocess.run([sys.executable, "-c", BUSY, redis_service.url(), key], check=True, timeout=60)
 
 
-def test_a_fork_has_connections_of_its_own(key):
+def test_a_forked_child_opens_its_own_connections(key):
     code = """
 import os, sys
 from tuswsgi.connections.redis import connect
@@ -418,7 +418,7 @@ assert server.calls([("ECHO", "a"), ("ECHO", "b")]) == [b"a", b"b"]
 """
 
 
-def test_the_answer_to_a_killed_greenlet_is_not_taken_for_another(key):
+def test_a_killed_greenlet_does_not_mix_up_later_answers(key):
     master = PrivateRedis()
     sentinel = PrivateSentinel(master.port)
     try:
@@ -429,7 +429,7 @@ def test_the_answer_to_a_killed_greenlet_is_not_taken_for_another(key):
         master.remove()
 
 
-def test_help_does_not_load_the_client():
+def test_options_are_read_without_importing_redis():
     code = (
         "import sys, tuswsgi.config.groups as g; g.option_groups(); "
         "sys.exit('redis' in sys.modules)"

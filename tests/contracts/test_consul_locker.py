@@ -1,4 +1,4 @@
-"""Locks in Consul, as far as a stand-in for it can tell."""
+"""Locks in Consul, tested against a stand-in."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TestConsulLocker(LockerContract):
         locker.close()
 
     @pytest.mark.parametrize("id", ["photo.jpg", "a b", "каша", "a/b", "..", "?index=1", "%2e"])
-    def test_ids_may_be_what_consul_would_not_take(self, locker, other, id):
+    def test_ids_that_are_not_valid_keys_of_consul(self, locker, other, id):
         other.timeout = 0.01
         with locker.lock(id, ignore):
             self._expect_locked(other, id)
@@ -114,7 +114,7 @@ def test_locks_are_lost_when_consul_goes_and_work_when_it_is_back(consul, caplog
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_a_lock_that_could_not_be_given_back_is_free_later(consul):
+def test_a_lock_whose_release_failed_expires(consul):
     with (
         prepared(consul.dsn, lease=4.0) as locker,
         prepared(consul.dsn) as other,

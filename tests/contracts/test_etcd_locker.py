@@ -1,4 +1,4 @@
-"""Locks in a real etcd, which is killed, forgets and refuses."""
+"""Locks in etcd, which is killed, loses its history, and refuses logins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = PoolSettings(pool_timeout=2.0)
 
 @pytest.fixture(scope="module")
 def shared():
-    """An etcd for all tests that let it live."""
+    """An etcd for all tests that do not kill it."""
     server = PrivateEtcd()
     yield server
     server.remove()
@@ -32,7 +32,7 @@ def shared():
 
 @pytest.fixture
 def own():
-    """An etcd of the test's own."""
+    """An etcd for one test."""
     server = PrivateEtcd()
     yield server
     server.remove()
@@ -72,7 +72,7 @@ def wait_until(condition):
 
 
 def expect_request(holder, other, id):
-    """Expect that a holder hears at last that somebody else waits."""
+    """Expect that a holder receives a release request."""
     requests = Requests()
     other.timeout = 0.2
     with LockerContract._held(holder, id, requests) as release:
@@ -119,7 +119,7 @@ class TestEtcdLocker(LockerContract):
                 requests.wait()
                 assert hold.is_lost()
 
-    def test_requests_are_heard_after_a_compaction(self, locker, other, shared, prefix):
+    def test_requests_arrive_after_a_compaction(self, locker, other, shared, prefix):
         self.test_other_instances_share_the_locks(locker, other)
         header = call(shared, "/v3/kv/put", key=encoded(f"{prefix}x"), value="")["header"]
         call(shared, "/v3/kv/compaction", revision=header["revision"])
@@ -168,7 +168,7 @@ def test_a_short_absence_of_etcd_costs_no_lock(own):
     assert requests.reasons == []
 
 
-def test_a_lock_that_could_not_be_given_back_is_free_later(own):
+def test_a_lock_whose_release_failed_expires(own):
     with (
         prepared(own.dsn, lease=6.0) as locker,
         prepared(own.dsn) as other,
@@ -193,7 +193,7 @@ def test_an_etcd_that_hangs_is_not_waited_for(own):
                 pytest.fail("locked")
         finally:
             os.kill(own._process.pid, signal.SIGCONT)
-        # What it did late, of what nobody waited for any more, does not stay.
+        # Locks of requests that it served too late do not stay.
         with other.lock("b", ignore):
             assert not hold.is_lost()
 
@@ -203,7 +203,7 @@ def test_another_address_is_asked_when_one_is_gone(own, shared):
         with locker.lock("a", ignore):
             pass
         own.kill()
-        # As in a cluster, whose members know the same; these ones do not.
+        # In a cluster both would have the same data; these do not.
         with prepared(shared.dsn) as other:
             expect_request(locker, other, "b")
         own.start()
@@ -243,7 +243,7 @@ class TestPassword:
     "dsn",
     ["", "redis://:secret@a", "http://", "http://a/secret", "http://:secret@a:b", "http://a,"],
 )
-def test_a_dsn_that_is_not_understood_is_said(dsn):
+def test_a_wrong_dsn_is_reported(dsn):
     with pytest.raises(ConfigurationError, match="not understood") as caught:
         EtcdLocker(dsn)
     assert "secret" not in str(caught.value)

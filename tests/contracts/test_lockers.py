@@ -1,4 +1,4 @@
-"""The lockers of this package, held to the contract, alone and among processes."""
+"""The lockers for one process and for one host."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class TestFileLocker(LockerContract):
         with other.lock("a"), pytest.raises(UploadLocked), locker.try_lock("a"):
             pass
 
-    def test_a_directory_that_was_removed_is_made_again(self, locker, other):
+    def test_a_removed_directory_is_created_again(self, locker, other):
         with locker.lock("a", ignore):
             pass
         shutil.rmtree(locker.directory)
@@ -117,7 +117,7 @@ class TestFileLocker(LockerContract):
             release.set()
             waiter.result(SOON)
 
-    def test_who_holds_a_lock_whose_file_was_removed_is_told(self, locker, other):
+    def test_the_holder_of_a_lock_whose_file_was_removed_is_told(self, locker, other):
         requests = Requests()
         with locker.lock("a", requests):
             shutil.rmtree(locker.directory)
@@ -144,13 +144,13 @@ class TestFileLocker(LockerContract):
         locker.close()
         assert {path.suffix for path in locker.directory.iterdir()} <= {".lock", ".locks"}
 
-    def test_the_files_do_not_become_more(self, locker):
+    def test_the_number_of_files_is_bounded(self, locker):
         for number in range(1000):
             with locker.lock(f"id{number}", ignore):
                 pass
         assert len(list(locker.directory.glob("*.locks"))) <= 64
 
-    def test_trouble_with_the_disk_is_told(self, locker, monkeypatch):
+    def test_errors_of_the_disk_are_reported(self, locker, monkeypatch):
         for number, error in ((errno.ENOSPC, StorageFull), (errno.EMFILE, Unavailable)):
 
             def fail(*args, number=number):
@@ -161,7 +161,7 @@ class TestFileLocker(LockerContract):
                 with pytest.raises(error), locker.lock("a", ignore):
                     pytest.fail("locked")
 
-    def test_a_directory_that_cannot_be_is_said(self, tmp_path):
+    def test_an_unusable_directory_is_reported(self, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(ConfigurationError, match="cannot be used"):
             FileLocker(tmp_path / "file").prepare()
@@ -180,7 +180,7 @@ class TestFileLockerWithLongPath(TestFileLocker):
 
 
 class TestFileLockerWithoutProc(TestFileLockerWithLongPath):
-    """Where no short name of a long path can be had, sockets are elsewhere."""
+    """Without /proc, the sockets of a long path are in another directory."""
 
     @pytest.fixture(autouse=True)
     def _no_proc(self, monkeypatch, tmp_path_factory):

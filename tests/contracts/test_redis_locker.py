@@ -1,4 +1,4 @@
-"""The locker in Redis, held to the contracts, and while Redis is away or hangs."""
+"""The locker in Redis: the contracts, and what happens while Redis is down or hangs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TestRedisLeases(LeaseContract):
 
 
 class TestOnALine:
-    """What a holder and those who wait are told when Redis is cut off."""
+    """Holders and waiters while Redis cannot be reached."""
 
     lease = 1.5
 
@@ -94,7 +94,7 @@ class TestOnALine:
         locker.close()
 
     @pytest.mark.parametrize("trouble", ["cut", "block"])
-    def test_a_holder_is_told_when_redis_goes_away(self, line, near, far, trouble):
+    def test_a_holder_is_told_when_redis_fails(self, line, near, far, trouble):
         requests = Requests()
         with near.lock("a", requests) as hold:
             assert not hold.is_lost()
@@ -109,7 +109,7 @@ class TestOnALine:
             with locker.lock("a", ignore) as hold:
                 assert not hold.is_lost()
 
-    def test_who_waits_is_told_when_redis_goes_away(self, line, near, far):
+    def test_a_waiter_is_told_when_redis_fails(self, line, near, far):
         with far.lock("a", ignore), ThreadPoolExecutor(1) as pool:
             waiter = pool.submit(near._acquire, "a", ignore)
             wait_until(lambda: b"PUBLISH" in line.sent)
@@ -123,7 +123,7 @@ class TestOnALine:
             line.drop()
             with ThreadPoolExecutor(1) as pool:
                 waiter = pool.submit(far._acquire, "a", ignore)
-                # The channel is heard again, and the request is made again.
+                # The subscription recovers, and the request is sent again.
                 requests.wait_for(UploadInterrupted)
                 assert not hold.is_lost()
                 near_token = near._holder("a")
@@ -192,7 +192,7 @@ held = near._acquire("a", ignore)
 time.sleep(0.1)
 child = os.fork()
 if child == 0:
-    # The parent's greenlets live on here, and must not renew what is the parent's.
+    # The parent's greenlets live on here, and must not renew the parent's locks.
     time.sleep(3)
     os._exit(0)
 near._manager.pop().close()

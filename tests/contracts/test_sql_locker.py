@@ -44,7 +44,7 @@ class OnDatabase(LockerContract):
         self.test_other_instances_share_the_locks(locker, other)
         assert rows(dsn) == []
 
-    def test_a_lease_that_is_over_is_taken_over_for_good(self, locker, other):
+    def test_an_expired_lease_is_taken_over(self, locker, other):
         assert locker._take("a", "dead.worker.1")
         self._expect_locked_by_a_try(other)
         with other.lock("a", ignore):
@@ -56,7 +56,7 @@ class OnDatabase(LockerContract):
         with pytest.raises(UploadLocked), locker.try_lock("a", ignore):
             pytest.fail("two holders")
 
-    def test_what_the_dead_left_behind_is_removed_at_last(self, locker, other, dsn):
+    def test_rows_of_dead_holders_are_removed_after_a_month(self, locker, other, dsn):
         for id in ("a", "b"):
             assert locker._take(id, "dead.worker.1")
         with locker.lock("c", ignore):
@@ -66,12 +66,12 @@ class OnDatabase(LockerContract):
                 "UPDATE tuswsgi_locks SET ends_at = ends_at - ? WHERE id = 'a'", 31 * 86400
             )
             other.prepare()
-            # The holder of the other one may only stand still.
+            # The holder of the other one may only be paused.
             assert rows(dsn) == ["b", "c"]
 
 
 class LeasesOnDatabase(LeaseContract):
-    def test_a_lock_whose_release_failed_runs_out(self, near, far, monkeypatch):
+    def test_a_lock_whose_release_failed_expires(self, near, far, monkeypatch):
         with near.lock("another", ignore), ExitStack() as held:
             held.enter_context(near.lock("a", ignore))
             with monkeypatch.context() as away:

@@ -1,8 +1,7 @@
-"""The contract of locks that are leases as tests: subclass ``LeaseContract``.
+"""Tests of the contract of lockers whose locks are leases: subclass ``LeaseContract``.
 
-Lockers that are made in one process stand for processes of several hosts here, or of one
-host where they share the host's own locks. A process that dies is one that renews no more
-and gives nothing back.
+Several lockers in one process stand for processes of several hosts, or of one host if they have
+the same host locker. A process that died is a locker that neither renews nor releases.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class LeaseContract:
 
     @pytest.fixture
     def make(self) -> Iterator[MakeLocker]:
-        """What makes lockers on one server, with locks of the test's own."""
+        """A function that makes lockers on one server, with locks that belong to the test."""
         raise NotImplementedError("Define the fixture `make`.")
 
     @pytest.fixture
@@ -53,7 +52,7 @@ class LeaseContract:
     def neighbours(
         self, make: MakeLocker, tmp_path: Path
     ) -> Iterator[tuple[LeaseLocker, LeaseLocker]]:
-        """Lockers of two processes of one host, whose leases nobody can wait for."""
+        """Lockers of two processes of one host, with leases too long to wait for."""
         with ExitStack() as stack:
             first, second = (
                 stack.enter_context(contextmanager(self._prepared)(make(60 * SOON, host_locker)))
@@ -72,7 +71,7 @@ class LeaseContract:
                 held.close()
                 taken.result(SOON)
 
-    def test_trying_asks_nobody(self, near: LeaseLocker, far: LeaseLocker) -> None:
+    def test_trying_causes_no_request(self, near: LeaseLocker, far: LeaseLocker) -> None:
         requests = Requests()
         with near.lock("a", requests):
             for _ in range(3):
@@ -80,7 +79,7 @@ class LeaseContract:
             self._flush(near, far)
         assert requests.reasons == []
 
-    def test_a_late_request_reaches_nobody(self, near: LeaseLocker, far: LeaseLocker) -> None:
+    def test_a_late_request_is_dropped(self, near: LeaseLocker, far: LeaseLocker) -> None:
         first = Requests()
         second = Requests()
         with near.lock("a", first):
@@ -91,7 +90,9 @@ class LeaseContract:
             self._flush(near, far)
         assert first.reasons == second.reasons == []
 
-    def test_a_request_is_for_one_of_many(self, near: LeaseLocker, far: LeaseLocker) -> None:
+    def test_a_request_reaches_one_of_many_holders(
+        self, near: LeaseLocker, far: LeaseLocker
+    ) -> None:
         requests = {id: Requests() for id in ("a", "b", "A", "z" * 128, "a.b")}
         with ExitStack() as held:
             for id, request in requests.items():
@@ -125,7 +126,7 @@ class LeaseContract:
                 assert hold.is_lost(), "two holders"
                 requests.wait_for(LockLost)
             with far_held:
-                # Giving back what was lost frees nobody else's lock.
+                # The release of a lost lock does not free the other holder's.
                 held.close()
                 self._expect_locked(near, "a")
         assert sum(isinstance(reason, LockLost) for reason in requests.reasons) == 1
@@ -169,14 +170,12 @@ class LeaseContract:
         with far.lock("a", ignore):
             assert time.monotonic() - taken_at > 0.9 * self.lease
 
-    def test_a_lock_that_was_given_back_is_not_contested(
-        self, near: LeaseLocker, far: LeaseLocker
-    ) -> None:
+    def test_a_released_lock_needs_no_fencing(self, near: LeaseLocker, far: LeaseLocker) -> None:
         for locker in (near, far, near):
             with locker.lock("a", ignore) as hold:
                 assert not hold.needs_fencing
 
-    def test_a_lock_that_ran_out_is_contested_until_it_is_settled(
+    def test_an_expired_lock_needs_fencing_until_that_is_confirmed(
         self, near: LeaseLocker, far: LeaseLocker
     ) -> None:
         self._die(near, near._acquire("a", ignore))
@@ -189,7 +188,7 @@ class LeaseContract:
         with far.lock("a", ignore) as hold:
             assert not hold.needs_fencing
 
-    def test_a_late_release_takes_no_mark_of_others(
+    def test_a_late_release_keeps_the_writer_of_another_holder(
         self, near: LeaseLocker, far: LeaseLocker, make: MakeLocker
     ) -> None:
         lease = near._acquire("a", ignore)
@@ -206,7 +205,9 @@ class LeaseContract:
             with third.lock("a", ignore) as hold:
                 assert not hold.needs_fencing
 
-    def test_a_lost_lock_cannot_be_settled(self, near: LeaseLocker, far: LeaseLocker) -> None:
+    def test_the_holder_of_a_lost_lock_cannot_confirm(
+        self, near: LeaseLocker, far: LeaseLocker
+    ) -> None:
         self._die(near, near._acquire("a", ignore))
         with far.lock("a", ignore) as hold:
             assert isinstance(hold, Lease)
@@ -216,7 +217,7 @@ class LeaseContract:
                     hold.confirm_fenced()
                 assert successor.needs_fencing
 
-    def test_the_lock_of_a_dead_neighbour_is_not_contested(
+    def test_the_lock_of_a_dead_neighbour_needs_no_fencing(
         self, neighbours: tuple[LeaseLocker, LeaseLocker]
     ) -> None:
         first, second = neighbours
@@ -230,7 +231,7 @@ class LeaseContract:
     ) -> None:
         first, second = neighbours
         self._die(near, near._acquire("a", ignore))
-        # It has not settled anything when it dies, and so writes nothing.
+        # It dies before it has confirmed anything, so it has not written either.
         self._die(first, first._acquire("a", ignore))
         with second.lock("a", ignore) as hold:
             assert hold.needs_fencing
@@ -273,7 +274,7 @@ class LeaseContract:
         first, second = neighbours
         self.test_another_host_asks_the_holder(first, second)
 
-    def test_neighbours_that_wait_do_not_disturb_each_other(
+    def test_waiting_neighbours_do_not_interrupt_each_other(
         self, neighbours: tuple[LeaseLocker, LeaseLocker], far: LeaseLocker
     ) -> None:
         too_early: list[TusError] = []
@@ -296,7 +297,7 @@ class LeaseContract:
                 waiter.result(2 * SOON)
         assert too_early == []
 
-    def test_a_server_that_is_away_is_told_and_nothing_is_held(
+    def test_a_server_that_is_down_is_unavailable_and_nothing_is_held(
         self,
         neighbours: tuple[LeaseLocker, LeaseLocker],
         monkeypatch: pytest.MonkeyPatch,
@@ -318,7 +319,7 @@ class LeaseContract:
 
     @staticmethod
     def _cut_off(locker: LeaseLocker, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let nothing that `locker` sends reach the server."""
+        """Let no request of `locker` reach the server."""
 
         def fail(*args: object) -> None:
             raise Unavailable
@@ -328,7 +329,7 @@ class LeaseContract:
 
     @staticmethod
     def _die(locker: LeaseLocker, held: Lease) -> None:
-        """Leave a lock behind as a process does that is killed."""
+        """Leave a lock behind, like a process that is killed."""
         manager = locker._manager.pop()
         assert manager is not None
         manager.close()
@@ -347,16 +348,14 @@ class LeaseContract:
 
     @classmethod
     def _flush(cls, near: LeaseLocker, far: LeaseLocker) -> None:
-        """Wait until what `far` asked of `near` has arrived, if it ever will."""
+        """Wait until all earlier requests of `far` to `near` must have arrived."""
         requests = Requests()
         with near.lock("flush", requests):
             cls._ask(far, "flush", requests)
 
     @staticmethod
     def _ask(locker: LeaseLocker, id: str, requests: Requests) -> None:
-        """Wait for a lock until its holder was asked, which has to be a matter of time: nobody
-        may hear yet.
-        """
+        """Wait for a lock until its holder was asked, maybe again: its listener may just start."""
         timeout = locker.timeout
         locker.timeout = 0.01
         deadline = time.monotonic() + SOON

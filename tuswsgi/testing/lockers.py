@@ -1,8 +1,8 @@
-"""The contract of lockers as tests: subclass ``LockerContract``.
+"""Tests of the contract of lockers: subclass ``LockerContract``.
 
-Each test holds a locker to a sentence of ``Locker``'s documentation. What happens to the
-locks of a process that dies is not tested here, since that needs its own processes. Lockers
-whose locks are leases are held to ``tuswsgi.testing.leases`` as well.
+They test what the documentation of ``Locker`` promises, except for the locks of a process that
+dies, which needs several processes. Subclass ``tuswsgi.testing.leases.LeaseContract``, too, for
+lockers whose locks are leases.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import pytest
 from tuswsgi.core.errors import TusError, UploadLocked
 from tuswsgi.lockers.base import Locker
 
-#: Seconds within which everything happens that shall happen, also on a busy machine.
+#: How long tests wait for something that must happen, in seconds; long enough for a busy machine.
 SOON = 10.0
 
 
 def ignore(reason: TusError) -> None:
-    """A holder that does not let go."""
+    """A holder's callback that ignores the request."""
 
 
 class Requests:
-    """A holder's callback that remembers what it was asked."""
+    """A holder's callback that records the requests."""
 
     def __init__(self) -> None:
         self.reasons: list[TusError] = []
@@ -40,7 +40,7 @@ class Requests:
 
     def wait(self) -> None:
         """Wait for the first request."""
-        assert self._arrived.wait(SOON), "nobody asked the holder to let go"
+        assert self._arrived.wait(SOON), "the holder was not asked to release the lock"
 
     def wait_for(self, kind: type[TusError]) -> None:
         """Wait for a request with this reason."""
@@ -95,7 +95,7 @@ class LockerContract:
         assert (turns, overlaps) == (64, 0)
 
     @pytest.mark.parametrize("id", ["a", "-%2F..%00!$'()*+,;=:@~"])
-    def test_a_holder_is_asked_to_let_go(self, locker: Locker[Any], id: str) -> None:
+    def test_a_holder_is_asked_to_release_its_lock(self, locker: Locker[Any], id: str) -> None:
         requests = Requests()
         with self._held(locker, id, requests) as release, ThreadPoolExecutor(1) as pool:
             waiter = pool.submit(self._take, locker, id)
@@ -105,7 +105,7 @@ class LockerContract:
             waiter.result(SOON)
         assert all(isinstance(reason, TusError) for reason in requests.reasons)
 
-    def test_a_lock_that_is_free_asks_nobody(self, locker: Locker[Any]) -> None:
+    def test_a_free_lock_causes_no_request(self, locker: Locker[Any]) -> None:
         requests = Requests()
         with locker.lock("a", requests):
             pass
@@ -125,7 +125,7 @@ class LockerContract:
             assert first.reasons
             assert second.reasons == []
 
-    def test_a_waiter_gives_up_in_the_end(self, locker: Locker[Any]) -> None:
+    def test_waiting_has_a_timeout(self, locker: Locker[Any]) -> None:
         locker.timeout = 0.05
         requests = Requests()
         with locker.lock("a", requests):
@@ -140,7 +140,7 @@ class LockerContract:
         with locker.lock("a", ignore):
             self._expect_locked(locker, "a")
 
-    def test_trying_disturbs_nobody(self, locker: Locker[Any]) -> None:
+    def test_trying_causes_no_request(self, locker: Locker[Any]) -> None:
         requests = Requests()
         with locker.lock("a", requests):
             for _ in range(3):
@@ -149,7 +149,7 @@ class LockerContract:
             self._flush(locker)
         assert requests.reasons == []
 
-    def test_who_tried_and_got_in_can_be_asked(self, locker: Locker[Any]) -> None:
+    def test_a_holder_that_only_tried_is_asked_too(self, locker: Locker[Any]) -> None:
         requests = Requests()
         locker.timeout = 0.01
         with locker.try_lock("a", requests):
@@ -186,7 +186,7 @@ class LockerContract:
         with locker.try_lock("a", ignore):
             pass
 
-    def test_a_callback_that_fails_does_no_harm(self, locker: Locker[Any]) -> None:
+    def test_a_failing_callback_does_no_harm(self, locker: Locker[Any]) -> None:
         def fail(reason: TusError) -> None:
             raise ZeroDivisionError
 
@@ -202,7 +202,7 @@ class LockerContract:
         locker.close()
         self._flush(locker)
 
-    def test_prepare_disturbs_no_holder(self, locker: Locker[Any]) -> None:
+    def test_prepare_does_not_affect_holders(self, locker: Locker[Any]) -> None:
         requests = Requests()
         locker.timeout = 0.01
         with locker.lock("a", requests):
@@ -253,7 +253,7 @@ class LockerContract:
 
     @staticmethod
     def _flush(locker: Locker[Any]) -> None:
-        """Wait until requests that were made before have arrived, if they ever will."""
+        """Wait until all earlier requests must have arrived."""
         requests = Requests()
         timeout = locker.timeout
         deadline = time.monotonic() + SOON
