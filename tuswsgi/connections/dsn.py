@@ -59,7 +59,8 @@ class Dsn:
     def __str__(self) -> str:
         """Return the DSN without its secrets."""
         hosts = ",".join(map(_shown, self.hosts))
-        return f"{self.scheme}://{hosts}/{self.path}"
+        path = f"/{self.path}" if self.path else ""
+        return f"{self.scheme}://{hosts}{path}"
 
 
 def _host(text: str) -> Host:

@@ -80,19 +80,21 @@ class _Queue(LifoQueue[Any]):
             raise Unavailable from None
 
 
-class _WholeAnswers:
-    """Closes a connection whose reader was interrupted, as redis-py does without Sentinels."""
+class _ClosesWhenInterrupted:
+    """Closes the connection if its greenlet is killed while it waits for an answer, which would
+    be taken for the next command's. redis-py does so for connections without Sentinels.
+    """
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         options.setdefault("disconnect_on_error", True)
         return super().read_response(*args, **options)  # type: ignore[misc]
 
 
-class _MasterConnection(_WholeAnswers, SentinelManagedConnection):
+class _MasterConnection(_ClosesWhenInterrupted, SentinelManagedConnection):
     pass
 
 
-class _MasterTlsConnection(_WholeAnswers, SentinelManagedSSLConnection):
+class _MasterTlsConnection(_ClosesWhenInterrupted, SentinelManagedSSLConnection):
     pass
 
 
@@ -117,15 +119,15 @@ def _sentinel_pool(dsn: Dsn, options: dict[str, Any]) -> BlockingConnectionPool:
         [(host.name, host.port or _SENTINEL_PORT) for host in dsn.hosts],
         sentinel_kwargs={**limits, **login, **tls},
     )
-    return _SentinelPool(  # type: ignore[no-untyped-call]
-        service,
-        sentinel,
-        username=dsn.user,
-        password=dsn.password,
-        db=_database(database),
-        connection_class=_MasterTlsConnection if tls["ssl"] else _MasterConnection,
-        **{**options, **parameters},
-    )
+    options = {
+        **options,
+        "username": dsn.user,
+        "password": dsn.password,
+        "db": _database(database),
+        "connection_class": _MasterTlsConnection if tls["ssl"] else _MasterConnection,
+        **parameters,
+    }
+    return _SentinelPool(service, sentinel, **options)  # type: ignore[no-untyped-call]
 
 
 def _database(path: str) -> int:

@@ -40,7 +40,7 @@ class RedisServer:
         self._client = self._make_client(settings.pool_size)
         self._name = str(Dsn.parse(dsn))
         self._warned = False
-        #: The message of the last failure, until a command succeeds.
+        #: The message of the present outage.
         self._failure: str | None = None
 
     def prepare(self) -> None:
@@ -84,10 +84,13 @@ class RedisServer:
         if isinstance(error, redis.OutOfMemoryError):
             log.error("%s: %s", self._name, error)
             return StorageFull()
+        if not _is_outage(error):
+            log.error("%s: %s", self._name, error, exc_info=error)
+            return Unavailable()
         # Every request fails alike while the server is down: one line is enough.
         level = logging.DEBUG if str(error) == self._failure else logging.ERROR
         self._failure = str(error)
-        log.log(level, "%s: %s", self._name, error, exc_info=None if _expected(error) else error)
+        log.log(level, "%s: %s", self._name, error)
         return Unavailable()
 
     def recovered(self) -> None:
@@ -199,8 +202,7 @@ class Subscription:
         """Close the connection; ``messages`` opens another one."""
         self._pinged_at = None
         self._pubsub.close()
-        pool = self._pubsub.connection_pool
-        pool.disconnect()
+        self._pubsub.connection_pool.disconnect()
 
     def _messages(self, timeout: float) -> list[bytes]:
         if not self._pubsub.subscribed:
@@ -224,7 +226,7 @@ class Subscription:
             raise redis.TimeoutError("No answer to a PING in a channel")
 
 
-def _expected(error: Exception) -> bool:
-    """Whether the message is enough, without a traceback: the server is down."""
-    down = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OSError)
-    return isinstance(error, down)
+def _is_outage(error: Exception) -> bool:
+    """Whether the server is down, rather than refusing a command."""
+    outages = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, OSError)
+    return isinstance(error, outages)
