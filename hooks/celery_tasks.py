@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Hooks as tasks of Celery: run `celery -A celery_tasks worker` in this directory.
+"""Hooks as Celery tasks: run `celery -A celery_tasks worker` in this directory.
 
-Each task has the name of a hook, and its argument is the payload.
+A task has the name of its hook; the argument is the payload.
 """
 
 import os
@@ -12,14 +12,14 @@ import celery
 app = celery.Celery("celery_tasks")
 app.conf.update(
     broker_url=os.environ.get("CELERY_BROKER_URL", "amqp://guest:guest@localhost:5672"),
-    # A message is gone from the queue when its task is done, not when it begins.
+    # Remove a message from the queue when its task has finished, not when it starts.
     task_acks_late=True,
 )
 
 
 @app.task(name="rustus.pre-create")
 def pre_create(data: dict[str, Any]) -> None:
-    print(f"PRE CREATE: {data}")  # To refuse it a message is too late.
+    print(f"PRE CREATE: {data}")  # A task cannot refuse the upload.
 
 
 @app.task(name="rustus.post-create")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Receives hooks by gRPC: run `./grpc_server.py 8081`, with grpcio-tools installed.
+"""A gRPC service for hooks: run `./grpc_server.py 8081`, with grpcio-tools installed.
 
-A handler that was written for tusd is one for this server: the messages are the same.
+The messages are tusd's, so handlers that were written for tusd work unchanged.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-# hook.proto is in the package; an application elsewhere has a copy, and compiles it.
+# hook.proto is in the package; other applications compile a copy of it.
 sys.path.append(str(files("tuswsgi.hooks").joinpath("proto")))
 messages, services = grpc.protos_and_services("hook.proto")
 

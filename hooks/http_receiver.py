@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Receives hooks by HTTP: knows who sends them, and whom their uploads are from.
+"""An HTTP endpoint for hooks that authenticates the server and its clients.
 
 Run it as `HOOKS_SECRET=... TOKEN=... ./http_receiver.py 8080`, with Flask installed.
 """
@@ -17,14 +17,14 @@ TOKEN = os.environ["TOKEN"]
 
 app = Flask(__name__)
 
-#: The events that were seen. A real application has them in its database, in the same
-#: transaction as what it does with them.
+#: The ids of handled events. A real application stores them in its database, in the same
+#: transaction as its other changes.
 seen: set[str] = set()
 
 
 @app.before_request
 def check_signature() -> None:
-    """Refuse what is not signed with our secret, or was signed long ago."""
+    """Refuse requests that are not signed with our secret, or were signed long ago."""
     fields = request.headers.get("Webhook-Signature", "").split(",")
     signature = dict(field.partition("=")[::2] for field in fields)
     signed_at, given = signature.get("t", ""), signature.get("v1", "")
@@ -40,8 +40,8 @@ def check_signature() -> None:
 def hook() -> Response:
     name, upload = request.headers["Hook-Name"], request.get_json()["upload"]
     if name.startswith("pre-"):
-        # What the server forwards of the client's request. It makes no sense to look at it
-        # afterwards: a post-hook may come hours later, when the token has expired.
+        # The client's header, which the server forwards. Check it in pre-hooks only: a post-hook
+        # may arrive hours later, when the token has expired.
         given = request.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {TOKEN}".encode()):
             abort(401)

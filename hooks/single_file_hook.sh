@@ -1,6 +1,6 @@
 #!/bin/sh
-# One program for all events: runs the script of the directory "shell" that is named like the
-# event, which is the first argument. An event without a script is accepted.
+# One program for all events: runs the script in "shell" with the name of the event, which is the
+# first argument. Events without a script are accepted.
 
 script="$(dirname "$0")/shell/$1"
 

@@ -216,7 +216,7 @@ def test_python_programs(tmp_path: Path) -> None:
         refused = post(server)
         assert refused.status == 415
         assert refused.headers["content-type"] == "application/json"
-        assert "nothing else" in json.loads(refused.body)["message"]
+        assert "We accept only" in json.loads(refused.body)["message"]
         path = server.client.create(5, **metadata("me.jpg"))
         server.client.finish(path, b"hello")
         id = path.rpartition("/")[2]
@@ -250,7 +250,7 @@ def test_the_scan_with_a_server(tmp_path: Path) -> None:
         path = server.client.create(len(EICAR))
         refused = server.client.patch(path, 0, EICAR)
         assert refused.status == 422
-        assert json.loads(refused.body) == {"message": "There is a virus in this file."}
+        assert json.loads(refused.body) == {"message": "This file contains a virus."}
         assert server.client.get(path).status >= 400
         assert server.client.get(clean).body == b"hello"
 

@@ -1,8 +1,7 @@
-"""Brings hooks to an AMQP broker such as RabbitMQ, as rustus does, also as tasks of Celery.
+"""Hooks as messages to an AMQP broker such as RabbitMQ, as in rustus, or as Celery tasks.
 
-This file owns exchanges, queues, routing keys and what a message looks like; connections
-are the business of ``connections.amqp``. A broker says nothing about an upload: it gets
-every hook and refuses none.
+This file owns exchanges, queues, routing keys and the format of messages; ``connections.amqp``
+publishes them. Messages have no answer, so this transport never refuses a request.
 """
 
 from __future__ import annotations
@@ -29,30 +28,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: AMQP's mark of messages that a durable queue keeps over a restart of the broker.
-_PERSISTENT = 2
-
 
 @dataclass(eq=False)
 class AmqpHook(Hook):
     """Hooks as messages to an AMQP broker.
 
-    Without a routing key each hook has its own, ``<prefix>.<hook>``, and a queue of that
-    name; with one there is one queue for all. Messages are persistent and confirmed by the
-    broker. They have the headers ``Hook-Name``, ``Hook-Id`` (the same for every repetition)
-    and ``Hook-Sequence``.
+    With `routing_key` set, all hooks have this routing key, and one queue. Otherwise the routing
+    key of a hook, and the name of its queue, is ``<prefix>.<hook>``. Messages are persistent, and
+    the broker confirms them. They have the headers ``Hook-Name``, ``Hook-Id`` (the same in every
+    attempt) and ``Hook-Sequence``.
 
-    A message that no queue takes is a failure where somebody is expected to listen: if the
-    queues are declared here (they are then declared once more), and if there is a routing
-    key, as for Celery, whose queue appears when its first worker starts. A post-hook is then
-    repeated until there is a queue. Where each hook has a routing key of its own and queues
-    are the application's, it subscribes to what it likes, and the rest is dropped, as in
-    rustus: a hook that nobody wants must not hold up those after it.
+    An unroutable message is a failure if the queues are declared here (they are then declared
+    again) or if `routing_key` is set: Celery's queue does not exist before its first worker has
+    started. Post-hooks are retried until there is a queue. Otherwise the application binds queues
+    for the hooks that it wants and the broker drops the others, as in rustus.
 
-    While the broker is away, blocking hooks are skipped at once but for an attempt every 1
-    to 5 seconds; that one costs its request `timeout` if the broker hangs.
+    While the broker is unavailable, hooks fail at once, except for an attempt every 1 to 5
+    seconds. If the broker hangs, that attempt delays its request by `timeout`.
 
-    :param format: what the body looks like.
+    :param format: the format of the body.
     """
 
     name: ClassVar[str] = "amqp"
@@ -62,93 +56,92 @@ class AmqpHook(Hook):
     format: PayloadFormat
     url: str | None = option(
         None,
-        "The broker: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS; pika's "
-        "settings can follow, e.g. `?heartbeat=30`.",
+        "The URL of the broker: `amqp://user:password@host:5672/vhost`, or `amqps://` for TLS. "
+        "The query may have settings of pika, e.g. `?heartbeat=30`.",
         rustus="HOOKS_AMQP_URL",
         secret=True,
     )
-    exchange: str = option(
-        "rustus", "The exchange that messages are sent to.", rustus="HOOKS_AMQP_EXCHANGE"
-    )
+    exchange: str = option("rustus", "The exchange to publish to.", rustus="HOOKS_AMQP_EXCHANGE")
     exchange_kind: str = option(
         "topic",
-        "The kind of the exchange where it is declared: `topic`, `direct`, `fanout`, or what a "
-        "plugin of the broker adds.",
+        "The kind of the exchange to declare: `topic`, `direct`, `fanout`, or one that a plugin of "
+        "the broker adds.",
         rustus="HOOKS_AMQP_EXCHANGE_KIND",
     )
     routing_key: str | None = option(
         None,
-        "The routing key of all messages, and the name of the one queue. Without it each hook "
+        "The routing key of all messages, and the name of their queue. Without it each hook "
         "has its own: `<prefix>.<hook>`, e.g. `rustus.post-finish`.",
         rustus="HOOKS_AMQP_ROUTING_KEY",
     )
     queues_prefix: str = option(
         "rustus",
-        "What the names of queues and routing keys begin with.",
+        "The prefix of queue names and routing keys.",
         rustus="HOOKS_AMQP_QUEUES_PREFIX",
     )
     declare_exchange: bool = option(
-        False, "Create the exchange.", rustus="HOOKS_AMQP_DECLARE_EXCHANGE"
+        False, "Declare the exchange.", rustus="HOOKS_AMQP_DECLARE_EXCHANGE"
     )
     declare_queues: bool = option(
         False,
-        "Create the queues of the enabled hooks and bind them to the exchange.",
+        "Declare the queues of the enabled hooks and bind them to the exchange.",
         rustus="HOOKS_AMQP_DECLARE_QUEUES",
     )
     durable_exchange: bool = option(
         False,
-        "Create an exchange that outlives a restart of the broker.",
+        "Declare the exchange as durable: it survives a restart of the broker.",
         rustus="HOOKS_AMQP_DURABLE_EXCHANGE",
-        # So the binary of rustus calls it, unlike its documentation.
+        # The name in rustus' binary, unlike its documentation.
         aliases=("hooks_amqp_durable_exchange",),
     )
     durable_queues: bool = option(
         False,
-        "Create queues that outlive a restart of the broker, with their messages.",
+        "Declare queues as durable: they survive a restart of the broker, with their messages.",
         rustus="HOOKS_AMQP_DURABLE_QUEUES",
     )
     auto_delete: bool = option(
         False,
-        "Create an exchange and queues that the broker removes when nobody uses them any more.",
+        "Declare the exchange and queues as auto-delete: the broker deletes them when they are no "
+        "longer used.",
         rustus="HOOKS_AMQP_AUTO_DELETE",
     )
     celery: bool = option(
         False,
-        "Send messages that are tasks for a worker of Celery.",
+        "Send messages as Celery tasks.",
         rustus="HOOKS_AMQP_CELERY",
     )
     task_prefix: str = option(
-        "rustus", "What the names of Celery's tasks begin with: `rustus.post-finish`."
+        "rustus", "The prefix of the names of Celery tasks, e.g. `rustus.post-finish`."
     )
     connection_pool_size: int = option(
         10,
-        "The most connections of a worker process.",
+        "The largest number of connections of a worker process.",
         rustus="HOOKS_AMQP_CONNECTION_POOL_SIZE",
         validate=Range(min=1),
     )
     channel_pool_size: int = option(
         10,
-        "The most channels of a connection. It has one, which carries one message at a time; "
-        "another connection is opened when all are busy.",
+        "The largest number of channels of a connection. One is used, which carries one message at "
+        "a time; another connection is opened when all are busy.",
         rustus="HOOKS_AMQP_CHANNEL_POOL_SIZE",
         validate=Range(min=1, max=2047),
     )
     idle_connection_timeout: float | None = option(
         None,
-        "Close connections that are not used for this long; without it they stay open.",
+        "Close connections that were unused for this long; without it they stay open.",
         kind=Duration,
         rustus="HOOKS_AMQP_IDLE_CONNECTION_TIMEOUT",
     )
     idle_channels_timeout: float | None = option(
         None,
-        "Close channels that are not used for this long; without it they stay open.",
+        "Close channels that were unused for this long; without it they stay open.",
         kind=Duration,
         rustus="HOOKS_AMQP_IDLE_CHANNELS_TIMEOUT",
     )
     timeout: float = option(
         1.0,
-        "How long a request may wait for the broker with a blocking hook. Others, which no "
-        "request waits for, have 10 seconds, or this if it is longer.",
+        "How long a blocking hook may delay a request. Other hooks have 10 seconds, or this if it "
+        "is longer.",
         kind=Duration,
     )
 
@@ -156,10 +149,10 @@ class AmqpHook(Hook):
         self._broker: PerProcess[Broker] = PerProcess(self._connect)
 
     def prepare(self) -> None:
-        """Check the URL, and declare what is to be declared if the broker can be reached.
+        """Check the URL and, if the broker can be reached, declare the exchange and queues.
 
-        What the broker has against it is logged and tried again with the first hook: it is
-        no reason to take no uploads.
+        A failure of the broker is logged, so that the server accepts uploads without it. The
+        first hook tries again.
         """
         from tuswsgi.connections.amqp_connection import PublishFailed
 
@@ -167,7 +160,7 @@ class AmqpHook(Hook):
         try:
             broker.declare(self.timeout)
         except PublishFailed as error:
-            log.warning("The AMQP broker cannot be used for hooks now: %s", error)
+            log.warning("Hooks cannot be sent to the AMQP broker now: %s", error)
         finally:
             broker.close()
 
@@ -220,14 +213,15 @@ class AmqpHook(Hook):
             "Hook-Sequence": request.sequence,
         }
         if self.celery:
-            # Version 2 of Celery's protocol: arguments, named arguments, and what to embed.
+            # Version 2 of Celery's protocol: positional and keyword arguments, and embedded
+            # callbacks.
             text = f"[[{text}], {{}}, {{}}]"
             headers |= {"id": _task_id(request.id), "task": f"{self.task_prefix}.{request.type}"}
         properties = pika.BasicProperties(
             content_type="application/json",
             content_encoding="utf-8",
             headers=headers,
-            delivery_mode=_PERSISTENT,
+            delivery_mode=pika.DeliveryMode.Persistent.value,
             message_id=request.id,
             correlation_id=_task_id(request.id) if self.celery else request.id,
         )
@@ -236,7 +230,7 @@ class AmqpHook(Hook):
         return Message(self.exchange, key, text.encode(), properties, mandatory)
 
     def _routing_key(self, type: HookType) -> str:
-        """Return the routing key of a hook, which is its queue's name, too."""
+        """Return the routing key of a hook, which is also the name of its queue."""
         return self.routing_key or f"{self.queues_prefix}.{type}"
 
     def _declare(self, channel: BlockingChannel) -> None:
@@ -257,7 +251,7 @@ class AmqpHook(Hook):
 
 
 def _task_id(id: str) -> str:
-    """Return the UUID that Celery is to know a hook by, the same for every repetition."""
+    """Return the UUID of a hook's Celery task, the same in every attempt."""
     try:
         return str(UUID(id))
     except ValueError:

@@ -1,8 +1,7 @@
-"""What hooks look like in JSON: the formats of rustus and of tusd, and their answers.
+"""The JSON of hooks: the payload formats of rustus and tusd, and tusd's answer.
 
-This file owns the names on the wire and nothing of how they travel. Every transport uses
-it, so a hook looks the same whichever way it comes. Of an answer it checks the types; what
-of it can be obeyed is ``hooks.answers``' business.
+All transports use them. This file checks the types of answers; ``hooks.answers`` checks whether
+the values are allowed.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from tuswsgi.core.events import HookType
 from tuswsgi.core.info import Metadata
 from tuswsgi.hooks.base import ChangeFileInfo, HookRequest, HookResponse
 
-#: Built once: ``json.dumps`` with arguments builds an encoder for each call. Text goes
-#: out as it is, as from rustus and tusd: hooks are searched by scripts, too.
+#: Built once: ``json.dumps`` with arguments builds an encoder for each call. As in rustus and
+#: tusd, characters beyond ASCII are not escaped.
 _encoder = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
-#: What tusd calls its stores; others have the names that rustus gives them.
+#: tusd's names of stores; the other stores have rustus' names.
 _TUSD_STORES = {"file_storage": "filestore"}
 
 
 class FormatName(str, Enum):
-    """The formats: the first three are rustus', the last is what tusd sends today."""
+    """The formats: the first three are rustus', the last is that of tusd 2."""
 
     DEFAULT = "default"
     V2 = "v2"
@@ -37,18 +36,18 @@ class FormatName(str, Enum):
 
 
 class BadAnswer(ValueError):
-    """A hook answered a known key with something of the wrong type."""
+    """An answer is invalid."""
 
 
 class _Part(fields.Nested):
-    """An object of the payload that is made of the whole hook."""
+    """A nested object whose values are those of the whole hook."""
 
     def get_value(self, obj: Any, attr: str, accessor: Any = None, default: Any = None) -> Any:
         return obj
 
 
 class _Pairs(fields.Field[dict[str, str]]):
-    """Metadata as text; bytes that are no UTF-8 are replaced, as in Go's JSON."""
+    """Metadata as text; bytes that are not UTF-8 are replaced, as in Go's JSON."""
 
     def _serialize(self, value: Any, attr: Any, obj: Any, **kwargs: Any) -> dict[str, str]:
         return {key: data.decode("utf-8", "replace") for key, data in value.items()}
@@ -137,8 +136,8 @@ class _Tusd(Schema):
 class _TusdV2Upload(Schema):
     """tusd's ``FileInfo`` as Go encodes it (pkg/handler/datastore.go).
 
-    Its numbers and strings cannot be null: a deferred size is 0, and before its creation
-    an upload has an empty id.
+    Its numbers and strings cannot be null: a deferred size is 0, and the id is empty before the
+    upload is created.
     """
 
     ID = fields.Function(lambda hook: "" if _is_unborn(hook) else hook.info.id)
@@ -178,18 +177,18 @@ def _is_unborn(hook: HookRequest) -> bool:
 
 
 def _tusd_storage(hook: HookRequest) -> dict[str, str] | None:
-    """Return tusd's ``Storage``, without ``InfoPath``: our records are no files beside."""
+    """Return tusd's ``Storage``, without ``InfoPath``: our records are not such files."""
     storage = hook.info.storage
     if _is_unborn(hook) or not storage.type:
         return None
     shown = {"Type": _TUSD_STORES.get(storage.type, storage.type)}
     path = _location(hook)
-    # Every value is a string: the message of gRPC knows no others.
+    # All values are strings, because those of the gRPC message are.
     return shown if path is None else {**shown, "Path": path}
 
 
 def _location(hook: HookRequest) -> str | None:
-    """Return the path; a name that is no UTF-8 cannot be told exactly."""
+    """Return the path; bytes that are not UTF-8 are replaced."""
     path = hook.location
     return None if path is None else path.encode("utf-8", "replace").decode()
 
@@ -204,14 +203,14 @@ def _host_and_port(hook: HookRequest) -> str:
 
 
 def _canonical(name: str) -> str:
-    """Return a header's name as Go's ``CanonicalHeaderKey`` does: ``Content-Md5``."""
+    """Return a header's name as Go's ``CanonicalHeaderKey`` does, e.g. ``Content-Md5``."""
     return "-".join(word.capitalize() for word in name.split("-"))
 
 
 class PayloadFormat:
-    """One format.
+    """A format of payloads.
 
-    :ivar follows_tusd: whether hooks behave as today's tusd has them, not as rustus.
+    :ivar follows_tusd: whether hooks behave as in tusd 2, not as in rustus.
     """
 
     def __init__(self, name: FormatName, schema: Schema) -> None:
@@ -220,12 +219,12 @@ class PayloadFormat:
         self._schema = schema
 
     def dump(self, request: HookRequest) -> dict[str, Any]:
-        """Return a hook as values that JSON knows."""
+        """Return a hook as JSON values."""
         payload: dict[str, Any] = self._schema.dump(request)
         return payload
 
     def encode(self, request: HookRequest) -> str:
-        """Return a hook as JSON text of one line, which can be sent whatever is in it."""
+        """Return a hook as one line of JSON that can be encoded as UTF-8."""
         return _encoder.encode(self.dump(request)).encode("utf-8", "replace").decode()
 
 
@@ -246,7 +245,7 @@ def payload_format(name: FormatName) -> PayloadFormat:
 
 
 class _Flag(fields.Boolean):
-    """``true`` or ``false`` and nothing that looks like it."""
+    """``true`` or ``false``, but none of marshmallow's other truthy and falsy values."""
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> bool:
         if not isinstance(value, bool):
@@ -255,7 +254,7 @@ class _Flag(fields.Boolean):
 
 
 class _Text(fields.String):
-    """Text that can be sent; Go's empty string means "unset", as null does."""
+    """Text that can be encoded as UTF-8; Go's empty string means "unset", as null does."""
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
         text = super()._deserialize(value, attr, data, **kwargs)
@@ -266,18 +265,8 @@ class _Text(fields.String):
         return text or None
 
 
-class _Status(fields.Field[int]):
-    """A number; Go's 0 means "unset", as null does."""
-
-    def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> Any:
-        # 400.0 and true are numbers for Python, too.
-        if type(value) is not int:
-            raise ValidationError("Not an integer.")
-        return value or None
-
-
 class _Headers(fields.Field[dict[str, str]]):
-    """Header fields: a value is a string, or a list of strings that commas will join."""
+    """Header fields: a value is a string, or a list of strings to join with commas."""
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> dict[str, str]:
         if not isinstance(value, dict):
@@ -307,10 +296,9 @@ class _Pairings(fields.Field[Metadata]):
 
 
 class _Answer(Schema):
-    """A part of an answer: unknown keys are ignored, and the case of letters is.
+    """A part of an answer. It ignores unknown keys, and the case of keys.
 
-    The case is as in Go, which takes ``rejectUpload`` for ``RejectUpload``: a refusal that
-    tusd hears must not be an acceptance here.
+    So does Go's JSON decoder: ``rejectUpload`` must not refuse in tusd and accept here.
     """
 
     class Meta:
@@ -325,12 +313,12 @@ class _Answer(Schema):
         if not isinstance(data, Mapping):
             return data
         named = {self.names.get(key.lower(), key): value for key, value in data.items()}
-        # null is for Go what a missing key is.
+        # For Go, null is the same as a missing key.
         return {key: value for key, value in named.items() if value is not None}
 
 
 class _HttpResponse(_Answer):
-    StatusCode = _Status(load_default=None)
+    StatusCode = fields.Integer(strict=True, load_default=None)
     Body = _Text(load_default=None)
     Header = _Headers(load_default=dict)
 
@@ -364,10 +352,10 @@ _answers = _HookResponse()
 
 
 def decode_answer(type: HookType, answer: str | bytes) -> HookResponse | None:
-    """Return what the answer to a hook says, ``None`` if that is nothing.
+    """Parse the answer to a hook.
 
-    :param answer: what the application sent back: it counts if it is a JSON object with
-        one of tusd's keys.
+    :param answer: the text that the application sent back.
+    :returns: the answer, ``None`` if the text is not a JSON object with one of tusd's keys.
     :raises BadAnswer: if a known key has a value of the wrong type.
     """
     try:
@@ -378,17 +366,18 @@ def decode_answer(type: HookType, answer: str | bytes) -> HookResponse | None:
 
 
 def check_object(answer: str | bytes) -> None:
-    """Refuse an answer that is no JSON object, as today's tusd does; nothing at all is none, and
-    neither is ``null``.
+    """Check that an answer is a JSON object, ``null`` or empty, as tusd 2 does.
 
-    :raises BadAnswer: so that a page behind a wrong URL accepts nothing.
+    So an HTML page at a wrong URL does not accept uploads.
+
+    :raises BadAnswer: if it is something else.
     """
     try:
         data = _parsed(answer) if answer.strip() else None
     except (ValueError, RecursionError):
-        raise BadAnswer("It is no JSON.") from None
+        raise BadAnswer("It is not JSON.") from None
     if data is not None and not isinstance(data, dict):
-        raise BadAnswer("It is no JSON object.")
+        raise BadAnswer("It is not a JSON object.")
 
 
 def _parsed(answer: str | bytes) -> Any:
@@ -397,18 +386,18 @@ def _parsed(answer: str | bytes) -> Any:
 
 
 def read_answer(type: HookType, data: Mapping[str, Any]) -> HookResponse | None:
-    """As ``decode_answer``, of an answer that is an object already."""
+    """As ``decode_answer``, for an answer that is already parsed."""
     if not any(key.lower() in _answers.names for key in data):
         return None
     try:
         loaded: dict[str, Any] = _answers.load(data)
     except ValidationError as error:
-        raise BadAnswer(f"The answer is not understood: {error}") from None
+        raise BadAnswer(str(error)) from None
     response = loaded["HTTPResponse"]
     refusal = "RejectTermination" if type is HookType.PRE_TERMINATE else "RejectUpload"
     return HookResponse(
         reject=type.blocking and loaded[refusal],
-        status=response.get("StatusCode"),
+        status=response.get("StatusCode") or None,  # 0 is Go's "unset"
         body=response.get("Body"),
         headers=response.get("Header", {}),
         change=loaded["ChangeFileInfo"],
