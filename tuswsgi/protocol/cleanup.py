@@ -350,8 +350,7 @@ class CleanUp:
                     is_forgotten = self._infos.forget(info)
             if is_forgotten:
                 removal = Removal(Reason.TOMBSTONE, info.id, age)
-                if not self._dry_run:
-                    self._tell(removal)
+                self._tell(removal)
                 yield removal
 
     def _strays(self) -> Iterator[Removal]:
