@@ -6,8 +6,8 @@ leases, notices lost ones, and passes release requests on to holders. A subclass
 token per upload on its server.
 
 With a ``host_locker`` each lease is held together with the host's own lock. Then processes of
-one host notice each other's death at once: whoever gets the host's lock knows that a lease of
-this host is left over. Only the death of a whole host takes the length of a lease.
+one host notice each other's death at once: a process that gets the host's lock may take over a
+lease of this host. Only after the death of a whole host do others wait for its leases to expire.
 
 A holder whose lease expired may be paused rather than dead, and not know that it lost the lock.
 So a server also stores the *writer* of each lock: the token of the last holder that may write

@@ -5,7 +5,7 @@ created and removed with every request, and file systems like ext4 get slower an
 that.
 
 The directory may be removed while locks are held, for instance by a cleaner of temporary files.
-It is created again. A lock in a file that was removed excludes nobody any more, see ``is_lost``.
+It is created again. A lock in a file that was removed no longer excludes others, see ``is_lost``.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class LockerSettings:
         "The address of the locker's server. For `redis-locker` and `db-locker` it is written as "
         "in `info_db_dsn` (unset: the server of the records). For `etcd-locker`: "
         "`http://host:2379` or `https://user:password@host:2379`, several addresses separated by "
-        "commas (unset: this host). For `consul-locker`: `http://:token@host:8500`, likewise.",
+        "commas (unset: this host). For `consul-locker`, which was only tested against a stand-in "
+        "for Consul: `http://:token@host:8500`, likewise.",
         secret=True,
     )
     lock_lease: float = option(
