@@ -8,7 +8,7 @@ before anything else is imported.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,15 @@ import click
 from tuswsgi.commands.flags import (
     ConfiguredCommand,
     FileArgument,
+    Load,
     config_option,
+    configured,
     failing,
     json_option,
 )
 from tuswsgi.commands.uploads import gc, uploads
 
 if TYPE_CHECKING:
-    from tuswsgi.config.loading import Config
     from tuswsgi.connections.sql import SqlConnection
     from tuswsgi.infostores.base import InfoStore
 
@@ -68,7 +69,7 @@ def main() -> None:
 
 @main.command(cls=ServeCommand)
 @config_option
-def serve(load: Callable[[], Config]) -> None:
+def serve(load: Load) -> None:
     """Run the server.
 
     An option can be set by a flag, an environment variable or the INI file, in this order of
@@ -90,7 +91,7 @@ def config() -> None:
 
 @config.command(cls=ConfiguredCommand)
 @config_option
-def check(load: Callable[[], Config]) -> None:
+def check(load: Load) -> None:
     """Report all mistakes in the configuration."""
     with failing(exit_code=2):
         from tuswsgi.config.backends import Backends
@@ -104,7 +105,7 @@ def check(load: Callable[[], Config]) -> None:
 
 @config.command(cls=ConfiguredCommand)
 @config_option
-def show(load: Callable[[], Config]) -> None:
+def show(load: Load) -> None:
     """Show the value of each option, and where it comes from."""
     with failing(exit_code=2):
         configuration = load()
@@ -141,13 +142,16 @@ def docs(check: bool, stdout: bool, directory: Path) -> None:
 
 @main.group()
 def hooks() -> None:
-    """List and replay post-hooks that were not delivered, also while the server runs."""
+    """List and replay undelivered post-hooks.
+
+    The server may run meanwhile.
+    """
 
 
 @hooks.command(cls=ConfiguredCommand)
 @config_option
 @json_option
-def pending(load: Callable[[], Config], as_json: bool) -> None:
+def pending(load: Load, as_json: bool) -> None:
     """List the post-hooks that wait for delivery, oldest first."""
     from tuswsgi.commands import events
 
@@ -158,7 +162,7 @@ def pending(load: Callable[[], Config], as_json: bool) -> None:
 @hooks.command(cls=ConfiguredCommand)
 @config_option
 @json_option
-def dead(load: Callable[[], Config], as_json: bool) -> None:
+def dead(load: Load, as_json: bool) -> None:
     """List the dead letters: post-hooks whose delivery was given up, oldest first."""
     from tuswsgi.commands import events
 
@@ -169,7 +173,7 @@ def dead(load: Callable[[], Config], as_json: bool) -> None:
 @hooks.command(cls=ConfiguredCommand)
 @config_option
 @click.argument("id", required=False)
-def replay(load: Callable[[], Config], id: str | None) -> None:
+def replay(load: Load, id: str | None) -> None:
     """Deliver dead letters again.
 
     ID is that of a post-hook or of an upload. Without it all dead letters are delivered again.
@@ -184,22 +188,17 @@ def replay(load: Callable[[], Config], id: str | None) -> None:
 
 
 @contextmanager
-def _events(load: Callable[[], Config]) -> Iterator[InfoStore]:
-    with failing(exit_code=2):
-        configuration = load()
-    from tuswsgi.commands import events
-    from tuswsgi.core.errors import Unavailable
+def _events(load: Load) -> Iterator[InfoStore]:
+    with configured(load) as config:
+        from tuswsgi.commands import events
 
-    try:
-        with failing(exit_code=1), events.opened(configuration) as infos:
+        with events.opened(config) as infos:
             yield infos
-    except Unavailable as error:
-        raise click.ClickException(str(error)) from error
 
 
 @main.group()
 def db() -> None:
-    """Create and upgrade the tables of the configured SQL databases.
+    """Create and upgrade tables of SQL databases.
 
     The server does it by itself when it starts.
     """
@@ -207,7 +206,7 @@ def db() -> None:
 
 @db.command("version", cls=ConfiguredCommand)
 @config_option
-def db_version(load: Callable[[], Config]) -> None:
+def db_version(load: Load) -> None:
     """Print the version of the tables, and the one that this program needs."""
     from tuswsgi.connections.tables import SCHEMA, version
 
@@ -221,7 +220,7 @@ def db_version(load: Callable[[], Config]) -> None:
 
 @db.command(cls=ConfiguredCommand)
 @config_option
-def upgrade(load: Callable[[], Config]) -> None:
+def upgrade(load: Load) -> None:
     """Create the tables, or upgrade older ones."""
     from tuswsgi.connections.tables import SCHEMA, prepare_tables
 
@@ -232,25 +231,17 @@ def upgrade(load: Callable[[], Config]) -> None:
 
 
 @contextmanager
-def _databases(
-    load: Callable[[], Config], *, must_exist: bool = False
-) -> Iterator[Sequence[SqlConnection]]:
-    with failing(exit_code=2):
-        configuration = load()
-    from tuswsgi.config.backends import Backends
-    from tuswsgi.core.errors import Unavailable
+def _databases(load: Load, *, must_exist: bool = False) -> Iterator[Sequence[SqlConnection]]:
+    with configured(load) as config:
+        from tuswsgi.config.backends import Backends
 
-    try:
-        with failing(exit_code=1):
-            backends = Backends(configuration)
-            if must_exist:
-                backends.check_records()
-            databases = backends.databases()
-            if not databases:
-                raise click.ClickException("No SQL database is configured.")
-            yield databases
-    except Unavailable as error:
-        raise click.ClickException("The database is not available; the log says why.") from error
+        backends = Backends(config)
+        if must_exist:
+            backends.check_records()
+        databases = backends.databases()
+        if not databases:
+            raise click.ClickException("No SQL database is configured.")
+        yield databases
 
 
 @main.group()
@@ -271,7 +262,7 @@ def info() -> None:
     help="Copy finished uploads of rustus even if their files are missing.",
 )
 def copy(
-    load: Callable[[], Config],
+    load: Load,
     source: str | None,
     target: str | None,
     overwrite: bool,
@@ -286,26 +277,17 @@ def copy(
     """
     if source == target:
         raise click.UsageError("Give --from or --to: source and target are the same store.")
-    with failing(exit_code=2):
-        configuration = load()
-    from tuswsgi.commands import copy
-    from tuswsgi.core.display import printable
-    from tuswsgi.core.errors import TusError
+    with configured(load) as config:
+        from tuswsgi.commands import copy
+        from tuswsgi.core.display import printable
 
-    click.echo("Keep the servers of both stores stopped until this has ended.", err=True)
-    try:
-        with (
-            failing(exit_code=1),
-            copy.opened(
-                configuration, source, target, overwrite=overwrite, without_files=without_files
-            ) as one,
-        ):
+        click.echo("Keep the servers of both stores stopped until this has ended.", err=True)
+        options = {"overwrite": overwrite, "without_files": without_files}
+        with copy.opened(config, source, target, **options) as one:
             try:
                 one.run(lambda ids, name: click.progressbar(ids, label=name, file=sys.stderr))
             finally:
                 click.echo("\n".join(map(printable, one.report.lines())))
-    except TusError as error:
-        raise click.ClickException(str(error)) from error
     sys.exit(0 if one.report.is_complete else 1)
 
 
@@ -353,7 +335,10 @@ def upload(
     retries: int,
     state: Path,
 ) -> None:
-    """Upload FILE to the tus server at URL, or resume an unfinished upload of it."""
+    """Upload a file, or resume its upload.
+
+    URL is where the server creates uploads, e.g. http://localhost:1081/files/.
+    """
     try:
         from tuswsgi.commands.client import Remembered, Upload, UploadFailed
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from tuswsgi.config.loading import Config
     from tuswsgi.core.options import Option
+
+#: Returns the configuration, or raises ``ConfigurationError``.
+Load = Callable[[], "Config"]
 
 FileArgument = partial(click.Path, path_type=Path, dir_okay=False)
 
@@ -78,6 +82,26 @@ def failing(exit_code: int) -> Iterator[None]:
     except ConfigurationError as error:
         click.echo(str(error), err=True)
         sys.exit(exit_code)
+
+
+@contextmanager
+def configured(load: Load) -> Iterator[Config]:
+    """Load the configuration for a command that works on the stores of running servers.
+
+    The exit code is 2 if the configuration is wrong, and 1 if a store cannot be used.
+    """
+    with failing(exit_code=2):
+        config = load()
+    from tuswsgi.core.errors import TusError, Unavailable
+
+    try:
+        with failing(exit_code=1):
+            yield config
+    except TusError as error:
+        text = str(error)
+        if text == Unavailable.message:  # which is for clients
+            text = f"A store is not available: {error.__cause__ or 'the log says why.'}"
+        raise click.ClickException(text) from error
 
 
 def _flag(option: Option) -> click.Option:

@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuswsgi.commands.flags import ConfiguredCommand, config_option, failing, json_option
+from tuswsgi.commands.flags import (
+    ConfiguredCommand,
+    Load,
+    config_option,
+    configured,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from tuswsgi.commands.listing import Wanted
     from tuswsgi.config.loading import Config
     from tuswsgi.protocol.cleanup import Removal
     from tuswsgi.protocol.uploads import Uploads
-
-Load = Callable[[], "Config"]
 
 
 @click.command(cls=ConfiguredCommand)
@@ -69,7 +73,10 @@ def gc(load: Load, dry_run: bool, quarantine_many: bool) -> None:
 
 @click.group()
 def uploads() -> None:
-    """List, show and remove uploads, also while the server runs."""
+    """List, show and remove uploads.
+
+    The server may run meanwhile.
+    """
 
 
 def _parse(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
@@ -199,17 +206,11 @@ def _wanted(
 
 @contextmanager
 def _uploads(load: Load) -> Iterator[tuple[Config, Uploads]]:
-    with failing(exit_code=2):
-        configuration = load()
-    from tuswsgi.commands import listing
-    from tuswsgi.core.errors import TusError
+    with configured(load) as config:
+        from tuswsgi.commands import listing
 
-    try:
-        with failing(exit_code=1), listing.opened(configuration) as found:
-            yield configuration, found
-    except TusError as error:
-        why = f" {error.__cause__}" if isinstance(error.__cause__, OSError) else ""
-        raise click.ClickException(f"{error}{why}") from error
+        with listing.opened(config) as found:
+            yield config, found
 
 
 @contextmanager
