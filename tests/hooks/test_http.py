@@ -337,7 +337,7 @@ def test_what_is_no_answer_refuses_as_in_tusd(
 ) -> None:
     with answering(200, body) as receiver:
         hook = transport(receiver.url, format=FormatName.TUSD_V2)
-        with pytest.raises(HookBroken, match="It is not (JSON|a JSON object)") as failure:
+        with pytest.raises(HookBroken, match=r"It is not (JSON|a JSON object)") as failure:
             hook.send(hook_of())
         # It was told of what has happened already.
         assert hook.send(hook_of(HookType.POST_FINISH)) is None

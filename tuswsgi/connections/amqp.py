@@ -29,18 +29,18 @@ from tuswsgi.connections.amqp_connection import (
 from tuswsgi.core.backoff import Backoff
 from tuswsgi.core.errors import ConfigurationError
 
-#: Seconds that a message may take if no request waits for it, and after which a connection is
-#: closed that the broker has blocked for lack of memory or disk.
+#: The timeout of a message for which no request waits, in seconds. A connection that the broker
+#: blocks for lack of memory or disk is closed after the same time.
 PATIENCE = 10.0
 
 #: How long the broker is left alone after failures.
 _BACKOFF = Backoff(first=1.0, longest=5.0, jitter=0)
 
-#: Seconds between two looks at an idle connection: half of the shortest heartbeat.
-_LOOK = 0.5
+#: Seconds between two checks of an idle connection: half of the shortest heartbeat interval.
+_CHECK_INTERVAL = 0.5
 
-#: Seconds that an orderly end of all connections may take.
-_FAREWELL = 1.0
+#: Seconds that the handshakes at the end of all connections may take.
+_CLOSE_TIMEOUT = 1.0
 
 
 def parse_url(url: str) -> pika.URLParameters:
@@ -50,7 +50,7 @@ def parse_url(url: str) -> pika.URLParameters:
         the URL, which has a password.
     """
     try:
-        if urlsplit(url).scheme not in ("amqp", "amqps"):  # pika takes every other for amqp
+        if urlsplit(url).scheme not in ("amqp", "amqps"):  # pika treats all others as amqp
             raise ValueError("another protocol")
         parameters = pika.URLParameters(url)
     except Exception:  # pika passes on those of its parsers
@@ -59,7 +59,7 @@ def parse_url(url: str) -> pika.URLParameters:
         ) from None
     parameters.blocked_connection_timeout = parameters.blocked_connection_timeout or PATIENCE
     if parameters.connection_attempts == 1:
-        # The first attempt may meet a broker, or a proxy, that is just going away.
+        # The first attempt may reach a broker or a proxy that is shutting down.
         parameters.connection_attempts = 2
         parameters.retry_delay = 0
     properties = parameters.client_properties or {}
@@ -153,13 +153,13 @@ class Broker:
             workers = list(self._workers)
         for _ in workers:
             self.jobs.put(None)
-        deadline = time.monotonic() + _FAREWELL
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
         for worker in workers:
             worker.thread.join(max(0.0, deadline - time.monotonic()))
         for worker in workers:
             worker.abort()
         for worker in workers:
-            worker.thread.join(_FAREWELL)
+            worker.thread.join(_CLOSE_TIMEOUT)
 
     def _run(self, message: Message | None, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -168,7 +168,7 @@ class Broker:
                 self._try(message, deadline, timeout)
                 return
             except ConnectionLost:
-                pass  # and what ended it may have ended the next one as well
+                pass  # the other connections may have been lost with it
         self._try(message, deadline, timeout)
 
     def _try(self, message: Message | None, deadline: float, timeout: float) -> None:
@@ -251,7 +251,7 @@ class Worker:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._connection: Connection | None = None
-        #: When it began to connect or to publish; infinite while it is idle.
+        #: When it started to connect or to publish; infinite while it is idle.
         self.busy_since = time.monotonic()
         self.thread = threading.Thread(target=self._run, name="tuswsgi-amqp", daemon=True)
         self.thread.start()
@@ -279,13 +279,13 @@ class Worker:
                 self._connection.close()
 
     def _serve(self, connection: Connection) -> None:
-        """Publish until the pool closes or the connection was idle for too long."""
+        """Publish until the pool closes or the connection has been idle for too long."""
         settings = self._broker.settings
         idle = settings.idle_connection or math.inf
-        look = min(_LOOK, idle / 2, (settings.idle_channel or math.inf) / 2)
+        interval = min(_CHECK_INTERVAL, idle / 2, (settings.idle_channel or math.inf) / 2)
         while True:
             try:
-                job = self._broker.jobs.get(timeout=look)
+                job = self._broker.jobs.get(timeout=interval)
             except queue.Empty:
                 if connection.is_foreign():
                     return  # greenlets survive a fork

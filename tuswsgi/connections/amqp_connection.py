@@ -1,7 +1,6 @@
-"""One connection to an AMQP broker: declarations, publishing and confirmations.
+"""A connection to an AMQP broker, on top of pika's ``BlockingConnection``.
 
-This file alone calls pika. Who uses which connection, and for how long they wait, is decided by
-the pool in ``connections.amqp``.
+The pool in ``connections.amqp`` decides which thread uses it, and for how long.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class Connection:
         self._pid = os.getpid()
         try:
             self._connection = pika.BlockingConnection(parameters)
-        except Exception as error:  # pika passes on those of sockets, TLS and name resolution
+        except Exception as error:  # also of sockets, TLS and name resolution
             raise BrokerUnavailable(_describe(error)) from error
 
     def publish(self, message: Message) -> None:
@@ -117,15 +116,15 @@ class Connection:
                 self._channel = None
 
     def idle_for(self) -> float:
-        """Return for how many seconds nothing was published."""
+        """Return the seconds since the last message."""
         return time.monotonic() - self._used_at
 
     def is_foreign(self) -> bool:
-        """Return whether this process got the connection by a fork and must not touch it."""
+        """Return whether it belongs to the parent of this forked process, which must not use it."""
         return os.getpid() != self._pid
 
     def close(self) -> None:
-        """Close the connection, if it is open. A broker that hangs makes this take minutes."""
+        """Close the connection if it is open. If the broker hangs, this takes minutes."""
         if not self.is_foreign():
             with suppress(AMQPError):
                 self._connection.close()
@@ -135,7 +134,7 @@ class Connection:
 
         May be called from any thread, also for a connection that has ended.
         """
-        # pika offers nothing public for a broker that never answers ``close``.
+        # pika has no public method that does not wait for the broker.
         connection = self._connection._impl
         error = AMQPHeartbeatTimeout("the broker does not answer")
         connection.ioloop.add_callback_threadsafe(partial(connection._terminate_stream, error))
@@ -170,12 +169,12 @@ def _translated_errors() -> Iterator[None]:
     except ChannelClosedByBroker as error:
         kind = Unroutable if error.reply_code == 404 else PublishFailed
         raise kind(f"{error.reply_code} {error.reply_text}") from error
-    except Exception as error:  # of the connection, or of pika's state machine after those
+    except Exception as error:  # also of pika's state machine, after errors of the connection
         raise ConnectionLost(_describe(error)) from error
 
 
 def _describe(error: BaseException) -> str:
-    """Return what pika's exceptions about connections wrap."""
+    """Return the exception that pika's connection errors wrap, as text."""
     while isinstance(error, AMQPConnectionError) and isinstance(
         (*error.args, None)[0], BaseException
     ):

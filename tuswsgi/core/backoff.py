@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-#: Not the module's generator, which applications and tests may seed.
+#: Unlike the generator of ``random``, applications and tests cannot seed it.
 _random = random.SystemRandom()
 
 

@@ -121,8 +121,8 @@ class AmqpHook(Hook):
     )
     channel_pool_size: int = option(
         10,
-        "The largest number of channels of a connection. One is used, which carries one message at "
-        "a time; another connection is opened when all are busy.",
+        "Has no effect; accepted for rustus' configurations. A connection has one channel, which "
+        "carries one message at a time; another connection is opened when all are busy.",
         rustus="HOOKS_AMQP_CHANNEL_POOL_SIZE",
         validate=Range(min=1, max=2047),
     )
