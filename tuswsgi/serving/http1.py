@@ -63,7 +63,8 @@ class PlainRequest:
         self.version = (1, minor)
         self.fields = fields
         self.scheme = parser.scheme
-        self.must_close = False
+        connection = fields.get("HTTP_CONNECTION", "").lower()
+        self.must_close = connection == "close" or (minor == 0 and connection != "keep-alive")
         self.body = Body(LengthReader(parser.unreader, int(fields.get("CONTENT_LENGTH", 0))))
 
     @property
@@ -78,10 +79,7 @@ class PlainRequest:
         self.must_close = True
 
     def should_close(self) -> bool:
-        if self.must_close:
-            return True
-        connection = self.fields.get("HTTP_CONNECTION", "").lower()
-        return connection == "close" or (self.version == (1, 0) and connection != "keep-alive")
+        return self.must_close
 
 
 class PlainParser(RequestParser):  # type: ignore[misc]  # gunicorn has no types

@@ -39,7 +39,7 @@ def send(
     :param start_response: has been called.
     """
     if isinstance(content, Content):
-        content = _past_the_server(content, environ, start_response)
+        content = _sent_directly(content, environ, start_response)
     if body is None or body.ended:
         return content
     is_kept = body.can_drain()
@@ -51,7 +51,7 @@ def send(
     return _LingeringContent(content, body, start_response, is_kept=is_kept)
 
 
-def _past_the_server(
+def _sent_directly(
     content: Content, environ: Mapping[str, Any], start_response: StartResponse
 ) -> Iterable[bytes]:
     sock = environ.get("gunicorn.socket")

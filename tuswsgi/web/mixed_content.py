@@ -1,8 +1,7 @@
-"""Notices when a browser may refuse the URL of its new upload.
+"""Warns when browsers may refuse the URL of a new upload.
 
-A page that came by https may not send anything to an http URL (mixed content). The usual
-reason is a proxy that ends TLS and is not believed. This file owns saying so, with the reason,
-but now and then only.
+A page of https may not send requests to an http URL (mixed content). Usually the reason is a proxy
+that terminates TLS and is not trusted.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class MixedContentWatch:
         self._silent_until = 0.0
 
     def look(self, environ: Mapping[str, Any], location: str) -> None:
-        """Warn if a page of https is given an http URL."""
+        """Warn if a page of https gets an http URL."""
         origin: str = environ.get("HTTP_ORIGIN", "")
         if not origin.startswith("https:") or not location.startswith("http:"):
             return
