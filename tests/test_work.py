@@ -190,7 +190,7 @@ def functions(server: Server, kind: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("kind", "all_calls", "our_calls"),
-    [("HEAD", 190, 135), ("POST", 360, 240), ("PATCH", 470, 290)],
+    [("HEAD", 180, 130), ("POST", 345, 235), ("PATCH", 430, 285)],
 )
 def test_functions_of_a_small_request(
     counting: Server, kind: str, all_calls: int, our_calls: int

@@ -150,7 +150,7 @@ class LocalPeer(Peer):
 
 @dataclass(frozen=True)
 class ExternalPeer(Peer):
-    """A server that somebody else has started, at a URL for http, for https or both."""
+    """A server that was started already, at a URL for http, for https or both."""
 
     name: str
     targets: tuple[Target, ...]
@@ -167,7 +167,7 @@ class ExternalPeer(Peer):
 
 
 def ours(cache: Path) -> Peer:
-    """Return this checkout's server. As all others it logs what it logs by default."""
+    """Return this checkout's server, with its default configuration."""
 
     def command(launch: Launch) -> list[str]:
         command = ["env", f"PYTHONPATH={_ROOT}", sys.executable, "-m", "tuswsgi", "serve"]
@@ -185,7 +185,7 @@ def ours(cache: Path) -> Peer:
 
 
 def tusd(cache: Path) -> Peer:
-    """Return tusd with its file store and file locker, where somebody has installed it."""
+    """Return tusd with its file store and file locker, if it is installed."""
     program = shutil.which("tusd")
     if program is None:
         raise Unavailable("There is no tusd on the PATH.")

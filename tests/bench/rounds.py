@@ -44,7 +44,7 @@ class Step:
         return f"{self.result.workload.key}: {self.peer.name}"
 
     def run(self) -> None:
-        """Take the step; whoever fails once is out of the workload."""
+        """Take the step. A server that fails once is left out of the workload."""
         if self.result.missing:
             return
         try:

@@ -331,7 +331,7 @@ class Heads(_Small):
         return f"HEAD, {self.connections} connections"
 
     def _requests(self, server: Server) -> list[bytes]:
-        # An upload for each, so that nobody waits for a lock that another one holds.
+        # Each connection has an upload of its own, so that none waits for another one's lock.
         uploads = load.create(server.target, KiB, self.connections)
         return [server.target.request("HEAD", upload.path) for upload in uploads]
 

@@ -261,7 +261,7 @@ def test_trailers_that_are_too_long(ends: tuple[socket.socket, socket.socket]) -
     sender.join()
 
 
-def test_somebody_else_has_begun_to_read(chunked: socket.socket) -> None:
+def test_the_application_has_begun_to_read(chunked: socket.socket) -> None:
     source = unreader.SocketUnreader(chunked)
     reader = bodies.ChunkedReader(request(source), source)
     start = next(reader.parser)

@@ -31,25 +31,25 @@ current_request: ContextVar[MutableMapping[str, Any] | None] = ContextVar(
     "tuswsgi_request", default=None
 )
 
-#: Keys of the environ: the request's id, the upload's, and the client's address with trusted
-#: proxies looked through.
+#: Keys of the environ: the ids of the request and of the upload, and the client's address as
+#: trusted proxies tell it.
 REQUEST_ID = "tuswsgi.request_id"
 UPLOAD_ID = "tuswsgi.upload_id"
 CLIENT = "tuswsgi.client"
 
-# What a client sends goes into logs and headers: nothing that could end a line.
+# A client's id goes into logs and headers, so it must not end a line.
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
 class LogFormat(str, Enum):
-    """How lines of the log look."""
+    """The format of log lines."""
 
     TEXT = "text"
     JSON = "json"
 
 
 def request_id(environ: MutableMapping[str, Any]) -> str:
-    """Return a request's id: the client's ``X-Request-ID`` if it can be shown, or a new one."""
+    """Return a request's id: the client's ``X-Request-ID`` if it is printable, or a new one."""
     id: str | None = environ.get(REQUEST_ID)
     if id is None:
         id = environ.get("HTTP_X_REQUEST_ID", "")
@@ -60,7 +60,7 @@ def request_id(environ: MutableMapping[str, Any]) -> str:
 
 
 def request_fields() -> dict[str, Any]:
-    """Return what is known of the current request, for a line or a report."""
+    """Return the ids and the client of the current request, for a log line or a report."""
     environ = current_request.get()
     if environ is None:
         return {}
@@ -149,7 +149,9 @@ class LogHandler(logging.StreamHandler[TextIO]):
         """
         assert isinstance(self.formatter, TextFormatter)
         name = logging.getLevelName(level)
-        line = without_controls(self.formatter.line(time.time(), os.getpid(), name, message))
+        line = self.formatter.line(time.time(), os.getpid(), name, message)
+        if not line.isprintable():
+            line = without_controls(line)
         self._pending.append(line + self.terminator)
         if not is_cooperative():
             self.acquire()

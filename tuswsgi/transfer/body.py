@@ -137,9 +137,9 @@ class EmptyBody(RequestBody):
 class PlainBody(RequestBody):
     """A body from any WSGI server, read as PEP 3333 says."""
 
-    def __init__(self, environ: Mapping[str, Any], length: int | None) -> None:
+    def __init__(self, environ: Mapping[str, Any], length: int | None, sock: Any) -> None:
         self._werkzeugs: Any = environ.get("werkzeug.socket")
-        super().__init__(length, environ.get("gunicorn.socket") or self._werkzeugs)
+        super().__init__(length, sock or self._werkzeugs)
         self._input = environ["wsgi.input"]
         self._remaining = length
         self._budget = Budget()

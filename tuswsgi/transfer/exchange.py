@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tuswsgi.transfer.body import EmptyBody, PlainBody, RequestBody, content_length
-from tuswsgi.transfer.gunicorn import close_after, gunicorn_body, response_of
+from tuswsgi.transfer.gunicorn import close_after, gunicorn_body, response_of, socket_of
 from tuswsgi.transfer.sendfile import Content, SentContent
 from tuswsgi.transfer.sockets import is_gevents
 
@@ -25,7 +25,7 @@ def body_of(environ: Mapping[str, Any]) -> RequestBody:
     length = content_length(environ)
     if length == 0:
         return EmptyBody()
-    return gunicorn_body(environ, length) or PlainBody(environ, length)
+    return gunicorn_body(environ, length) or PlainBody(environ, length, socket_of(environ))
 
 
 def send(
@@ -54,7 +54,7 @@ def send(
 def _sent_directly(
     content: Content, environ: Mapping[str, Any], start_response: StartResponse
 ) -> Iterable[bytes]:
-    sock = environ.get("gunicorn.socket")
+    sock = socket_of(environ)
     response = response_of(start_response)
     if response is None or not is_gevents(sock):
         return content

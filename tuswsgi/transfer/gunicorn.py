@@ -101,9 +101,14 @@ def _readers() -> _Readers | None:
     return _Readers(LengthReader, ChunkedReader)
 
 
+def socket_of(environ: Mapping[str, Any]) -> Any:
+    """Return the connection's socket, ``None`` under other servers."""
+    return environ.get("gunicorn.socket")
+
+
 def gunicorn_body(environ: Mapping[str, Any], length: int | None) -> SocketBody | None:
     """Return the body of a request, ``None`` if it does not come from a gunicorn as expected."""
-    sock = environ.get("gunicorn.socket")
+    sock = socket_of(environ)
     return None if sock is None else _body(environ["wsgi.input"], sock, length)
 
 

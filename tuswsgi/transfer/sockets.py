@@ -142,7 +142,7 @@ class GeventSocket(BodySocket):
             self._splices = False
             moved = None
         finally:
-            # Between the blocks of a slow stream the mark stays. Nobody else must wait for it.
+            # Between the blocks of a slow stream the mark stays; other waits must not have it.
             if not moved or moved == n:
                 self._set_low_water(1)
         return moved
