@@ -210,7 +210,7 @@ def test_others_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(is_cooperative(), reason="this is it")
-@pytest.mark.parametrize("file", [__file__, Path(__file__).parent / "hooks" / "test_file.py"])
+@pytest.mark.parametrize("file", [__file__, Path(__file__).parent / "test_file.py"])
 def test_all_of_it_under_gevent(file: str) -> None:
     """Everything is promised where gevent has patched the process, too."""
     patched = (
@@ -220,7 +220,7 @@ def test_all_of_it_under_gevent(file: str) -> None:
     arguments = ["-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", str(file)]
     ended = subprocess.run(
         [sys.executable, "-c", patched, *arguments],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=4 * SOON,
