@@ -31,6 +31,7 @@ from protocol.client import MIME, Client, closing, path_of
 from protocol.conftest import BACKENDS
 from tuswsgi.app import create_app
 from tuswsgi.config.loading import Config
+from tuswsgi.serving.dispatch import Dispatcher
 
 FEW = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -42,6 +43,7 @@ def server() -> Client:
     """Return a client of the one server of this file; examples would start thousands."""
     flags = BACKENDS["memory"] | {"max_file_size": "1000", "lock_timeout": "1s", "expiration": "1d"}
     app = create_app(Config.load(flags=flags))
+    app.wsgi_app = Dispatcher(app)  # type: ignore[method-assign]  # as it is served
     stack = ExitStack()
     atexit.register(stack.close)
     return Client(app, stack.enter_context(closing(app.extensions["tuswsgi"])))

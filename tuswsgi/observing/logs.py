@@ -182,7 +182,9 @@ def sole_handler(logger: logging.Logger) -> LogHandler | None:
     at: logging.Logger | None = logger
     while at is not None:
         for handler in at.handlers:
-            if sole is not None or type(handler) is not LogHandler or handler.filters:
+            if sole is not None or not isinstance(handler, LogHandler):
+                return None
+            if handler.filters or handler.level:
                 return None
             sole = handler
         if at.filters and at is logger:
