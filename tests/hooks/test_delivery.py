@@ -449,9 +449,11 @@ def test_stop_waits_for_running_deliveries_and_begins_none(infos: InfoStore) -> 
     write(infos, "a", CREATED, FINISHED)
     one.wake("a")
     wait_until(lambda: receiver.begun, "the first hook")
+    running = one._delivery.peek()
+    assert running is not None
     stopping = threading.Thread(target=one.stop, args=(PATIENCE,))
     stopping.start()
-    wait_until(lambda: one._delivery.peek() is None, "the stop")
+    wait_until(running._stopping.is_set, "the stop")
     gate.set()
     stopping.join(PATIENCE)
     assert receiver.types_of("a") == [CREATED]
