@@ -393,3 +393,12 @@ def test_passwords_may_contain_any_characters() -> None:
         finally:
             cursor.execute("DROP USER %s", (user,))
             server.close()
+
+
+def test_hosts_of_postgres_are_tried_in_turn() -> None:
+    with databases.postgres() as dsn:
+        parts = urlsplit(dsn)
+        user, _, host = parts.netloc.rpartition("@")
+        dsn = parts._replace(netloc=f"{user}@127.0.0.1:1,{host}").geturl()
+        with opened(dsn) as connection:
+            assert numbers(connection) == []
