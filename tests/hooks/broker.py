@@ -1,4 +1,4 @@
-"""A broker as tests see it: names of their own in it."""
+"""Access to the queues and exchanges of a test in an AMQP broker."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pika
 
-#: How long to wait for what must happen, on a machine that is busy.
+#: Seconds to wait for an event on a busy machine.
 PATIENCE = 60.0
 
-#: Frames, as they look to somebody who reads along.
+#: Frames, or parts of them, in what is sent over a connection.
 HEARTBEAT = b"\x08\0\0\0\0\0\0\xce"
 CONNECTION_BLOCKED = b"\1\0\0\0\0\0\x0f\0\x0a\0\x3c\x0alow memory\xce"
 CHANNEL_OPEN = b"\0\x14\0\x0a"
@@ -26,9 +26,9 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 class Inspector:
-    """Looks into the broker, and removes at the end what the test made there.
+    """Inspects the queues and exchanges of a test, and deletes them at its end.
 
-    :param name: the beginning of the names of all queues and exchanges of the test.
+    :param name: the prefix of their names.
     """
 
     def __init__(self, url: str, name: str) -> None:
@@ -39,7 +39,7 @@ class Inspector:
         self._exchanges: set[str] = set()
 
     def queue(self, suffix: str = "") -> str:
-        """Return the name of a queue that will be removed."""
+        """Return the name of a queue, which ``close`` deletes."""
         self._queues.add(self.name + suffix)
         return self.name + suffix
 
@@ -51,7 +51,7 @@ class Inspector:
         return self._succeeds(lambda channel: channel.queue_declare(queue, passive=True))
 
     def is_queue(self, queue: str, **properties: bool) -> bool:
-        """Whether a queue has these properties: declaring it with others is an error."""
+        """Return whether a queue has these properties: declaring it with others is an error."""
         return self._succeeds(lambda channel: channel.queue_declare(queue, **properties))
 
     def is_exchange(self, exchange: str, kind: str, **properties: bool) -> bool:
@@ -69,7 +69,7 @@ class Inspector:
         return True
 
     def take(self, queue: str) -> tuple[pika.BasicProperties, bytes]:
-        """Take the next message, which must be there."""
+        """Return the next message; there must be one."""
         method, properties, body = self.channel.basic_get(queue, auto_ack=True)
         assert method is not None, f"nothing in {queue}"
         return properties, body

@@ -1,4 +1,4 @@
-"""Hooks reach a broker: in the queues of rustus, once it is back, and without long waits."""
+"""Hooks over AMQP: rustus' queues, Celery's messages, and brokers that fail."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def inspector(url: str) -> Iterator[Inspector]:
 
 @pytest.fixture
 def make(url: str, inspector: Inspector) -> Iterator[Make]:
-    """Makes transports to a queue of the test; `declare=False` leaves that to the test."""
+    """Make transports to queues of the test; with `declare=False` the test declares them."""
     made: list[AmqpHook] = []
 
     def make(*types: HookType, declare: bool = True, **options: Any) -> AmqpHook:
@@ -89,7 +89,7 @@ def line(url: str) -> Iterator[Line]:
 
 
 def keep_sending(amqp: AmqpHook, request: HookRequest) -> None:
-    """Send as delivery does: until it works."""
+    """Send a hook until that succeeds, as its delivery does."""
 
     def works() -> bool:
         try:
@@ -340,7 +340,7 @@ def test_requests_wait_once_for_a_broker_that_hangs(
     make: Make, line: Line, inspector: Inspector
 ) -> None:
     amqp = make(HookType.PRE_CREATE, url=line.url, timeout=0.3)
-    # The first may take longer than that on a busy machine.
+    # The first one may take longer on a busy machine.
     keep_sending(amqp, hook(HookType.PRE_CREATE))
     line.block()
     causes = []
@@ -392,7 +392,7 @@ def test_a_broker_that_is_out_of_memory_is_used_again(
 ) -> None:
     amqp = make(HookType.PRE_CREATE, url=line.url, timeout=0.3)
     keep_sending(amqp, hook(HookType.PRE_CREATE))
-    # It says so and reads nothing more from those who publish.
+    # RabbitMQ sends this frame and reads nothing more from publishers.
     line.say(CONNECTION_BLOCKED)
     line.block()
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""A worker of Celery runs the tasks that tuswsgi sends, with nothing but a broker between."""
+"""A Celery worker runs the tasks that tuswsgi sends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tuswsgi.hooks.amqp import AmqpHook
 from tuswsgi.hooks.base import HookRequest
 from tuswsgi.hooks.payloads import FormatName, payload_format
 
-#: What users of rustus have: one task per hook, with the payload as its only argument.
+#: As with rustus: one task for each hook, with the payload as its only argument.
 APPLICATION = """
     import json
     import os
@@ -53,21 +53,21 @@ def url() -> str:
 
 @pytest.fixture
 def queue(url: str) -> Iterator[str]:
-    # Celery calls the exchange of its default queue like the queue.
+    # The exchange of Celery's default queue has the queue's name.
     inspector = Inspector(url, f"tuswsgi-celery-{uuid4().hex}")
     yield inspector.queue() and inspector.exchange()
     inspector.close()
 
 
 class Worker:
-    """A process that runs tasks, and what they noted."""
+    """A worker process, and the notes of its tasks."""
 
     def __init__(self, url: str, queue: str, directory: Path) -> None:
         (directory / "tasks.py").write_text(textwrap.dedent(APPLICATION))
         self._notes = directory / "notes"
         self._notes.touch()
         names = {"BROKER": url, "QUEUE": queue, "NOTES": str(self._notes)}
-        # What it would tell other workers is of no use here.
+        # It is the only worker.
         alone = ("--without-gossip", "--without-mingle", "--without-heartbeat")
         command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--pool", "solo"]
         self._process = subprocess.Popen(
@@ -100,7 +100,7 @@ def hook(type: HookType) -> HookRequest:
 def test_a_worker_runs_the_tasks_as_soon_as_it_is_there(
     url: str, queue: str, tmp_path: Path
 ) -> None:
-    # The options of rustus' documentation, but for the names.
+    # The options of rustus' documentation, except for the names.
     amqp = AmqpHook(
         format=payload_format(FormatName.DEFAULT),
         url=url,
@@ -112,7 +112,7 @@ def test_a_worker_runs_the_tasks_as_soon_as_it_is_there(
     names = ["pre-create", "post-create", "post-receive", "post-finish", "post-terminate"]
     sent = [hook(HookType(name)) for name in names]
     with pytest.raises(HookFailed):
-        amqp.send(sent[0])  # nobody could keep it: delivery comes back later
+        amqp.send(sent[0])  # there is no queue yet
     worker = Worker(url, queue, tmp_path)
 
     def is_taken(request: HookRequest) -> bool:

@@ -16,7 +16,6 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import (
     AMQPConnectionError,
-    AMQPError,
     AMQPHeartbeatTimeout,
     ChannelClosedByBroker,
     NackError,
@@ -126,7 +125,7 @@ class Connection:
     def close(self) -> None:
         """Close the connection if it is open. If the broker hangs, this takes minutes."""
         if not self.is_foreign():
-            with suppress(AMQPError):
+            with suppress(Exception):  # it has ended, or does now
                 self._connection.close()
 
     def abort(self) -> None:
