@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tuswsgi.core.process import is_cooperative
-from tuswsgi.hooks.programs import Ended, Program, run
+from tuswsgi.hooks.programs import Outcome, Program, run
 
 #: For what takes milliseconds on an idle machine, in seconds.
 SOON = 60.0
@@ -22,7 +22,7 @@ SOON = 60.0
 
 def shell(
     script: str, *arguments: str | Path, stdin: bytes = b"", timeout: float = SOON, cwd=None
-) -> Ended:
+) -> Outcome:
     program = Program(["/bin/sh", "-c", script, "sh", *map(str, arguments)], os.environ, stdin, cwd)
     return run(program, timeout=timeout, output=1000, errors=100)
 
@@ -65,7 +65,7 @@ def together(count: int, function: Callable[[int], None]) -> None:
 
 
 def test_it_reads_writes_and_ends() -> None:
-    assert shell("cat; echo no >&2; exit 3", stdin=b"hello") == Ended(3, b"hello", b"no\n")
+    assert shell("cat; echo no >&2; exit 3", stdin=b"hello") == Outcome(3, b"hello", b"no\n")
 
 
 @pytest.mark.parametrize("script", ["exec <&-; sleep 0.1", "head -c 1 >/dev/null", "true"])
@@ -98,7 +98,7 @@ def test_what_it_leaves_in_the_background_lives_on(tmp_path: Path) -> None:
         echo started
     """
     ended = shell(script, tmp_path / "go", tmp_path / "done")
-    assert ended == Ended(0, b"started\n", b"")
+    assert ended == Outcome(0, b"started\n", b"")
     (tmp_path / "go").touch()
     wait_for((tmp_path / "done").exists)
 

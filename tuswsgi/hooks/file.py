@@ -121,7 +121,7 @@ class FileHook(Hook):
             if not os.access(path, os.X_OK):
                 raise PermissionError
             with turn as timeout:
-                ended = programs.run(
+                outcome = programs.run(
                     self._program(path, request),
                     timeout=timeout,
                     output=_LONGEST_ANSWER + 1,
@@ -131,8 +131,8 @@ class FileHook(Hook):
             raise HookFailed(f"{path}: {error}") from None
         except OSError as error:
             raise HookFailed(f"{path} cannot be run: {_reason(error, path)}") from None
-        _log_lines(request, "stderr", ended.errors)
-        return self._interpret(path, request, ended)
+        _log_lines(request, "stderr", outcome.errors)
+        return self._interpret(path, request, outcome)
 
     @contextmanager
     def _turn(self, request: HookRequest) -> Iterator[float]:
@@ -175,40 +175,40 @@ class FileHook(Hook):
         log.info("%s is not delivered: there is no program %s", type, path)
 
     def _interpret(
-        self, path: Path, request: HookRequest, ended: programs.Ended
+        self, path: Path, request: HookRequest, outcome: programs.Outcome
     ) -> HookResponse | None:
         """Return the answer of a program that has ended, or raise its refusal or failure."""
-        answer = _answer(path, request, ended)
-        if ended.code == 0 or (answer is not None and answer.reject):
+        answer = _answer(path, request, outcome)
+        if outcome.code == 0 or (answer is not None and answer.reject):
             return answer
-        errors = ended.errors[-_SHOWN_ERRORS:].decode("utf-8", "replace").strip()
-        if ended.code < 0:
-            raise HookFailed(f"{path} was killed by signal {-ended.code}.")
+        errors = outcome.errors[-_SHOWN_ERRORS:].decode("utf-8", "replace").strip()
+        if outcome.code < 0:
+            raise HookFailed(f"{path} was killed by signal {-outcome.code}.")
         if not request.type.blocking:
             last = errors.rpartition("\n")[2][:_LOGGED_WIDTH]
-            raise HookFailed(f"{path} ended with exit code {ended.code}: {last}")
+            raise HookFailed(f"{path} ended with exit code {outcome.code}: {last}")
         # The statuses of tusd and of rustus.
         raise HookRefusal(500 if self.format.follows_tusd else 400, errors or None)
 
 
-def _answer(path: Path, request: HookRequest, ended: programs.Ended) -> HookResponse | None:
+def _answer(path: Path, request: HookRequest, outcome: programs.Outcome) -> HookResponse | None:
     """Return the answer on a program's standard output; log any other output.
 
     :raises HookBroken: if the answer to a blocking hook is invalid.
     """
     try:
-        if len(ended.output) > _LONGEST_ANSWER and ended.output.lstrip().startswith(b"{"):
+        if len(outcome.output) > _LONGEST_ANSWER and outcome.output.lstrip().startswith(b"{"):
             raise BadAnswer("It is too long.")
-        answer = decode_answer(request.type, ended.output) if ended.output else None
+        answer = decode_answer(request.type, outcome.output) if outcome.output else None
     except BadAnswer as error:
-        if request.type.blocking and ended.code == 0:
+        if request.type.blocking and outcome.code == 0:
             raise HookBroken(f"The answer of {path} is invalid: {error}") from None
         # The event has been delivered; running the program again would not improve the answer.
         reason = printable(str(error))
         log.warning("The answer of %s to %s is invalid: %s", path, request.type, reason)
         return None
     if answer is None:
-        _log_lines(request, "stdout", ended.output)
+        _log_lines(request, "stdout", outcome.output)
     return answer
 
 

@@ -56,7 +56,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Outcome:
     """The outcome of a program.
 
     :param code: its exit code, or the negative number of the signal that killed it.
@@ -69,7 +69,7 @@ class Ended:
     errors: bytes
 
 
-def run(program: Program, *, timeout: float, output: int, errors: int) -> Ended:
+def run(program: Program, *, timeout: float, output: int, errors: int) -> Outcome:
     """Run a program in a new session and wait for its end.
 
     Processes that it leaves in the background live on; their output is discarded.
@@ -86,7 +86,7 @@ def run(program: Program, *, timeout: float, output: int, errors: int) -> Ended:
         err = stack.enter_context(_Pipe(slice(None, -errors)))
         wait = _in_hub if is_cooperative() else _in_thread
         code = wait(program, stdin, (out, err), timeout)
-        return Ended(code, bytes(out.kept), bytes(err.kept))
+        return Outcome(code, bytes(out.kept), bytes(err.kept))
 
 
 class _Pipe:
