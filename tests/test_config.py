@@ -207,7 +207,7 @@ def test_memory_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     backends.prepare()
     assert isinstance(backends.data_store(), MemoryDataStore)
     assert type(backends.info_store()).__name__ == "MemoryInfoStore"
-    assert backends.locker().timeout == 3.0
+    assert backends.locker().lock_timeout == 3.0
     assert list(tmp_path.iterdir()) == []
 
 

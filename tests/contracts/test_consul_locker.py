@@ -30,7 +30,7 @@ def _short_leases(monkeypatch):
 
 @contextmanager
 def prepared(dsn, lease=2.0):
-    locker = ConsulLocker(dsn, lease=lease, pool=SETTINGS)
+    locker = ConsulLocker(dsn, lock_lease=lease, pool=SETTINGS)
     locker.prepare()
     try:
         yield locker
@@ -48,14 +48,14 @@ class TestConsulLocker(LockerContract):
         yield from self._prepared(consul)
 
     def _prepared(self, consul):
-        locker = ConsulLocker(consul.dsn, lease=2.0, pool=SETTINGS)
+        locker = ConsulLocker(consul.dsn, lock_lease=2.0, pool=SETTINGS)
         locker.prepare()
         yield locker
         locker.close()
 
     @pytest.mark.parametrize("id", ["photo.jpg", "a b", "каша", "a/b", "..", "?index=1", "%2e"])
     def test_ids_that_are_not_valid_keys_of_consul(self, locker, other, id):
-        other.timeout = 0.01
+        other.lock_timeout = 0.01
         with locker.lock(id, ignore):
             self._expect_locked(other, id)
         with other.lock(id, ignore):
@@ -95,7 +95,7 @@ class TestConsulLeases(LeaseContract):
     @pytest.fixture
     def make(self, consul):
         return lambda lease, host_locker: ConsulLocker(
-            consul.dsn, lease=lease, host_locker=host_locker
+            consul.dsn, lock_lease=lease, host_locker=host_locker
         )
 
 
@@ -130,7 +130,7 @@ def test_a_lock_whose_release_failed_expires(consul):
 def test_leases_are_as_long_as_consul_wants_them(monkeypatch, consul):
     monkeypatch.undo()
     with prepared(consul.dsn, lease=1.0) as locker:
-        assert locker.lease == 10.0
+        assert locker.lock_lease == 10.0
         with locker.lock("a", ignore):
             assert [session.seconds >= 10 for session in consul.sessions.values()] == [True]
 

@@ -40,7 +40,7 @@ def own():
 
 @contextmanager
 def prepared(dsn, lease=2.0):
-    locker = EtcdLocker(dsn, lease=lease, pool=SETTINGS)
+    locker = EtcdLocker(dsn, lock_lease=lease, pool=SETTINGS)
     locker.prepare()
     try:
         yield locker
@@ -74,7 +74,7 @@ def wait_until(condition):
 def expect_request(holder, other, id):
     """Expect that a holder receives a release request."""
     requests = Requests()
-    other.timeout = 0.2
+    other.lock_timeout = 0.2
     with LockerContract._held(holder, id, requests) as release:
         wait_until(lambda: LockerContract._expect_locked(other, id) or requests.reasons)
         release.set()
@@ -94,7 +94,7 @@ class TestEtcdLocker(LockerContract):
         yield from self._prepared(shared, prefix)
 
     def _prepared(self, server, prefix):
-        locker = EtcdLocker(server.dsn, lease=2.0, prefix=prefix)
+        locker = EtcdLocker(server.dsn, lock_lease=2.0, prefix=prefix)
         locker.prepare()
         yield locker
         locker.close()
@@ -137,7 +137,7 @@ class TestEtcdLeases(LeaseContract):
     def make(self, shared):
         prefix = f"test-{secrets.token_hex(4)}/"
         return lambda lease, host_locker: EtcdLocker(
-            shared.dsn, lease=lease, host_locker=host_locker, prefix=prefix
+            shared.dsn, lock_lease=lease, host_locker=host_locker, prefix=prefix
         )
 
 
@@ -153,7 +153,7 @@ def test_locks_are_lost_when_etcd_goes_and_work_when_it_is_back(own, caplog):
             assert isinstance(lost.reasons[0], LockLost)
         own.start()
         expect_request(locker, other, "c")
-        other.timeout = SOON
+        other.lock_timeout = SOON
         with other.lock("a", ignore):
             pass
     assert not [record for record in caplog.records if record.exc_info]

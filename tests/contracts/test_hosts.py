@@ -131,7 +131,7 @@ def test_the_lock_of_a_host_that_died_is_free_when_its_lease_is_over(flags, wait
         holder.tell("a")
         assert holder.hear() == "holding"
         holder.kill()
-        waiter.timeout = SOON + 4 * LEASE
+        waiter.lock_timeout = SOON + 4 * LEASE
         with waiter.lock("a", ignore):
             pass
 

@@ -201,7 +201,7 @@ from pathlib import Path
 from tuswsgi.lockers.file import FileLocker
 from tuswsgi.testing.lockers import LockerContract, Requests, ignore
 
-locker = FileLocker(Path(sys.argv[1]), timeout=0.01)
+locker = FileLocker(Path(sys.argv[1]), lock_timeout=0.01)
 locker.prepare()
 LockerContract._flush(locker)
 child = os.fork()

@@ -62,7 +62,7 @@ class TestRedisLeases(LeaseContract):
     @pytest.fixture
     def make(self, url, settings):
         return lambda lease, host_locker: RedisLocker(
-            url, lease=lease, host_locker=host_locker, settings=settings
+            url, lock_lease=lease, host_locker=host_locker, settings=settings
         )
 
 
@@ -118,7 +118,7 @@ class TestOnALine:
 
     def test_a_short_break_costs_no_lock(self, line, near, far):
         requests = Requests()
-        near.lease = 60.0
+        near.lock_lease = 60.0
         with near.lock("a", requests) as hold:
             line.drop()
             with ThreadPoolExecutor(1) as pool:
@@ -132,7 +132,7 @@ class TestOnALine:
 
     def test_locks_survive_a_restart_of_redis(self, settings):
         server = PrivateRedis()
-        near, far = (RedisLocker(server.dsn, lease=30.0, settings=settings) for _ in "12")
+        near, far = (RedisLocker(server.dsn, lock_lease=30.0, settings=settings) for _ in "12")
         try:
             requests = Requests()
             with near.lock("a", requests) as hold:
@@ -186,7 +186,7 @@ from tuswsgi.lockers.redis import RedisLocker
 from tuswsgi.testing.lockers import ignore
 
 near, far = (
-    RedisLocker(sys.argv[1], lease=0.6, settings=RedisSettings(sys.argv[2])) for _ in "12"
+    RedisLocker(sys.argv[1], lock_lease=0.6, settings=RedisSettings(sys.argv[2])) for _ in "12"
 )
 held = near._acquire("a", ignore)
 time.sleep(0.1)

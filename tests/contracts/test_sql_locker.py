@@ -35,7 +35,7 @@ class OnDatabase(LockerContract):
         yield from self._prepared(databases.other_spelling(dsn))
 
     def _prepared(self, dsn):
-        locker = SqlLocker(dsn, lease=1.0, pool=PoolSettings(databases.POOL_SIZE))
+        locker = SqlLocker(dsn, lock_lease=1.0, pool=PoolSettings(databases.POOL_SIZE))
         locker.prepare()
         yield locker
         locker.close()
@@ -84,7 +84,7 @@ class LeasesOnDatabase(LeaseContract):
     def make(self, dsn):
         pool = PoolSettings(databases.POOL_SIZE)
         return lambda lease, host_locker: SqlLocker(
-            dsn, lease=lease, host_locker=host_locker, pool=pool
+            dsn, lock_lease=lease, host_locker=host_locker, pool=pool
         )
 
 
@@ -137,7 +137,7 @@ def test_locks_are_lost_when_the_database_goes_and_work_when_it_is_back(kind, ca
     server, lost = kind(), Requests()
     try:
         lockers = [
-            SqlLocker(dsn, lease=1.0, pool=PoolSettings(databases.POOL_SIZE, 2.0))
+            SqlLocker(dsn, lock_lease=1.0, pool=PoolSettings(databases.POOL_SIZE, 2.0))
             for dsn in (server.dsn, databases.other_spelling(server.dsn))
         ]
         for locker in lockers:

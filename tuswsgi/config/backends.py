@@ -180,22 +180,17 @@ class Backends:
         name = self.locker_name
         if name in _LOCAL:
             return self._locker(name)
-        dsn = self._locks.locker_dsn
+        values: dict[str, Any] = {"host_locker": self._locker(LockerName.FILE)}
         if name is LockerName.REDIS:
-            dsn = _redis(dsn or self._infos.info_db_dsn, "locker_dsn")
+            dsn = self._locks.locker_dsn or self._infos.info_db_dsn
+            values["locker_dsn"] = _redis(dsn, "locker_dsn")
         elif name is LockerName.SQL:
-            dsn = dsn or self._database
-        values = {} if dsn is None else {"dsn": dsn}
-        return self._locker(name, host_locker=self._locker(LockerName.FILE), **values)
+            values["locker_dsn"] = self._locks.locker_dsn or self._database
+        return self._locker(name, **values)
 
     def _locker(self, name: LockerName, **values: Any) -> Locker[Any]:
         locker: Locker[Any] = self._config.make(
-            LOCKERS[name].load(),
-            directory=self.lock_dir,
-            timeout=self._locks.lock_timeout,
-            lease=self._locks.lock_lease,
-            **self._shared,
-            **values,
+            LOCKERS[name].load(), directory=self.lock_dir, **self._shared, **values
         )
         return locker
 

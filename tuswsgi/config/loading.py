@@ -96,12 +96,15 @@ class Config:
     def make(self, kind: type[G], **values: Any) -> G:
         """Return an instance of a class, with the options that its constructor takes by name.
 
-        :param values: more values for the constructor. A name that it does not take is ignored.
-            They win over the options that the class declares, and these over the options of
-            the section ``tuswsgi``.
+        The options that the class declares win over those of the section ``tuswsgi``, of which
+        unset ones are left to the constructor's defaults.
+
+        :param values: more values, which win over options. Names that the constructor does not
+            take are ignored.
         """
+        common = {key: value for key, value in self._values.items() if value is not None}
         own = self.values(kind) if is_dataclass(kind) else {}
-        known = {**self._values, **own, **values}
+        known = {**common, **own, **values}
         names = signature(kind).parameters
         return kind(**{name: known[name] for name in names if name in known})
 

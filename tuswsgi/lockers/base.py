@@ -97,7 +97,7 @@ def request_release(on_release_request: ReleaseRequest | None, reason: TusError)
 class Locker(ABC, Generic[H]):
     """Exclusive locks by upload id, among all processes that share the locker.
 
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
     """
 
     #: Between attempts: a holder that receives a body stops within milliseconds, one that runs a
@@ -107,8 +107,8 @@ class Locker(ABC, Generic[H]):
     #: Seconds between release requests. One may get lost, and the holder may have changed.
     request_pause = 0.1
 
-    def __init__(self, timeout: float = 20.0) -> None:
-        self.timeout = timeout
+    def __init__(self, lock_timeout: float = 20.0) -> None:
+        self.lock_timeout = lock_timeout
 
     def prepare(self) -> None:
         """Get ready. May be called again, and by several processes at once.
@@ -154,7 +154,7 @@ class Locker(ABC, Generic[H]):
 
     def _acquire(self, id: str, on_release_request: ReleaseRequest | None) -> H:
         began = time.monotonic()
-        deadline = began + self.timeout
+        deadline = began + self.lock_timeout
         attempts = 0
         next_request = 0.0
         while True:

@@ -38,10 +38,10 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
     Consul's sessions last at least 10 s, and it may end one as late as after twice its TTL: the
     locks of a host that died are free after up to two and a half leases.
 
-    :param dsn: ``http://[:token@]host[:port]``, or ``https``; several agents are separated by
-        commas.
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
-    :param lease: for how long a lock outlives its holder, in seconds; at least 10.
+    :param locker_dsn: ``http://[:token@]host[:port]``, or ``https``; several agents are separated
+        by commas.
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_lease: for how long a lock outlives its holder, in seconds; at least 10.
     :param host_locker: locks of this host; one is held together with each lease.
     :param pool: the size of the pool of connections, and the timeout of requests.
     :param prefix: what the keys begin with.
@@ -53,18 +53,22 @@ class ConsulLocker(SessionLocker[ConsulConnection]):
 
     def __init__(
         self,
-        dsn: str = f"http://127.0.0.1:{PORT}",
-        timeout: float = 20.0,
-        lease: float = 10.0,
+        locker_dsn: str = f"http://127.0.0.1:{PORT}",
+        lock_timeout: float = 20.0,
+        lock_lease: float = 10.0,
         host_locker: Locker[Any] | None = None,
         pool: PoolSettings | None = None,
         prefix: str = "tuswsgi/",
     ) -> None:
         settings = pool or PoolSettings()
-        addresses = Addresses.parse(dsn, PORT)
+        addresses = Addresses.parse(locker_dsn, PORT)
         connect = partial(ConsulConnection, addresses, settings)
         super().__init__(
-            timeout, max(lease, self.shortest), host_locker, settings.pool_timeout, connect
+            lock_timeout,
+            max(lock_lease, self.shortest),
+            host_locker,
+            settings.pool_timeout,
+            connect,
         )
         self._prefix = prefix
         self._position = PerProcess(Position)

@@ -31,10 +31,10 @@ from tuswsgi.lockers.session import SessionGone, SessionLocker
 class EtcdLocker(SessionLocker[EtcdConnection]):
     """Exclusive locks among all processes that use one etcd.
 
-    :param dsn: ``http://[user:password@]host[:port]``, or ``https``; several addresses of a
+    :param locker_dsn: ``http://[user:password@]host[:port]``, or ``https``; several addresses of a
         cluster are separated by commas.
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
-    :param lease: for how long a lock outlives its holder, in seconds; see ``SessionLocker``.
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_lease: for how long a lock outlives its holder, in seconds; see ``SessionLocker``.
     :param host_locker: locks of this host; one is held together with each lease.
     :param pool: the size of the pool of connections, and the timeout of requests.
     :param prefix: what the keys begin with.
@@ -43,17 +43,17 @@ class EtcdLocker(SessionLocker[EtcdConnection]):
 
     def __init__(
         self,
-        dsn: str = f"http://127.0.0.1:{PORT}",
-        timeout: float = 20.0,
-        lease: float = 10.0,
+        locker_dsn: str = f"http://127.0.0.1:{PORT}",
+        lock_timeout: float = 20.0,
+        lock_lease: float = 10.0,
         host_locker: Locker[Any] | None = None,
         pool: PoolSettings | None = None,
         prefix: str = "tuswsgi/",
     ) -> None:
         settings = pool or PoolSettings()
-        addresses = Addresses.parse(dsn, PORT)
+        addresses = Addresses.parse(locker_dsn, PORT)
         connect = partial(EtcdConnection, addresses, settings)
-        super().__init__(timeout, lease, host_locker, settings.pool_timeout, connect)
+        super().__init__(lock_timeout, lock_lease, host_locker, settings.pool_timeout, connect)
         self._prefix = prefix
         self._position = PerProcess(Position)
 

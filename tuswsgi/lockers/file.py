@@ -50,11 +50,11 @@ class FileLocker(Locker[Held]):
     """Exclusive locks among all processes that use the same directory.
 
     :param directory: for the lock files and sockets, on a local file system.
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
     """
 
-    def __init__(self, directory: Path, timeout: float = 20.0) -> None:
-        super().__init__(timeout)
+    def __init__(self, directory: Path, lock_timeout: float = 20.0) -> None:
+        super().__init__(lock_timeout)
         self.directory = Path(directory).absolute()
         self._listener: PerProcess[Listener] = PerProcess(lambda: Listener(self.directory))
         # A forked child needs its own: a lock belongs to all who share an open file.

@@ -99,17 +99,20 @@ class _OnceHeld:
 class LeaseLocker(Locker[Lease]):
     """Exclusive locks among all processes that use one server.
 
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
-    :param lease: for how long a lock outlives its holder, in seconds. It is renewed after a
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_lease: for how long a lock outlives its holder, in seconds. It is renewed after a
         third of that.
     :param host_locker: locks of this host; one is held together with each lease.
     """
 
     def __init__(
-        self, timeout: float = 20.0, lease: float = 10.0, host_locker: Locker[Any] | None = None
+        self,
+        lock_timeout: float = 20.0,
+        lock_lease: float = 10.0,
+        host_locker: Locker[Any] | None = None,
     ) -> None:
-        super().__init__(timeout)
-        self.lease = lease
+        super().__init__(lock_timeout)
+        self.lock_lease = lock_lease
         self.host_locker = host_locker
         self._manager: PerProcess[LeaseManager] = PerProcess(lambda: LeaseManager(self))
 
@@ -260,12 +263,12 @@ class LeaseLocker(Locker[Lease]):
         try:
             self._free(id, token)
         except Unavailable:
-            log.warning("Cannot release the lock of %s; it expires in %.3g s", id, self.lease)
+            log.warning("Cannot release the lock of %s; it expires in %.3g s", id, self.lock_lease)
 
     @property
     def _safe(self) -> float:
         """For how many seconds after the request for it a lease is certainly held."""
-        return self.lease * (1 - _MARGIN)
+        return self.lock_lease * (1 - _MARGIN)
 
 
 class LeaseManager:
@@ -322,7 +325,7 @@ class LeaseManager:
         return not self._closing.is_set() and os.getpid() == self._pid
 
     def _renew_leases(self) -> None:
-        pause = third = self._locker.lease / 3
+        pause = third = self._locker.lock_lease / 3
         while not self._closing.wait(pause) and self._is_running:
             was_reached = not self._leases or self._renew()
             pause = third if was_reached else min(third, _LONGEST_RETRY)
@@ -349,7 +352,7 @@ class LeaseManager:
         return True
 
     def _watch(self) -> None:
-        pause = self._locker.lease * _MARGIN / 2
+        pause = self._locker.lock_lease * _MARGIN / 2
         while not self._closing.wait(pause) and self._is_running:
             self._report_lost()
 

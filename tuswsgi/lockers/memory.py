@@ -22,11 +22,11 @@ class Held:
 class MemoryLocker(Locker[Held]):
     """Exclusive locks among the greenlets and threads of this process.
 
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
     """
 
-    def __init__(self, timeout: float = 20.0) -> None:
-        super().__init__(timeout)
+    def __init__(self, lock_timeout: float = 20.0) -> None:
+        super().__init__(lock_timeout)
         self._holders: PerProcess[dict[str, Held]] = PerProcess(dict)
 
     def _try_acquire(self, id: str, on_release_request: ReleaseRequest | None) -> Held | None:

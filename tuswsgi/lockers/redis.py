@@ -63,21 +63,21 @@ class RedisLocker(LeaseLocker):
     takes over, and any with a ``maxmemory-policy`` other than ``noeviction``. Then another
     request may get a lock before its holder notices the loss, which takes a third of the lease.
 
-    :param dsn: see ``connections.redis.connect``.
+    :param locker_dsn: see ``connections.redis.connect``.
     """
 
     def __init__(
         self,
-        dsn: str,
-        timeout: float = 20.0,
-        lease: float = 10.0,
+        locker_dsn: str,
+        lock_timeout: float = 20.0,
+        lock_lease: float = 10.0,
         host_locker: Locker[Any] | None = None,
         *,
         pool: PoolSettings | None = None,
         settings: RedisSettings | None = None,
     ) -> None:
-        super().__init__(timeout, lease, host_locker)
-        self._server = connect(dsn, pool)
+        super().__init__(lock_timeout, lock_lease, host_locker)
+        self._server = connect(locker_dsn, pool)
         self._prefix = (settings or RedisSettings()).redis_prefix
         self._subscriptions: dict[str, Subscription] = {}
 
@@ -142,4 +142,4 @@ class RedisLocker(LeaseLocker):
     @property
     def _length(self) -> int:
         """The lease in milliseconds."""
-        return max(1, round(self.lease * 1000))
+        return max(1, round(self.lock_lease * 1000))

@@ -75,8 +75,8 @@ class Sessions:
 class SessionLocker(LeaseLocker, Generic[C]):
     """Exclusive locks that a server keeps for as long as a session.
 
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
-    :param lease: how long a lock is certainly held after its session was renewed, in seconds;
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_lease: how long a lock is certainly held after its session was renewed, in seconds;
         the server frees it a quarter later.
     :param host_locker: locks of this host; one is held together with each lease.
     :param open_timeout: how long a request waits for another one to open the session, in
@@ -90,13 +90,13 @@ class SessionLocker(LeaseLocker, Generic[C]):
 
     def __init__(
         self,
-        timeout: float,
-        lease: float,
+        lock_timeout: float,
+        lock_lease: float,
         host_locker: Locker[Any] | None,
         open_timeout: float,
         connect: Callable[[], C],
     ) -> None:
-        super().__init__(timeout, lease, host_locker)
+        super().__init__(lock_timeout, lock_lease, host_locker)
         self._open_timeout = open_timeout
         self._connection: PerProcess[C] = PerProcess(connect)
         self._sessions: PerProcess[Sessions] = PerProcess(Sessions)
@@ -122,7 +122,7 @@ class SessionLocker(LeaseLocker, Generic[C]):
     @property
     def session_length(self) -> int:
         """After how many seconds a session expires unless it is renewed."""
-        return math.ceil(self.lease * _SESSION_FACTOR)
+        return math.ceil(self.lock_lease * _SESSION_FACTOR)
 
     @abstractmethod
     def _open_session(self) -> str:
@@ -221,7 +221,7 @@ class SessionLocker(LeaseLocker, Generic[C]):
             session = sessions.current
             if session is not None:
                 age = clock() - session.renewed_at
-                if age <= self.session_length - self.lease:
+                if age <= self.session_length - self.lock_lease:
                     return session
                 # An older session has no locks that their holders still rely on.
                 if age <= self.session_length and self._keep_alive(session):

@@ -60,9 +60,9 @@ _CLEAN_UP = "DELETE FROM tuswsgi_locks WHERE ends_at <= {now} - ?"
 class SqlLocker(LeaseLocker):
     """Exclusive locks among all processes that use one database.
 
-    :param dsn: the database, see ``connections.sql.connect``.
-    :param timeout: how long ``lock`` waits for a holder, in seconds.
-    :param lease: for how long a lock outlives its holder, in seconds.
+    :param locker_dsn: the database, see ``connections.sql.connect``.
+    :param lock_timeout: how long ``lock`` waits for a holder, in seconds.
+    :param lock_lease: for how long a lock outlives its holder, in seconds.
     :param host_locker: locks of this host; one is held together with each lease.
     :param pool: the size of the pool of connections, and the timeout of statements.
     :param force_fsync: the same as the info store's, to share its connections; locks do not
@@ -75,16 +75,16 @@ class SqlLocker(LeaseLocker):
 
     def __init__(
         self,
-        dsn: str,
-        timeout: float = 20.0,
-        lease: float = 10.0,
+        locker_dsn: str,
+        lock_timeout: float = 20.0,
+        lock_lease: float = 10.0,
         host_locker: Locker[Any] | None = None,
         pool: PoolSettings | None = None,
         *,
         force_fsync: bool = False,
     ) -> None:
-        super().__init__(timeout, lease, host_locker)
-        self._connection = connect(dsn, force_fsync=force_fsync, pool=pool)
+        super().__init__(lock_timeout, lock_lease, host_locker)
+        self._connection = connect(locker_dsn, force_fsync=force_fsync, pool=pool)
 
     def prepare(self) -> None:
         super().prepare()
@@ -103,7 +103,7 @@ class SqlLocker(LeaseLocker):
         if not rows:
             return token if self._create(id, token) else None
         former, is_expired, writer = rows[0]
-        values = (token, worker_of(token), self.lease, id, former, writer)
+        values = (token, worker_of(token), self.lock_lease, id, former, writer)
         return str(writer) if is_expired and self._change(_TAKE_OVER, *values) == 1 else None
 
     def _create(self, id: str, token: str) -> bool:
@@ -111,7 +111,7 @@ class SqlLocker(LeaseLocker):
 
         def insert(database: Database) -> None:
             try:
-                database.execute_sql(sql, (id, token, token, worker_of(token), self.lease))
+                database.execute_sql(sql, (id, token, token, worker_of(token), self.lock_lease))
             except peewee.IntegrityError:
                 raise _Taken from None
 
@@ -134,7 +134,7 @@ class SqlLocker(LeaseLocker):
         tokens = iter(held)
         while batch := list(islice(tokens, _BATCH)):
             sql = _RENEW.format(tokens=", ".join("?" * len(batch)))
-            self._change(sql, self.lease, worker_of(batch[0]), *batch)
+            self._change(sql, self.lock_lease, worker_of(batch[0]), *batch)
         return {
             token
             for worker in {worker_of(token) for token in held}

@@ -356,11 +356,11 @@ class LeaseContract:
     @staticmethod
     def _ask(locker: LeaseLocker, id: str, requests: Requests) -> None:
         """Wait for a lock until its holder was asked, maybe again: its listener may just start."""
-        timeout = locker.timeout
-        locker.timeout = 0.01
+        timeout = locker.lock_timeout
+        locker.lock_timeout = 0.01
         deadline = time.monotonic() + SOON
         while not requests.reasons and time.monotonic() < deadline:
             with pytest.raises(UploadLocked), locker.lock(id, ignore):
                 pytest.fail("two holders")
         requests.wait()
-        locker.timeout = timeout
+        locker.lock_timeout = timeout

@@ -116,7 +116,7 @@ class LockerContract:
     def test_a_later_holder_is_not_asked(self, locker: Locker[Any]) -> None:
         first = Requests()
         second = Requests()
-        locker.timeout = 0.01
+        locker.lock_timeout = 0.01
         with locker.lock("a", first):
             for _ in range(3):
                 self._expect_locked(locker, "a")
@@ -126,7 +126,7 @@ class LockerContract:
             assert second.reasons == []
 
     def test_waiting_has_a_timeout(self, locker: Locker[Any]) -> None:
-        locker.timeout = 0.05
+        locker.lock_timeout = 0.05
         requests = Requests()
         with locker.lock("a", requests):
             self._expect_locked(locker, "a")
@@ -136,7 +136,7 @@ class LockerContract:
             pass
 
     def test_a_lock_is_not_reentrant(self, locker: Locker[Any]) -> None:
-        locker.timeout = 0.01
+        locker.lock_timeout = 0.01
         with locker.lock("a", ignore):
             self._expect_locked(locker, "a")
 
@@ -151,7 +151,7 @@ class LockerContract:
 
     def test_a_holder_that_only_tried_is_asked_too(self, locker: Locker[Any]) -> None:
         requests = Requests()
-        locker.timeout = 0.01
+        locker.lock_timeout = 0.01
         with locker.try_lock("a", requests):
             self._expect_locked(locker, "a")
             requests.wait()
@@ -169,7 +169,7 @@ class LockerContract:
             *(f"{n:032x}" for n in range(200)),
         ]
         requests = {id: Requests() for id in ids}
-        locker.timeout = 0.01
+        locker.lock_timeout = 0.01
         with ExitStack() as stack:
             for id in ids:
                 stack.enter_context(locker.lock(id, requests[id]))
@@ -190,7 +190,7 @@ class LockerContract:
         def fail(reason: TusError) -> None:
             raise ZeroDivisionError
 
-        locker.timeout = 0.01
+        locker.lock_timeout = 0.01
         with locker.lock("a", fail):
             self._expect_locked(locker, "a")
             self._flush(locker)
@@ -204,7 +204,7 @@ class LockerContract:
 
     def test_prepare_does_not_affect_holders(self, locker: Locker[Any]) -> None:
         requests = Requests()
-        locker.timeout = 0.01
+        locker.lock_timeout = 0.01
         with locker.lock("a", requests):
             locker.prepare()
             self._expect_locked(locker, "a")
@@ -255,11 +255,11 @@ class LockerContract:
     def _flush(locker: Locker[Any]) -> None:
         """Wait until all earlier requests must have arrived."""
         requests = Requests()
-        timeout = locker.timeout
+        timeout = locker.lock_timeout
         deadline = time.monotonic() + SOON
         with locker.lock("flush", requests):
-            locker.timeout = 0.01
+            locker.lock_timeout = 0.01
             while not requests.reasons and time.monotonic() < deadline:
                 LockerContract._expect_locked(locker, "flush")
             requests.wait()
-        locker.timeout = timeout
+        locker.lock_timeout = timeout
