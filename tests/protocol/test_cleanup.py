@@ -421,8 +421,8 @@ class TestStrays:
         assert self.is_there(client, info)
 
     def test_a_redis_that_forgets_says_so(self) -> None:
-        assert RedisInfoStore("redis://localhost", redis_info_expiration=60.0).is_forgetful
-        assert not RedisInfoStore("redis://localhost").is_forgetful
+        assert RedisInfoStore("redis://localhost", redis_info_expiration=60.0).lifetime == 60.0
+        assert RedisInfoStore("redis://localhost").lifetime is None
 
     def test_one_in_use_stays(self, client: Client, clock: Clock) -> None:
         info = leave(client)

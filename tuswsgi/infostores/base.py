@@ -40,11 +40,6 @@ class RecordStore(ABC):
 
     lifetime: float | None = None
 
-    @property
-    def is_forgetful(self) -> bool:
-        """Whether records expire."""
-        return self.lifetime is not None
-
     @abstractmethod
     def create(self, info: FileInfo, events: Sequence[Event] = ()) -> None:
         """Write the record of a new upload and its `events`.

@@ -390,7 +390,7 @@ class CleanUp:
         name is an id that was made after the oldest one in the records: if the info store was
         emptied or replaced, or its records expire, the files of finished uploads stay.
         """
-        since = None if self._infos.is_forgetful else self._oldest()
+        since = self._oldest() if self._infos.lifetime is None else None
         for file in self._data.files(before):
             self._on_look()
             made = made_at(file.upload)

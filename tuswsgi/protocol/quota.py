@@ -61,10 +61,13 @@ class QuotaSettings:
 
 
 class Limit(NamedTuple):
-    """How many bytes a body may bring, and the error of the byte after them."""
+    """How many bytes a body may bring, and the error of the byte after them.
+
+    Most bodies keep within it, so the error is a class where its message says enough.
+    """
 
     size: int
-    error: TusError
+    error: TusError | type[TusError]
 
 
 class Quota:
@@ -189,7 +192,7 @@ class Reservation:
 
         :raises LimitReached: if a body of known length does not fit.
         """
-        error = self._most.error
+        error: TusError | type[TusError] = self._most.error
         wanted = received + _STEP if self._length is None else self._length
         end = self._offset + min(wanted, self._most.size)
         while end > info.promised:

@@ -87,12 +87,12 @@ def limit_of(context: Context, info: FileInfo, offset: int, length: int | None) 
     :raises MaxSizeExceeded, UploadSizeExceeded, BodyTooLarge: if more bytes are announced.
     """
     if info.size is None:
-        limit = Limit(context.max_file_size - offset, MaxSizeExceeded())
+        limit = Limit(context.max_file_size - offset, MaxSizeExceeded)
     else:
-        limit = Limit(info.size - offset, UploadSizeExceeded())
+        limit = Limit(info.size - offset, UploadSizeExceeded)
     max_body_size = context.settings.max_body_size
     if max_body_size is not None and max_body_size < limit.size:
-        limit = Limit(max_body_size, BodyTooLarge())
+        limit = Limit(max_body_size, BodyTooLarge)
     if length is not None and length > limit.size:
         raise limit.error
     return limit
@@ -209,7 +209,7 @@ class Reception:
         :raises LimitReached: if the body does not fit.
         """
         context = self._context
-        if context.infos.is_forgetful and time.time() > self._save_at(self._info):
+        if context.infos.lifetime is not None and time.time() > self._save_at(self._info):
             # Its first bytes may take long to arrive.
             self._info = context.infos.save(self._info)
         self._reserve(0)

@@ -106,7 +106,7 @@ class UploadReader:
         self._pace = math.inf
         self._body = body
         self._limit = 0
-        self._too_many: TusError = BodyTooLarge()
+        self._too_many: TusError | type[TusError] = BodyTooLarge
         self._checksum = checksum
         self._awaits_trailer = awaits_trailer
         self._hash = checksum.hash() if checksum else None
@@ -151,7 +151,7 @@ class UploadReader:
             self.error = ChecksumMismatch()
         return matches
 
-    def limit(self, limit: int, too_many: TusError) -> None:
+    def limit(self, limit: int, too_many: TusError | type[TusError]) -> None:
         """Accept at most `limit` bytes; one more is the error `too_many`."""
         self._limit = limit
         self._too_many = too_many
@@ -199,7 +199,8 @@ class UploadReader:
             self.error = self.error or error
             return b""
         if block and left == 0:
-            self.error = self._too_many
+            too_many = self._too_many
+            self.error = too_many() if isinstance(too_many, type) else too_many
             return b""
         if self._has_lost_lock():
             return b""
