@@ -18,7 +18,7 @@ from tuswsgi.app import Tus, create_app
 from tuswsgi.commands.cli import main
 from tuswsgi.config.loading import Config
 from tuswsgi.core.info import FileInfo, State, made_at, new_id
-from tuswsgi.lockers.base import SURE
+from tuswsgi.lockers.base import HELD
 from tuswsgi.testing.datastores import Blocks
 
 
@@ -251,7 +251,7 @@ class TestCleanUp:
         ids = [new_id() for _ in range(count)]
         for id in ids:
             info = FileInfo(id=id, storage=data.create(FileInfo(id=id)))
-            data.append(info, 0, Blocks(b"lost"), SURE)
+            data.append(info, 0, Blocks(b"lost"), HELD)
             os.utime(Path(flags[1]) / id, (1.0, 1.0))
         client.create(5)
         return ids

@@ -25,7 +25,7 @@ from tuswsgi.core.info import FileInfo, Metadata, Storage
 from tuswsgi.core.paths import inside
 from tuswsgi.datastores.file import FileDataStore
 from tuswsgi.datastores.memory import MemoryDataStore
-from tuswsgi.lockers.base import SURE
+from tuswsgi.lockers.base import HELD
 from tuswsgi.testing.datastores import LARGE, Blocks, DataStoreContract, content, created
 
 #: A time after which nothing was changed.
@@ -66,9 +66,9 @@ class TestFileDataStore(DataStoreContract):
         marker_of(path).write_text("4\n")
         assert store.offset(info) == 4
         with pytest.raises(OffsetMismatch):
-            store.append(info, 14, Blocks(b"x"), SURE)
+            store.append(info, 14, Blocks(b"x"), HELD)
         assert path.read_bytes() == b"goodunverified"
-        assert store.append(info, 4, Blocks(b"!", provisional=provisional), SURE) == 5
+        assert store.append(info, 4, Blocks(b"!", provisional=provisional), HELD) == 5
         assert path.read_bytes() == b"good!"
         assert not marker_of(path).exists()
 
@@ -80,7 +80,7 @@ class TestFileDataStore(DataStoreContract):
         for start in (4, 9):
             marker_of(path).write_text(f"{start}\n")
             assert store.offset(info) == 4
-        assert store.append(info, 4, Blocks(b"!"), SURE) == 5
+        assert store.append(info, 4, Blocks(b"!"), HELD) == 5
         assert store.offset(info) == 5
 
     @pytest.mark.parametrize("torn", ["", "1"])
@@ -91,7 +91,7 @@ class TestFileDataStore(DataStoreContract):
         path.write_bytes(b"0123456789")
         marker_of(path).write_text(torn)
         assert store.offset(info) == 10
-        assert store.append(info, 10, Blocks(b"!"), SURE) == 11
+        assert store.append(info, 10, Blocks(b"!"), HELD) == 11
         assert not marker_of(path).exists()
 
     def test_sigkill_in_the_middle_of_joining_leaves_nothing(self, store):
@@ -105,7 +105,7 @@ class TestFileDataStore(DataStoreContract):
         assert result.returncode == -signal.SIGKILL
         assert files_below(store.data_dir) == before
         assert store.offset(final) == 0
-        store.concatenate(final, [part], SURE)
+        store.concatenate(final, [part], HELD)
         assert content(store, final) == b"part"
 
     def test_joining_works_without_unnamed_files(self, store, monkeypatch):
@@ -125,7 +125,7 @@ class TestFileDataStore(DataStoreContract):
         final = self.final(store, part)
         Path(store.location(part)).write_bytes(b"par")
         with pytest.raises(UploadGone):
-            store.concatenate(final, [part], SURE)
+            store.concatenate(final, [part], HELD)
         assert store.offset(final) == 0
         assert files_below(store.data_dir) == sorted(
             Path(store.location(info)).name for info in (part, final)
@@ -133,13 +133,13 @@ class TestFileDataStore(DataStoreContract):
 
     def test_nothing_is_left_of_a_refused_body(self, store):
         info = created(store)
-        store.append(info, 0, Blocks(b"bad", provisional=True, accepts=False), SURE)
+        store.append(info, 0, Blocks(b"bad", provisional=True, accepts=False), HELD)
         assert files_below(store.data_dir) == [info.id]
 
     @pytest.mark.parametrize(("provisional", "kept"), [(False, 7), (True, 3)])
     def test_sigkill_in_the_middle_of_a_body(self, store, provisional, kept):
         info = created(store)
-        store.append(info, 0, Blocks(b"old"), SURE)
+        store.append(info, 0, Blocks(b"old"), HELD)
         result = subprocess.run(
             [sys.executable, "-c", DYING, store.data_dir, info.storage.path, str(provisional)],
             cwd=ROOT,
@@ -148,7 +148,7 @@ class TestFileDataStore(DataStoreContract):
         assert result.returncode == -signal.SIGKILL
         assert Path(store.location(info)).read_bytes() == b"oldlost"[: 3 + 4]
         assert store.offset(info) == kept
-        store.append(info, kept, Blocks(b"!"), SURE)
+        store.append(info, kept, Blocks(b"!"), HELD)
         assert content(store, info) == b"oldlost"[:kept] + b"!"
 
     def test_what_crashes_left_is_found(self, store):
@@ -218,10 +218,10 @@ class TestFileDataStore(DataStoreContract):
 
     def test_segments_go_to_the_quarantine_and_come_back(self, store):
         info = created(store, size=12)
-        store.append(info, 0, Blocks(b"one,"), SURE)
+        store.append(info, 0, Blocks(b"one,"), HELD)
         for block in (b"two,", b"last"):
             info = info.replace(storage=store.seal(info))
-            store.append(info, store.offset(info), Blocks(block), SURE)
+            store.append(info, store.offset(info), Blocks(block), HELD)
         (file,) = store.files(LATER)
         found = store.quarantine(file)
         assert list(store.files(LATER)) == []
@@ -233,13 +233,13 @@ class TestFileDataStore(DataStoreContract):
 
     def test_segments_of_an_upload_before_are_not_taken_over(self, store):
         before = created(store, size=12)
-        store.append(before, 0, Blocks(b"one,"), SURE)
+        store.append(before, 0, Blocks(b"one,"), HELD)
         sealed = before.replace(storage=store.seal(before))
-        store.append(sealed, 4, Blocks(b"two,last"), SURE)
+        store.append(sealed, 4, Blocks(b"two,last"), HELD)
         # Its maker died before it was tidied up, and it was removed by hand.
         Path(store.location(before)).unlink()
         store.create(before)
-        store.append(before, 0, Blocks(b"new,"), SURE)
+        store.append(before, 0, Blocks(b"new,"), HELD)
         again = before.replace(storage=store.seal(before))
         assert store.offset(again) == 4
         store.delete(before)
@@ -249,7 +249,7 @@ class TestFileDataStore(DataStoreContract):
         info = created(store, size=12)
         for block in (b"one,", b"two,", b"last"):
             info = info.replace(storage=store.seal(info))
-            store.append(info, store.offset(info), Blocks(block), SURE)
+            store.append(info, store.offset(info), Blocks(block), HELD)
         path = Path(store.location(info))
         path.with_name(f".{path.name}.segment2").unlink()
         for ask in (store.offset, store.open, store.seal):
@@ -292,7 +292,7 @@ class TestFileDataStore(DataStoreContract):
 
         monkeypatch.setattr(os, "link", refuse)
         info = created(store)
-        store.append(info, 0, Blocks(b"bytes"), SURE)
+        store.append(info, 0, Blocks(b"bytes"), HELD)
         (file,) = store.files(LATER)
         moved = store.quarantine(file)
         store.create(info)
@@ -338,7 +338,7 @@ class TestFileDataStore(DataStoreContract):
             with pytest.raises(UploadNotFound):
                 action(info)
         with pytest.raises(UploadNotFound):
-            store.append(info, 0, Blocks(b"x"), SURE)
+            store.append(info, 0, Blocks(b"x"), HELD)
 
     def test_what_lies_inside(self, store):
         for name in ("a", "a/b", "2024/1/x~y", "ы", "a b", "x" * 255):
@@ -349,35 +349,35 @@ class TestFileDataStore(DataStoreContract):
         path, start = Path(store.location(info)), 2**32 * 3 + 5
         os.truncate(path, start)
         assert store.offset(info) == start
-        assert store.append(info, start, Blocks(b"end"), SURE) == start + 3
-        assert store.append(info, start + 3, Blocks(b"bad", provisional=True, accepts=False), SURE)
-        assert store.append(info, start + 3, Blocks(b"!", provisional=True), SURE) == start + 4
+        assert store.append(info, start, Blocks(b"end"), HELD) == start + 3
+        assert store.append(info, start + 3, Blocks(b"bad", provisional=True, accepts=False), HELD)
+        assert store.append(info, start + 3, Blocks(b"!", provisional=True), HELD) == start + 4
         assert content(store, info, start) == b"end!"
 
     def test_a_full_disk_keeps_what_fitted(self, store):
         info, part = created(store), self.part(store, LARGE)
         final = self.final(store, part)
-        store.append(info, 0, Blocks(b"old"), SURE)
+        store.append(info, 0, Blocks(b"old"), HELD)
         with files_up_to(1_500_000):
             with pytest.raises(StorageFull):
-                store.append(info, 3, Blocks(LARGE), SURE)
+                store.append(info, 3, Blocks(LARGE), HELD)
             assert store.offset(info) == 1_500_000
             with pytest.raises(StorageFull):
-                store.append(info, 1_500_000, Blocks(b"x"), SURE)
+                store.append(info, 1_500_000, Blocks(b"x"), HELD)
             with pytest.raises(StorageFull):
-                store.concatenate(final, [part], SURE)
+                store.concatenate(final, [part], HELD)
             assert store.offset(final) == 0
         rest = LARGE[1_500_000 - 3 :]
-        assert store.append(info, 1_500_000, Blocks(rest), SURE) == 3 + len(LARGE)
+        assert store.append(info, 1_500_000, Blocks(rest), HELD) == 3 + len(LARGE)
         assert content(store, info) == b"old" + LARGE
-        store.concatenate(final, [part], SURE)
+        store.concatenate(final, [part], HELD)
         assert content(store, final) == LARGE
 
     def test_a_full_disk_keeps_nothing_provisional(self, store):
         info = created(store)
-        store.append(info, 0, Blocks(b"old"), SURE)
+        store.append(info, 0, Blocks(b"old"), HELD)
         with files_up_to(1_500_000), pytest.raises(StorageFull):
-            store.append(info, 3, Blocks(LARGE, provisional=True), SURE)
+            store.append(info, 3, Blocks(LARGE, provisional=True), HELD)
         assert store.offset(info) == 3
         assert content(store, info) == b"old"
 
@@ -402,7 +402,7 @@ class TestFileDataStore(DataStoreContract):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", fail)
             with pytest.raises(OSError, match="broken") as error:
-                store.append(info, 0, Blocks(b"x"), SURE)
+                store.append(info, 0, Blocks(b"x"), HELD)
         assert error.value.errno == errno.EINVAL
         assert store.offset(info) == 0
 
@@ -418,7 +418,7 @@ class TestFileDataStore(DataStoreContract):
         monkeypatch.setattr(os, "copy_file_range", fail)
         parts = [self.part(store, data) for data in (LARGE, b"end")]
         final = self.final(store, *parts)
-        store.concatenate(final, parts, SURE)
+        store.concatenate(final, parts, HELD)
         assert content(store, final) == LARGE + b"end"
 
     def test_a_directory_that_cannot_be_is_said(self, tmp_path):
@@ -436,7 +436,7 @@ class TestFileDataStoreWithFsync(TestFileDataStore):
         fdatasync = os.fdatasync
         monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), fdatasync(fd)))
         info = created(store)
-        store.append(info, 0, Blocks(b"x"), SURE)
+        store.append(info, 0, Blocks(b"x"), HELD)
         assert synced
         synced.clear()
         store.offset(info)
@@ -458,7 +458,7 @@ class TestFileDataStoreWithFsync(TestFileDataStore):
 
         store.offset(info)
         monkeypatch.setattr(os, "fdatasync", look)
-        store.append(info, 4, Blocks(b"!"), SURE)
+        store.append(info, 4, Blocks(b"!"), HELD)
         assert 4 in sizes
 
 
@@ -473,7 +473,7 @@ class TestFileDataStoreWithStructure(TestFileDataStore):
         info = created(store)
         moved = FileDataStore(tmp_path / "data", dir_structure="elsewhere")
         moved.prepare()
-        store.append(info, 0, Blocks(b"bytes"), SURE)
+        store.append(info, 0, Blocks(b"bytes"), HELD)
         assert content(moved, info) == b"bytes"
 
     def test_the_directories_are_dates(self, store):
@@ -545,7 +545,7 @@ def test_directories_by_metadata(tmp_path, value, name):
     info = created(store, "id", metadata=metadata)
     assert info.storage.path == f"{name}/{name}-x/id"
     assert (tmp_path / name / f"{name}-x" / "id").is_file()
-    assert store.append(info, 0, Blocks(b"x"), SURE) == 1
+    assert store.append(info, 0, Blocks(b"x"), HELD) == 1
 
 
 @pytest.mark.parametrize("structure", ["..", "a/../..", ".hidden", "a//b", "{env[TUSWSGI_UP]}/a"])
@@ -560,7 +560,7 @@ import os, signal, sys
 from pathlib import Path
 from tuswsgi.datastores.file import FileDataStore
 from tuswsgi.core.info import FileInfo, Storage
-from tuswsgi.lockers.base import SURE
+from tuswsgi.lockers.base import HELD
 from tuswsgi.testing.datastores import Blocks
 
 class Dying(Blocks):
@@ -573,7 +573,7 @@ class Dying(Blocks):
 directory, path, provisional = sys.argv[1:]
 info = FileInfo(id=path.rpartition("/")[2], storage=Storage("file_storage", path))
 store = FileDataStore(Path(directory))
-store.append(info, 3, Dying(b"lost", provisional=provisional == "True"), SURE)
+store.append(info, 3, Dying(b"lost", provisional=provisional == "True"), HELD)
 """
 
 DYING_JOINER = """
@@ -581,7 +581,7 @@ import os, signal, sys
 from pathlib import Path
 from tuswsgi.datastores.file import FileDataStore, copy_file
 from tuswsgi.core.info import FileInfo, Storage
-from tuswsgi.lockers.base import SURE
+from tuswsgi.lockers.base import HELD
 
 def die_in_the_middle(*args):
     copy_file(*args)
@@ -590,7 +590,7 @@ def die_in_the_middle(*args):
 directory, final, part = sys.argv[1:]
 sys.modules[FileDataStore.__module__].copy_file = die_in_the_middle
 infos = [FileInfo(id="x", size=4, storage=Storage("file_storage", path)) for path in (final, part)]
-FileDataStore(Path(directory)).concatenate(infos[0], infos[1:], SURE)
+FileDataStore(Path(directory)).concatenate(infos[0], infos[1:], HELD)
 """
 
 

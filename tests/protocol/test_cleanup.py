@@ -21,7 +21,7 @@ from tuswsgi.core.events import HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, State, made_at, new_id
 from tuswsgi.hooks.base import ChangeFileInfo, HookResponse
 from tuswsgi.infostores.redis import RedisInfoStore
-from tuswsgi.lockers.base import SURE
+from tuswsgi.lockers.base import HELD
 from tuswsgi.observing.telemetry import bytes_reclaimed, quarantine_changed
 from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings, Reason, Removal, TooManyStrays
 from tuswsgi.protocol.sweep import Sweeper
@@ -59,7 +59,7 @@ def leave(client: Client, id: str | None = None) -> FileInfo:
         let_ids_grow()
     info = FileInfo(id=id or new_id())
     info = info.replace(storage=data.create(info))
-    data.append(info, 0, Blocks(b"lost"), SURE)
+    data.append(info, 0, Blocks(b"lost"), HELD)
     return info
 
 

@@ -18,7 +18,7 @@ from tuswsgi.core.errors import UploadNotFound
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State
 from tuswsgi.infostores.memory import MemoryInfoStore
-from tuswsgi.lockers.base import SURE
+from tuswsgi.lockers.base import HELD
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.testing.datastores import Blocks
 
@@ -214,7 +214,7 @@ class TestSweep:
         # As a crash leaves it: the last byte is there, the record does not say so.
         uploads = client.tus.uploads
         url = client.create(5)
-        uploads.data.append(uploads.infos.load(id_of(url)), 0, Blocks(b"hello"), SURE)
+        uploads.data.append(uploads.infos.load(id_of(url)), 0, Blocks(b"hello"), HELD)
         assert_refused(client.get(url), 404)
         sweep(client)
         assert client.content(url) == b"hello"

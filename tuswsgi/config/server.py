@@ -10,7 +10,7 @@ from marshmallow.validate import Range, Regexp
 
 from tuswsgi.core.options import Duration, KiB, MiB, Size, option
 from tuswsgi.observing.logs import LogFormat
-from tuswsgi.web.settings import WATCHED
+from tuswsgi.web.settings import MONITORING_PATHS
 
 
 class LogLevel(str, Enum):
@@ -37,7 +37,7 @@ _AT_LEAST_ONE = Range(min=1)
 _PATH = (
     Regexp(r"[A-Za-z0-9._~/-]*\Z", error="Not a path such as /files."),
     Regexp(
-        rf"(?!/*({'|'.join(path.strip('/') for path in WATCHED)})/*\Z)",
+        rf"(?!/*({'|'.join(path.strip('/') for path in MONITORING_PATHS)})/*\Z)",
         error="This path is taken by the server itself.",
     ),
 )

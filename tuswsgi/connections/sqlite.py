@@ -21,7 +21,13 @@ from peewee import OperationalError, PeeweeException, SqliteDatabase
 
 from tuswsgi.connections.sql import Database, SqlConnection
 from tuswsgi.core.backoff import Backoff
-from tuswsgi.core.errors import ConfigurationError, StorageFull, TusError, Unavailable, unusable
+from tuswsgi.core.errors import (
+    ConfigurationError,
+    StorageFull,
+    TusError,
+    Unavailable,
+    startup_error,
+)
 from tuswsgi.core.paths import adopt, make_directory, why_unwritable
 from tuswsgi.core.process import PerProcess, let_others_run, run_in_thread
 
@@ -76,7 +82,9 @@ class SqliteConnection(SqlConnection):
             )
         except (OSError, PeeweeException) as error:
             cause = self._cause(error)
-            raise unusable(f"The database {self._path} cannot be used: {error}", cause) from cause
+            raise startup_error(
+                f"The database {self._path} cannot be used: {error}", cause
+            ) from cause
         finally:
             database.close()
         if mode != "wal":

@@ -351,7 +351,7 @@ _PASSING = {
 }
 
 
-def may_pass(error: OSError) -> bool:
+def is_temporary(error: OSError) -> bool:
     """Whether an error of a file system is temporary, and not a wrong configuration."""
     return error.errno in _PASSING
 
@@ -360,9 +360,9 @@ class ConfigurationError(Exception):
     """The server cannot start with its configuration."""
 
 
-def unusable(text: str, error: OSError) -> ConfigurationError | Unavailable:
+def startup_error(text: str, error: OSError) -> ConfigurationError | Unavailable:
     """Return the exception to raise from `error` if a file that the server needs is unusable.
 
     :param text: a sentence for the operator, for an error that is not temporary.
     """
-    return Unavailable() if may_pass(error) else ConfigurationError(text)
+    return Unavailable() if is_temporary(error) else ConfigurationError(text)

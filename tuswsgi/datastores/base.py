@@ -14,7 +14,7 @@ from typing import Protocol
 
 from tuswsgi.core.extensions import Extension
 from tuswsgi.core.info import FileInfo, Storage
-from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.lockers.base import HELD, Hold
 
 
 class Source(Protocol):
@@ -109,7 +109,7 @@ class OpenUpload:
 
     def append(self, source: Source) -> int:
         """Append as ``DataStore.append`` does at offset 0. To be called once at most."""
-        return self._store.append(self._info.replace(storage=self.storage), 0, source, SURE)
+        return self._store.append(self._info.replace(storage=self.storage), 0, source, HELD)
 
     def close(self) -> None:
         """Release what is held open. The upload stays."""

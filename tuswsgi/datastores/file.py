@@ -32,8 +32,8 @@ from tuswsgi.core.errors import (
     UploadExists,
     UploadGone,
     UploadNotFound,
-    may_pass,
-    unusable,
+    is_temporary,
+    startup_error,
 )
 from tuswsgi.core.extensions import OF_STORES
 from tuswsgi.core.info import MAX_SIZE, FileInfo, Storage
@@ -57,7 +57,7 @@ from tuswsgi.datastores.base import (
     StoredFile,
 )
 from tuswsgi.datastores.segments import SegmentReader, copy_file
-from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.lockers.base import HELD, Hold
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -100,11 +100,11 @@ class FileDataStore(DataStore):
             make_directory(self.data_dir)
             trouble = run_in_thread(why_unwritable, self.data_dir)
         except OSError as error:
-            raise unusable(
+            raise startup_error(
                 f"The data directory {self.data_dir} cannot be made: {error.strerror}.", error
             ) from error
         if trouble is not None:
-            raise unusable(
+            raise startup_error(
                 f"The data directory {self.data_dir} is not writable: {trouble.strerror}.", trouble
             ) from trouble
         try:
@@ -505,7 +505,7 @@ class _OpenFile(OpenUpload):
         self._fd = fd
 
     def append(self, source: Source) -> int:
-        return self._files.store(self._info, self._fd, 0, source, SURE)
+        return self._files.store(self._info, self._fd, 0, source, HELD)
 
     def close(self) -> None:
         close(self._fd)
@@ -536,7 +536,7 @@ def _unlink(*paths: Path | str) -> None:
 def _translated(error: OSError) -> Exception:
     if error.errno in _FULL:
         return StorageFull()
-    return Unavailable() if may_pass(error) else error
+    return Unavailable() if is_temporary(error) else error
 
 
 def _blocks(fd: int, offset: int, n: int) -> Iterator[bytes]:

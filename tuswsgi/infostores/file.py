@@ -28,8 +28,8 @@ from tuswsgi.core.errors import (
     Unavailable,
     UploadExists,
     UploadNotFound,
-    may_pass,
-    unusable,
+    is_temporary,
+    startup_error,
 )
 from tuswsgi.core.events import Event
 from tuswsgi.core.info import FileInfo, State, check_id
@@ -101,7 +101,7 @@ class FileInfoStore(InfoStore):
                 time.time() - _ABANDONED, lambda id: (self._directory / f"{id}{_SUFFIX}").exists()
             )
         except OSError as error:
-            raise unusable(
+            raise startup_error(
                 f"The directory {self._directory} cannot be used for records: {error}", error
             ) from error
 
@@ -433,6 +433,6 @@ def _errors_translated(path: Path, full: type[TusError] = StorageFull) -> Iterat
     try:
         yield
     except OSError as error:
-        logger.error("Cannot read or write %s: %s", path, error, exc_info=not may_pass(error))
+        logger.error("Cannot read or write %s: %s", path, error, exc_info=not is_temporary(error))
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (full if is_full else Unavailable) from error

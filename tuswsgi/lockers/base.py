@@ -79,7 +79,7 @@ class _Sure(Hold):
 
 
 #: A hold that cannot be lost.
-SURE: Hold = _Sure()
+HELD: Hold = _Sure()
 
 
 def request_release(on_release_request: ReleaseRequest | None, reason: TusError) -> None:
@@ -179,7 +179,7 @@ class Locker(ABC, Generic[H]):
 
     def _hold_of(self, held: H) -> Hold:
         """Return what the holder gets to see of its lock."""
-        return SURE
+        return HELD
 
     def identify(self, held: H) -> str | None:
         """Return a name for the thing that is locked, which is never used for another one.

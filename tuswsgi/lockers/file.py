@@ -19,8 +19,8 @@ from tuswsgi.core.errors import (
     StorageFull,
     Unavailable,
     UploadInterrupted,
-    may_pass,
-    unusable,
+    is_temporary,
+    startup_error,
 )
 from tuswsgi.core.paths import make_directory, why_unwritable
 from tuswsgi.core.process import PerProcess, run_in_thread
@@ -93,7 +93,7 @@ class FileLocker(Locker[Held]):
             sockets.remove_dead()
             sockets.close()
         except OSError as error:
-            raise unusable(
+            raise startup_error(
                 f"The directory {self.directory} cannot be used for locks: {error}", error
             ) from error
 
@@ -126,7 +126,7 @@ class FileLocker(Locker[Held]):
                     raise
             return held
         except OSError as error:
-            logger.error("Cannot lock %s: %s", id, error, exc_info=not may_pass(error))
+            logger.error("Cannot lock %s: %s", id, error, exc_info=not is_temporary(error))
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise (StorageFull if full else Unavailable) from error
 

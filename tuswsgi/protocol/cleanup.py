@@ -25,7 +25,7 @@ from tuswsgi.core.info import FileInfo, State, check_id, made_at
 from tuswsgi.core.options import Duration, option
 from tuswsgi.core.process import let_others_run
 from tuswsgi.datastores.base import Quarantined, StoredFile
-from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.lockers.base import HELD, Hold
 from tuswsgi.observing.telemetry import bytes_reclaimed, quarantine_changed, report
 from tuswsgi.protocol.uploads import Uploads
 
@@ -530,7 +530,7 @@ class CleanUp:
             id = check_id(file.upload)
         except UploadNotFound:
             # A hook chose the path, or the file is temporary: there is no upload to lock.
-            yield SURE
+            yield HELD
             return
         with self._uploads.locker.try_lock(id) as hold:
             yield hold

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tuswsgi.core.errors import HookBroken, StorageFull, UploadExists, UploadGone, UploadNotFound
 from tuswsgi.core.events import Event, HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, Metadata, State, Storage
-from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.lockers.base import HELD, Hold
 from tuswsgi.observing.signals import tell, upload_created
 from tuswsgi.outbox.post_create import PostCreate, deliver_held
 from tuswsgi.protocol.context import Context
@@ -106,7 +106,7 @@ class Creator:
             finally:
                 upload.close()
             if info.offset == info.size and not info.is_final:
-                info, events = self.finisher.prepare(info, post.request, SURE)
+                info, events = self.finisher.prepare(info, post.request, HELD)
             # tusd reports a creation before its bytes arrive, rustus afterwards.
             created = empty if hooks.follows_tusd else info
             if self._is_reported(info):
@@ -118,7 +118,7 @@ class Creator:
             # Without a record no client can know of the upload.
             context.data.delete(info)
             raise
-        self._write_record(info, events, SURE)
+        self._write_record(info, events, HELD)
         if self._is_reported(info):
             context.outbox.tell(HookType.POST_CREATE, created, post.request)
         tell(upload_created, context.sender, info)

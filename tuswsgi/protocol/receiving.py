@@ -28,7 +28,7 @@ from tuswsgi.core.errors import (
 from tuswsgi.core.events import HookType, RequestInfo
 from tuswsgi.core.info import FileInfo, State
 from tuswsgi.datastores.base import OpenUpload
-from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.lockers.base import HELD, Hold
 from tuswsgi.observing.signals import tell, upload_progress
 from tuswsgi.observing.telemetry import bytes_received, report, upload_taken_over
 from tuswsgi.protocol.context import Context
@@ -144,7 +144,7 @@ class Reception:
         offset: int,
         reader: UploadReader,
         limit: Limit,
-        hold: Hold = SURE,
+        hold: Hold = HELD,
         on_progress: OnProgress | None = None,
     ) -> None:
         self._context = context

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from tuswsgi.core.errors import TusError, UploadLocked
 from tuswsgi.core.events import RequestInfo
 from tuswsgi.core.info import State
-from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.lockers.base import HELD, Hold
 from tuswsgi.protocol.cleanup import CleanUp, CleanUpSettings, Search, TooManyStrays, log_failures
 from tuswsgi.protocol.receiving import take_over
 from tuswsgi.protocol.uploads import Uploads
@@ -74,7 +74,7 @@ class Sweeper:
                 log.debug("Another process sweeps")
                 if is_new:
                     # It may replace a worker that was killed, and the leader may be waiting.
-                    self._finish_all(SURE)
+                    self._finish_all(HELD)
         except TusError as error:
             log.warning("The sweep ended and is tried again later: %s", error)
         except _Stopped:

@@ -25,7 +25,7 @@ from tuswsgi.core.options import MAIN
 from tuswsgi.observing import metrics_directory, sentry
 from tuswsgi.observing.logs import LogFormat, LogHandler, formatter
 from tuswsgi.observing.sentry import SentrySettings
-from tuswsgi.web.settings import WATCHED, MonitoringSettings
+from tuswsgi.web.settings import MONITORING_PATHS, MonitoringSettings
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def _raise_file_limit() -> None:
 
 def _is_not_health(record: logging.LogRecord) -> bool:
     said = record.args.get("U") if isinstance(record.args, Mapping) else None
-    return getattr(record, "path", said) not in WATCHED
+    return getattr(record, "path", said) not in MONITORING_PATHS
 
 
 #: The signals that stop a worker.

@@ -21,7 +21,7 @@ from tuswsgi.core.errors import LockLost, OffsetMismatch, UploadExists, UploadGo
 from tuswsgi.core.extensions import OF_STORES, Extension
 from tuswsgi.core.info import FileInfo, Metadata, State, check_id, new_id
 from tuswsgi.datastores.base import DataStore, Readable
-from tuswsgi.lockers.base import SURE, Hold
+from tuswsgi.lockers.base import HELD, Hold
 
 #: More than a store takes at once, and no round number.
 LARGE = hashlib.shake_256(b"tuswsgi").digest(3 * 1024 * 1024 + 7)
@@ -149,7 +149,7 @@ class DataStoreContract:
 
     def test_it_may_be_prepared_and_closed_again(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"kept"), SURE)
+        store.append(info, 0, Blocks(b"kept"), HELD)
         store.prepare()
         store.close()
         store.close()
@@ -167,7 +167,7 @@ class DataStoreContract:
 
     def test_an_upload_is_created_once(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"first"), SURE)
+        store.append(info, 0, Blocks(b"first"), HELD)
         for second in (info, FileInfo(id=info.id)):
             with pytest.raises(UploadExists):
                 store.create(second)
@@ -194,7 +194,7 @@ class DataStoreContract:
         assert upload.append(Blocks(b"", LARGE)) == len(LARGE)
         upload.close()
         assert store.offset(info) == len(LARGE)
-        assert store.append(info, len(LARGE), Blocks(b"more"), SURE) == len(LARGE) + 4
+        assert store.append(info, len(LARGE), Blocks(b"more"), HELD) == len(LARGE) + 4
         assert content(store, info) == LARGE + b"more"
 
     def test_an_open_upload_may_stay_empty(self, store: DataStore) -> None:
@@ -202,11 +202,11 @@ class DataStoreContract:
         upload = store.create_open(info)
         upload.close()
         info = replace(info, storage=upload.storage)
-        assert store.append(info, 0, Blocks(b"later"), SURE) == 5
+        assert store.append(info, 0, Blocks(b"later"), HELD) == 5
 
     def test_an_open_upload_is_created_once(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"first"), SURE)
+        store.append(info, 0, Blocks(b"first"), HELD)
         with pytest.raises(UploadExists):
             store.create_open(info)
         assert content(store, info) == b"first"
@@ -239,7 +239,7 @@ class DataStoreContract:
     )
     def test_every_id_is_a_name(self, store: DataStore, id: str) -> None:
         info = created(store, check_id(id))
-        assert store.append(info, 0, Blocks(id.encode()), SURE) == len(id)
+        assert store.append(info, 0, Blocks(id.encode()), HELD) == len(id)
         assert content(store, info) == id.encode()
         store.delete(info)
         with pytest.raises(UploadGone):
@@ -248,14 +248,14 @@ class DataStoreContract:
     def test_ids_that_are_alike_are_not_the_same(self, store: DataStore) -> None:
         infos = [created(store, id) for id in ("abc", "ABC", "abc.", "abc~", "abc-", "abcd")]
         for info in infos:
-            store.append(info, 0, Blocks(info.id.encode()), SURE)
+            store.append(info, 0, Blocks(info.id.encode()), HELD)
         assert [content(store, info).decode() for info in infos] == [info.id for info in infos]
 
     def test_what_is_appended_counts(self, store: DataStore) -> None:
         info = created(store, size=None)
         kept = b""
         for blocks in ([b"a"], [b"bc", b"", b"def"], [bytes(range(256))], [b"\r\n"], [LARGE]):
-            assert store.append(info, len(kept), Blocks(*blocks), SURE) == len(
+            assert store.append(info, len(kept), Blocks(*blocks), HELD) == len(
                 kept + b"".join(blocks)
             )
             kept += b"".join(blocks)
@@ -264,14 +264,14 @@ class DataStoreContract:
 
     def test_many_small_blocks(self, store: DataStore) -> None:
         info = created(store)
-        assert store.append(info, 0, Blocks(*[b"%d," % n for n in range(1000)]), SURE) == 3890
+        assert store.append(info, 0, Blocks(*[b"%d," % n for n in range(1000)]), HELD) == 3890
         assert content(store, info) == b"".join(b"%d," % n for n in range(1000))
 
     @pytest.mark.parametrize("kept", [b"", b"kept"])
     def test_an_empty_source_changes_nothing(self, store: DataStore, kept: bytes) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(kept), SURE)
-        assert store.append(info, len(kept), Blocks(), SURE) == len(kept)
+        store.append(info, 0, Blocks(kept), HELD)
+        assert store.append(info, len(kept), Blocks(), HELD) == len(kept)
         assert content(store, info) == kept
 
     @pytest.mark.parametrize("offset", [0, 1, 5, 9, 11, 2**31, 2**63 - 1])
@@ -282,9 +282,9 @@ class DataStoreContract:
         if provisional and Extension.CHECKSUM not in store.extensions:
             pytest.skip("the store does not serve checksums")
         info = created(store, size=20)
-        store.append(info, 0, Blocks(b"0123456789"), SURE)
+        store.append(info, 0, Blocks(b"0123456789"), HELD)
         with pytest.raises(OffsetMismatch) as mismatch:
-            store.append(info, offset, Blocks(b"x", provisional=provisional), SURE)
+            store.append(info, offset, Blocks(b"x", provisional=provisional), HELD)
         assert mismatch.value.offset == 10
         assert store.offset(info) == 10
         assert content(store, info) == b"0123456789"
@@ -292,12 +292,12 @@ class DataStoreContract:
     def test_bytes_count_as_they_come(self, store: DataStore) -> None:
         # The source may fail where no contract foresees it; what it gave is there.
         info = created(store)
-        store.append(info, 0, Blocks(b"one"), SURE)
+        store.append(info, 0, Blocks(b"one"), HELD)
         with pytest.raises(Died):
-            store.append(info, 3, Blocks(b"two", breaks=Died()), SURE)
+            store.append(info, 3, Blocks(b"two", breaks=Died()), HELD)
         offset = store.offset(info)
         assert 3 <= offset <= 6
-        store.append(info, offset, Blocks(b"onetwo!"[offset:]), SURE)
+        store.append(info, offset, Blocks(b"onetwo!"[offset:]), HELD)
         assert content(store, info) == b"onetwo!"
 
     def test_uploads_do_not_touch_each_other(self, store: DataStore) -> None:
@@ -306,7 +306,7 @@ class DataStoreContract:
         def fill(number: int) -> None:
             for n in range(20):
                 block = bytes([number]) * 1000
-                assert store.append(infos[number], n * 1000, Blocks(block), SURE) == (n + 1) * 1000
+                assert store.append(infos[number], n * 1000, Blocks(block), HELD) == (n + 1) * 1000
 
         with ThreadPoolExecutor(len(infos)) as pool:
             list(pool.map(fill, range(len(infos))))
@@ -320,27 +320,27 @@ class DataStoreContract:
         self, store: DataStore, block: bytes, accepts: bool
     ) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"old"), SURE)
+        store.append(info, 0, Blocks(b"old"), HELD)
         seen: list[bytes] = []
         source = Blocks(block, provisional=True, accepts=accepts, before_answer=seen.append)
         kept = b"old" + block if accepts else b"old"
-        assert store.append(info, 3, source, SURE) == len(kept)
+        assert store.append(info, 3, source, HELD) == len(kept)
         assert source.asked == 1
         assert seen == [block], "what this append stored, for a checksum that comes afterwards"
         assert store.offset(info) == len(kept)
         assert content(store, info) == kept
-        assert store.append(info, len(kept), Blocks(b"more"), SURE) == len(kept) + 4
+        assert store.append(info, len(kept), Blocks(b"more"), HELD) == len(kept) + 4
         assert content(store, info) == kept + b"more"
 
     @pytest.mark.usefixtures("verifying")
     def test_provisional_bytes_do_not_count_before(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"old"), SURE)
+        store.append(info, 0, Blocks(b"old"), HELD)
         offsets: list[int] = []
         source = Blocks(
             b"new", provisional=True, before_answer=lambda kept: offsets.append(store.offset(info))
         )
-        assert store.append(info, 3, source, SURE) == 6
+        assert store.append(info, 3, source, HELD) == 6
         assert offsets == [3]
 
     @pytest.mark.usefixtures("verifying")
@@ -349,13 +349,13 @@ class DataStoreContract:
         self, store: DataStore, provisional: bool
     ) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"old"), SURE)
+        store.append(info, 0, Blocks(b"old"), HELD)
         with pytest.raises(Died):
-            store.append(info, 3, Blocks(b"bad and long", provisional=True, breaks=Died()), SURE)
+            store.append(info, 3, Blocks(b"bad and long", provisional=True, breaks=Died()), HELD)
         assert store.offset(info) == 3
         with pytest.raises(OffsetMismatch):
-            store.append(info, 15, Blocks(b"x"), SURE)
-        assert store.append(info, 3, Blocks(b"good", provisional=provisional), SURE) == 7
+            store.append(info, 15, Blocks(b"x"), HELD)
+        assert store.append(info, 3, Blocks(b"good", provisional=provisional), HELD) == 7
         assert store.offset(info) == 7
         assert content(store, info) == b"oldgood"
 
@@ -364,7 +364,7 @@ class DataStoreContract:
         if late != "more and more" and Extension.CHECKSUM not in store.extensions:
             pytest.skip("the store verifies nothing")
         info = created(store, size=16)
-        store.append(info, 0, Blocks(b"kept"), SURE)
+        store.append(info, 0, Blocks(b"kept"), HELD)
         sealed: list[FileInfo] = []
 
         class Late(Blocks):
@@ -375,19 +375,19 @@ class DataStoreContract:
                     sealed.append(replace(info, storage=store.seal(info)))
                     seen = store.offset(sealed[0])
                     assert seen == (7 if late == "more and more" else 4)
-                    store.append(sealed[0], seen, Blocks(b"successor"), SURE)
+                    store.append(sealed[0], seen, Blocks(b"successor"), HELD)
                     self._blocks.append(b"late, and longer than all of the others")
                 return super().read(n)
 
         late_source = Late(b"own", provisional=late != "more and more", accepts=late == "accepted")
-        store.append(info, 4, late_source, SURE)
+        store.append(info, 4, late_source, HELD)
         (taken_over,) = sealed
         kept = b"keptownsuccessor" if late == "more and more" else b"keptsuccessor"
         assert store.offset(taken_over) == len(kept)
         assert content(store, taken_over) == kept
         for start in range(len(kept) + 1):
             assert content(store, taken_over, start) == kept[start:]
-        store.append(taken_over, len(kept), Blocks(b"!" * (16 - len(kept))), SURE)
+        store.append(taken_over, len(kept), Blocks(b"!" * (16 - len(kept))), HELD)
         self._finish_sealed(store, taken_over, kept.ljust(16, b"!"))
 
     def test_an_upload_can_be_sealed_again_and_again(self, store: DataStore) -> None:
@@ -397,17 +397,17 @@ class DataStoreContract:
             info = replace(info, storage=store.seal(info))
             assert store.offset(info) == len(kept)
             with pytest.raises(OffsetMismatch):
-                store.append(info, len(kept) + 1, Blocks(b"x"), SURE)
-            store.append(info, len(kept), Blocks(block), SURE)
+                store.append(info, len(kept) + 1, Blocks(b"x"), HELD)
+            store.append(info, len(kept), Blocks(block), HELD)
             kept += block
             assert content(store, info) == kept
         self._finish_sealed(store, info, b"one,two,last")
 
     def test_two_who_seal_at_once_do_not_disturb_each_other(self, store: DataStore) -> None:
         info = created(store, size=8)
-        store.append(info, 0, Blocks(b"kept"), SURE)
+        store.append(info, 0, Blocks(b"kept"), HELD)
         winner = replace(info, storage=store.seal(info))
-        store.append(winner, 4, Blocks(b"more"), SURE)
+        store.append(winner, 4, Blocks(b"more"), HELD)
         store.seal(info)
         assert content(store, winner) == b"keptmore"
 
@@ -419,9 +419,9 @@ class DataStoreContract:
 
     def test_a_sealed_upload_can_be_removed(self, store: DataStore) -> None:
         info = created(store, size=8)
-        store.append(info, 0, Blocks(b"kept"), SURE)
+        store.append(info, 0, Blocks(b"kept"), HELD)
         info = replace(info, storage=store.seal(info))
-        store.append(info, 4, Blocks(b"more"), SURE)
+        store.append(info, 4, Blocks(b"more"), HELD)
         store.delete(info)
         with pytest.raises(UploadGone):
             store.offset(info)
@@ -430,7 +430,7 @@ class DataStoreContract:
 
     def _finish_sealed(self, store: DataStore, info: FileInfo, data: bytes) -> None:
         for _ in range(2):  # as after a crash
-            finished = replace(info, offset=len(data), storage=store.finish(info, SURE))
+            finished = replace(info, offset=len(data), storage=store.finish(info, HELD))
             assert content(store, finished) == data
             assert content(store, info) == data, "the record may not be saved"
         store.delete_leftovers(info)
@@ -443,33 +443,33 @@ class DataStoreContract:
     @pytest.mark.usefixtures("verifying")
     def test_what_is_accepted_too_late_does_not_count(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"kept"), SURE)
+        store.append(info, 0, Blocks(b"kept"), HELD)
         source = Blocks(b"late", provisional=True)
         with pytest.raises(LockLost):
             store.append(info, 4, source, LosesLock(source))
         assert store.offset(info) == 4
-        assert store.append(info, 4, Blocks(b"more"), SURE) == 8
+        assert store.append(info, 4, Blocks(b"more"), HELD) == 8
         assert content(store, info) == b"keptmore"
 
     def test_finishing_again_does_no_harm(self, store: DataStore) -> None:
         info = created(store, size=4)
-        store.append(info, 0, Blocks(b"done"), SURE)
+        store.append(info, 0, Blocks(b"done"), HELD)
         done = replace(info, offset=4)
-        store.finish(done, SURE)
-        store.finish(done, SURE)
+        store.finish(done, HELD)
+        store.finish(done, HELD)
         assert content(store, done) == b"done"
 
     def test_an_empty_upload_can_be_finished(self, store: DataStore) -> None:
         info = created(store, size=0)
-        store.finish(info, SURE)
+        store.finish(info, HELD)
         assert store.offset(info) == 0
         assert content(store, info) == b""
 
     def part(self, store: DataStore, data: bytes) -> FileInfo:
         """Return a finished partial upload."""
         info = created(store, size=len(data), is_partial=True)
-        store.append(info, 0, Blocks(data), SURE)
-        store.finish(info, SURE)
+        store.append(info, 0, Blocks(data), HELD)
+        store.finish(info, HELD)
         return replace(info, offset=len(data), state=State.FINISHED, finished_at=2.5)
 
     def final(self, store: DataStore, *parts: FileInfo) -> FileInfo:
@@ -488,7 +488,7 @@ class DataStoreContract:
         large = self.part(store, LARGE)
         final = self.final(store, two, one, none, two, large)
         assert store.offset(final) == 0
-        store.concatenate(final, [two, one, none, two, large], SURE)
+        store.concatenate(final, [two, one, none, two, large], HELD)
         assert store.offset(final) == final.size
         assert content(store, final) == b"two,one,two," + LARGE
         assert content(store, one) == b"one,"
@@ -499,9 +499,9 @@ class DataStoreContract:
         parts = [self.part(store, data) for data in (b"one,", b"two")]
         final = self.final(store, *parts)
         for _ in range(3):
-            store.concatenate(final, parts, SURE)
+            store.concatenate(final, parts, HELD)
             assert store.offset(final) == 7
-        store.finish(final, SURE)
+        store.finish(final, HELD)
         assert content(store, final) == b"one,two"
 
     @pytest.mark.usefixtures("concatenating")
@@ -513,7 +513,7 @@ class DataStoreContract:
             """A holder that stands still before its last step, while others do all of them."""
 
             def check(self) -> None:
-                store.concatenate(final, parts, SURE)
+                store.concatenate(final, parts, HELD)
                 assert content(store, final) == LARGE + b"two"
 
         store.concatenate(final, parts, Late())
@@ -531,7 +531,7 @@ class DataStoreContract:
     def test_parts_without_bytes_can_be_joined(self, store: DataStore) -> None:
         part = self.part(store, b"")
         final = self.final(store, part, part)
-        store.concatenate(final, [part, part], SURE)
+        store.concatenate(final, [part, part], HELD)
         assert content(store, final) == b""
 
     @pytest.mark.usefixtures("concatenating")
@@ -541,7 +541,7 @@ class DataStoreContract:
         store.delete(two)
         for _ in range(2):
             with pytest.raises(UploadGone):
-                store.concatenate(final, [one, two], SURE)
+                store.concatenate(final, [one, two], HELD)
             assert store.offset(final) == 0
             assert content(store, final) == b""
 
@@ -549,7 +549,7 @@ class DataStoreContract:
     def test_the_final_upload_outlives_its_parts(self, store: DataStore) -> None:
         parts = [self.part(store, data) for data in (b"one,", b"two")]
         final = self.final(store, *parts)
-        store.concatenate(final, parts, SURE)
+        store.concatenate(final, parts, HELD)
         for part in parts:
             store.delete(part)
         assert content(store, final) == b"one,two"
@@ -557,12 +557,12 @@ class DataStoreContract:
     @pytest.mark.parametrize("start", [0, 1, 9, 10, 11, 2**40])
     def test_reading_begins_anywhere(self, store: DataStore, start: int) -> None:
         info = created(store, size=10)
-        store.append(info, 0, Blocks(b"0123456789"), SURE)
+        store.append(info, 0, Blocks(b"0123456789"), HELD)
         assert content(store, info, start) == b"0123456789"[start:]
 
     def test_a_reader_gives_at_most_what_is_asked(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(LARGE), SURE)
+        store.append(info, 0, Blocks(LARGE), HELD)
         opened = store.open(info, 1)
         try:
             first = opened.read(10)
@@ -573,7 +573,7 @@ class DataStoreContract:
 
     def test_many_read_at_once(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(LARGE), SURE)
+        store.append(info, 0, Blocks(LARGE), HELD)
         readers = [store.open(info, start) for start in range(8)]
         with ThreadPoolExecutor(len(readers)) as pool:
             for start, read in enumerate(pool.map(read_all, readers)):
@@ -581,10 +581,10 @@ class DataStoreContract:
 
     def test_who_reads_does_not_stop_who_writes(self, store: DataStore) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"one"), SURE)
+        store.append(info, 0, Blocks(b"one"), HELD)
         opened = store.open(info)
         try:
-            store.append(info, 3, Blocks(b"two"), SURE)
+            store.append(info, 3, Blocks(b"two"), HELD)
             assert opened.read(3)
             assert content(store, info) == b"onetwo"
         finally:
@@ -594,14 +594,14 @@ class DataStoreContract:
         info = created(store)
         neighbour = created(store)
         for upload in (info, neighbour):
-            store.append(upload, 0, Blocks(b"bytes"), SURE)
+            store.append(upload, 0, Blocks(b"bytes"), HELD)
         store.delete(info)
         with pytest.raises(UploadGone):
             store.offset(info)
         with pytest.raises(UploadGone):
             store.open(info)
         with pytest.raises(UploadGone):
-            store.append(info, 5, Blocks(b"x"), SURE)
+            store.append(info, 5, Blocks(b"x"), HELD)
         assert content(store, neighbour) == b"bytes"
 
     def test_deleting_again_is_no_error(self, store: DataStore) -> None:
@@ -614,10 +614,10 @@ class DataStoreContract:
     def test_deleting_removes_what_was_left_behind(self, store: DataStore) -> None:
         info = created(store)
         with pytest.raises(Died):
-            store.append(info, 0, Blocks(b"bad", provisional=True, breaks=Died()), SURE)
+            store.append(info, 0, Blocks(b"bad", provisional=True, breaks=Died()), HELD)
         store.delete(info)
         again = created(store, info.id)
-        assert store.append(again, 0, Blocks(b"good"), SURE) == 4
+        assert store.append(again, 0, Blocks(b"good"), HELD) == 4
         assert store.offset(again) == 4
         assert content(store, again) == b"good"
 
@@ -631,7 +631,7 @@ class DataStoreContract:
         before = time.time() - 60
         info = created(store)
         other = created(store)
-        store.append(info, 0, Blocks(b"bytes"), SURE)
+        store.append(info, 0, Blocks(b"bytes"), HELD)
         assert list(store.files(before)) == []
         found = {file.upload: file for file in store.files(time.time() + 60)}
         assert set(found) == {info.id, other.id}
@@ -643,7 +643,7 @@ class DataStoreContract:
     def test_a_file_is_deleted_once(self, store: DataStore, listing: None) -> None:
         info = created(store)
         neighbour = created(store)
-        store.append(neighbour, 0, Blocks(b"bytes"), SURE)
+        store.append(neighbour, 0, Blocks(b"bytes"), HELD)
         (file,) = (file for file in store.files(time.time() + 60) if file.upload == info.id)
         assert store.delete_file(file)
         assert not store.delete_file(file)
@@ -654,7 +654,7 @@ class DataStoreContract:
     def test_a_changed_file_is_not_deleted(self, store: DataStore, listing: None) -> None:
         info = created(store)
         (file,) = store.files(time.time() + 60)
-        store.append(info, 0, Blocks(b"bytes"), SURE)
+        store.append(info, 0, Blocks(b"bytes"), HELD)
         assert not store.delete_file(file)
         assert content(store, info) == b"bytes"
 
@@ -674,7 +674,7 @@ class DataStoreContract:
     ) -> None:
         info = created(store)
         neighbour = created(store)
-        store.append(info, 0, Blocks(b"bytes"), SURE)
+        store.append(info, 0, Blocks(b"bytes"), HELD)
         (file,) = (file for file in store.files(time.time() + 60) if file.upload == info.id)
         moved = store.quarantine(file)
         assert moved is not None
@@ -691,13 +691,13 @@ class DataStoreContract:
     ) -> None:
         info = created(store)
         (file,) = store.files(time.time() + 60)
-        store.append(info, 0, Blocks(b"bytes"), SURE)
+        store.append(info, 0, Blocks(b"bytes"), HELD)
         assert store.quarantine(file) is None
         assert content(store, info) == b"bytes"
 
     def test_a_file_is_restored(self, store: DataStore, quarantining: None) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"bytes"), SURE)
+        store.append(info, 0, Blocks(b"bytes"), HELD)
         (file,) = store.files(time.time() + 60)
         moved = store.quarantine(file)
         assert moved is not None
@@ -705,16 +705,16 @@ class DataStoreContract:
         assert not store.restore(moved)
         assert list(store.quarantined()) == []
         assert content(store, info) == b"bytes"
-        store.append(info, 5, Blocks(b" more"), SURE)
+        store.append(info, 5, Blocks(b" more"), HELD)
         assert content(store, info) == b"bytes more"
 
     def test_a_file_never_replaces_another(self, store: DataStore, quarantining: None) -> None:
         info = created(store)
-        store.append(info, 0, Blocks(b"first"), SURE)
+        store.append(info, 0, Blocks(b"first"), HELD)
         (file,) = store.files(time.time() + 60)
         assert (first := store.quarantine(file)) is not None
         store.create(info)
-        store.append(info, 0, Blocks(b"second"), SURE)
+        store.append(info, 0, Blocks(b"second"), HELD)
         assert not store.restore(first)
         assert content(store, info) == b"second"
         # Both stay if the second one is moved there, too.
@@ -731,9 +731,9 @@ class DataStoreContract:
         info = created(store)
         with pytest.raises(UploadExists):
             other.create(FileInfo(id=info.id))
-        store.append(info, 0, Blocks(b"one,"), SURE)
+        store.append(info, 0, Blocks(b"one,"), HELD)
         assert other.offset(info) == 4
-        other.append(info, 4, Blocks(b"two"), SURE)
+        other.append(info, 4, Blocks(b"two"), HELD)
         assert store.offset(info) == 7
         assert content(store, info) == content(other, info) == b"one,two"
         other.delete(info)
@@ -749,7 +749,7 @@ class DataStoreContract:
         source = Blocks(
             b"new", provisional=True, before_answer=lambda kept: offsets.append(other.offset(info))
         )
-        store.append(info, 0, source, SURE)
+        store.append(info, 0, source, HELD)
         assert offsets == [0]
         assert other.offset(info) == 3
 
@@ -757,5 +757,5 @@ class DataStoreContract:
     def test_another_instance_can_join(self, store: DataStore, other: DataStore) -> None:
         parts = [self.part(store, b"one,"), self.part(other, b"two")]
         final = self.final(store, *parts)
-        other.concatenate(final, parts, SURE)
+        other.concatenate(final, parts, HELD)
         assert content(store, final) == b"one,two"

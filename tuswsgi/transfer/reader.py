@@ -27,7 +27,7 @@ from tuswsgi.core.errors import (
     UploadLocked,
 )
 from tuswsgi.core.process import PerProcess, let_others_run
-from tuswsgi.lockers.base import SURE, Hold, IsLost
+from tuswsgi.lockers.base import HELD, Hold, IsLost
 from tuswsgi.transfer.checksum import Checksum
 
 #: The most bytes that are moved at once.
@@ -163,7 +163,7 @@ class UploadReader:
 
         The process may have been suspended, and another one may be writing.
         """
-        self._is_lost = None if hold is SURE else hold.is_lost
+        self._is_lost = None if hold is HELD else hold.is_lost
 
     def interrupt(self, error: TusError) -> None:
         """End the body for the reason `error`, unless it has ended already.

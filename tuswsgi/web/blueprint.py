@@ -15,7 +15,7 @@ from flask.sansio.blueprints import BlueprintSetupState
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter, Rule
 
-from tuswsgi.core.errors import MethodNotAllowed, TusError, Unavailable, may_pass
+from tuswsgi.core.errors import MethodNotAllowed, TusError, Unavailable, is_temporary
 from tuswsgi.core.events import RequestInfo, joined
 from tuswsgi.observing.logs import CLIENT, REQUEST_ID, UPLOAD_ID, current_request, request_id
 from tuswsgi.observing.telemetry import report, request_answered
@@ -147,7 +147,7 @@ class TusBlueprint(flask.Blueprint):
             raise
         except Exception as error:
             # For example too many open files, or a read-only disk.
-            passes = isinstance(error, OSError) and may_pass(error)
+            passes = isinstance(error, OSError) and is_temporary(error)
             failure = Unavailable() if passes else TusError()
             code = failure.code
             answer = error_response(failure, common, body)

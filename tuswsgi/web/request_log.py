@@ -22,7 +22,7 @@ from tuswsgi.core.errors import (
     TusError,
     UnsupportedVersion,
     UploadNotFound,
-    may_pass,
+    is_temporary,
 )
 from tuswsgi.observing.logs import CLIENT, UPLOAD_ID, sole_handler
 from tuswsgi.transfer.body import RequestBody
@@ -66,7 +66,7 @@ def log_answer(
         cause = None if error is None or level != logging.WARNING else error.__cause__
         fields = _fields(environ, method, status, body, began, error)
         # A traceback does not help with a full or broken disk.
-        if isinstance(cause, OSError) and may_pass(cause):
+        if isinstance(cause, OSError) and is_temporary(cause):
             fields["reason"] += f" {_shown(str(cause))}"
             cause = None
         _write(level, fields, None if isinstance(error, StorageFull) else cause)

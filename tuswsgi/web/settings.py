@@ -31,7 +31,7 @@ class Compat(str, Enum):
 HEALTH = "/health"
 READY = "/ready"
 METRICS = "/metrics"
-WATCHED = (HEALTH, READY, METRICS)
+MONITORING_PATHS = (HEALTH, READY, METRICS)
 
 #: Stands for the peers of a unix socket, which have no addresses.
 UNIX = "unix"
