@@ -142,7 +142,7 @@ def test_everything_arrives(way: tuple[str, str]) -> None:
         assert "8 copied, 0 overwritten, 0 there already." in output
         assert "8 uploads with 14 undelivered post-hooks are the same" in output
         assert everything(target) == everything(source)
-        assert [dead.error for dead in target.outbox(dead=True)] == ["nobody there"]
+        assert [dead.error for dead in target.undelivered(dead=True)] == ["nobody there"]
         assert list(target.expired(60.0)) == list(source.expired(60.0)) != []
         (waiting,) = target.list({State.WAITING})
         assert list(target.finals_waiting_for(waiting.partial_uploads[0])) == [waiting.id]
@@ -212,7 +212,7 @@ def _rewrite(store: InfoStore) -> None:
 
 
 def _settle(store: InfoStore) -> None:
-    store.settle(store.outbox(dead=False)[0])
+    store.settle(store.undelivered(dead=False)[0])
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -84,7 +84,7 @@ def test_pending_and_dead_are_listed(infos: InfoStore, flags: list[str]) -> None
 
 def test_control_characters_are_escaped(infos: InfoStore, flags: list[str]) -> None:
     write(infos, "a")
-    (event,) = infos.outbox(dead=False)
+    (event,) = infos.undelivered(dead=False)
     infos.put_back(replace(event, error="cannot store \x1b[2J\u202e.txt"))
     _, line = hooks("pending", *flags).output.splitlines()
     assert line.endswith(r"cannot store \x1b[2J\u202e.txt")
@@ -116,7 +116,7 @@ def test_dead_letters_are_tried_again(infos: InfoStore, flags: list[str], by: st
     args = {"event": [ids[1]], "upload": ["upload-1"], "all": []}[by]
     count = 3 if by == "all" else 1
     assert hooks("replay", *args, *flags).output == f"{count} will be delivered again.\n"
-    assert len(infos.outbox(dead=True)) == 3 - count
+    assert len(infos.undelivered(dead=True)) == 3 - count
     again = infos.claim("worker", time.time(), time.time() + 60)
     assert len(again) == count
     assert ids[1] in {event.id for event in again}

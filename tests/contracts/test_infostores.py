@@ -171,7 +171,7 @@ class TestFileInfoStore(Shared):
         for name in ("unknown", "strange name"):
             (directory / ".pending" / name).touch()
         assert list(store.claim("a", time.time() + 1, time.time() + 2)) == []
-        assert list(store.outbox(dead=False)) == []
+        assert list(store.undelivered(dead=False)) == []
         # The upload may be about to be created.
         store.prepare()
         assert len(list((directory / ".pending").iterdir())) == 2

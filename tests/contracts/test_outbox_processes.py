@@ -88,7 +88,7 @@ def test_killed_workers_lose_no_event_and_break_no_claim(tmp_path, make):
             workers.append(start())
             workers[-1].tell("go")
         deadline = time.monotonic() + SOON * 6
-        while store.outbox(dead=False):
+        while store.undelivered(dead=False):
             assert time.monotonic() < deadline, "some events are never delivered"
             listen(workers, heard, 1)
     finally:
@@ -99,7 +99,7 @@ def test_killed_workers_lose_no_event_and_break_no_claim(tmp_path, make):
     assert {kind for kind, _ in heard} == {"delivered"}
     assert len(list(deliveries.glob("*.done"))) == len(written)
     assert all(store.events(told.upload) == [] for told in written.values())
-    assert store.outbox(dead=True) == []
+    assert store.undelivered(dead=True) == []
     store.close()
 
 

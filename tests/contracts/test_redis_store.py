@@ -120,7 +120,7 @@ class TestRedisInfoStore(InfoStoreContract):
             assert list(store.claim("a", 100.0, 130.0)) == []
             assert list(store.expired(2.0)) == [due.id]
         assert caplog.text.count("Skipping") == 5
-        assert list(store.outbox(dead=False)) == []
+        assert list(store.undelivered(dead=False)) == []
         with pytest.raises(record.CorruptRecord):
             store.load(broken.id)
 

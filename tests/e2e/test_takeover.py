@@ -1,4 +1,4 @@
-"""Several requests for one upload: one of them writes, and a dead one is no obstacle.
+"""Several requests for one upload: one writes, and a dead connection does not block the next.
 
 The servers have the default ``lock_timeout`` (20 s) and ``network_timeout`` (60 s): an
 answer that comes soon did not wait for either of them.

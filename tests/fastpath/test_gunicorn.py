@@ -20,9 +20,9 @@ from tuswsgi.transfer.exchange import body_of
 from tuswsgi.transfer.gunicorn import (
     ChunkedBody,
     LengthBody,
+    adopt_reader,
     is_read,
     missing_internals,
-    take_over,
 )
 
 DATA = bytes(range(256)) * 200
@@ -273,7 +273,7 @@ def test_the_application_has_begun_to_read(chunked: socket.socket) -> None:
 def test_the_application_reads_what_we_take_apart(chunked: socket.socket) -> None:
     source = unreader.SocketUnreader(chunked)
     body = bodies.Body(bodies.ChunkedReader(request(source), source))
-    take_over(body.reader)
+    adopt_reader(body.reader)
     assert body.read() == DATA
     assert is_read(body)
     assert rest_of(source) == b"HEAD "

@@ -178,7 +178,7 @@ def tell(outbox: Outbox, upload: str, type: HookType, sequence: int = 1) -> None
 
 
 def pending(infos: InfoStore) -> int:
-    return len(infos.outbox(dead=False))
+    return len(infos.undelivered(dead=False))
 
 
 @pytest.mark.usefixtures("rare_polls")
@@ -198,7 +198,7 @@ def test_events_of_a_woken_upload_are_delivered_at_once_and_in_order(infos: Info
 def test_polling_finds_new_events(infos: InfoStore) -> None:
     receiver = Receiver()
     with delivering(infos, receiver):
-        wait_until(lambda: infos.outbox(dead=False) == [], "a first look")
+        wait_until(lambda: infos.undelivered(dead=False) == [], "a first look")
         write(infos, "a", CREATED)
         wait_until(lambda: receiver.types_of("a") == [CREATED], "the hook")
 
@@ -257,8 +257,8 @@ def test_a_failure_is_stored_with_its_event(
     with delivering(infos, receiver, settings=settings) as outbox:
         write(infos, "a", FINISHED)
         outbox.wake("a")
-        wait_until(lambda: infos.outbox(dead=False)[0].attempts, "the failure")
-    (event,) = infos.outbox(dead=False)
+        wait_until(lambda: infos.undelivered(dead=False)[0].attempts, "the failure")
+    (event,) = infos.undelivered(dead=False)
     assert event.attempts == 1
     shown = "http://********@host/hook?token=********"
     assert event.error == f"ConnectionError: no route to {shown} (refused)"
@@ -290,7 +290,7 @@ def test_a_dead_letter_does_not_hold_up_the_next_event(
         outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [FINISHED]
-    (letter,) = infos.outbox(dead=True)
+    (letter,) = infos.undelivered(dead=True)
     assert (letter.id, letter.attempts) == (event.id, 3)
     assert letter.error == "ValueError: broken for good"
     (line,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
@@ -314,7 +314,7 @@ def test_a_refused_event_is_a_dead_letter_after_few_attempts(
         outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [FINISHED]
-    (letter,) = infos.outbox(dead=True)
+    (letter,) = infos.undelivered(dead=True)
     assert (letter.id, letter.attempts) == (event.id, 3)
     assert letter.error == "Refused: answered 404 (3)"
 
@@ -333,7 +333,7 @@ def test_one_refusal_after_other_failures_makes_no_dead_letter(infos: InfoStore)
         outbox.wake("a")
         wait_until(lambda: pending(infos) == 0, "the end of all events")
     assert receiver.types_of("a") == [CREATED]
-    assert not infos.outbox(dead=True)
+    assert not infos.undelivered(dead=True)
 
 
 def test_an_unreadable_event_is_a_dead_letter(infos: InfoStore) -> None:
@@ -342,7 +342,7 @@ def test_an_unreadable_event_is_a_dead_letter(infos: InfoStore) -> None:
     infos.create(info_of("a"), [broken, event_for("a", FINISHED, 1)])
     with delivering(infos, receiver):
         wait_until(lambda: pending(infos) == 0, "the end of all events")
-    assert [letter.id for letter in infos.outbox(dead=True)] == [broken.id]
+    assert [letter.id for letter in infos.undelivered(dead=True)] == [broken.id]
     assert receiver.types_of("a") == [FINISHED]
 
 
@@ -352,11 +352,11 @@ def test_events_of_a_removed_transport_are_dead_letters(infos: InfoStore) -> Non
     infos.create(info_of("a"), [old])
     infos.create(info_of("b"), [new])
     with delivering(infos, Receiver()):
-        wait_until(lambda: infos.outbox(dead=True), "a dead letter")
-    (letter,) = infos.outbox(dead=True)
+        wait_until(lambda: infos.undelivered(dead=True), "a dead letter")
+    (letter,) = infos.undelivered(dead=True)
     assert letter.id == old.id
     assert letter.error == "There is no transport gone in the configuration"
-    assert [event.id for event in infos.outbox(dead=False)] == [new.id]
+    assert [event.id for event in infos.undelivered(dead=False)] == [new.id]
 
 
 def test_a_function_is_called_once_whatever_it_returns(infos: InfoStore) -> None:

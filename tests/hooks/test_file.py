@@ -307,10 +307,10 @@ class TestAnswering:
             info = FileInfo(id="a1")
             infos.create(info, [event_of(request(HookType.POST_FINISH), "file", time.time())])
             outbox.wake("a1")
-            wait_until(lambda: infos.outbox(dead=True), "the failure")
+            wait_until(lambda: infos.undelivered(dead=True), "the failure")
         finally:
             outbox.stop(5)
-        (event,) = infos.outbox(dead=True)
+        (event,) = infos.undelivered(dead=True)
         assert event.error is not None
         assert event.error.endswith(r"ended with exit code 3: no \x1b]0;x\x07")
         assert r"no \x1b]0;x\x07" in caplog.text

@@ -85,7 +85,7 @@ class StoredUploads:
     def __init__(self, infos: InfoStore) -> None:
         self._infos = infos
         self._dead: defaultdict[str, list[Event]] = defaultdict(list)
-        for event in infos.outbox(dead=True, limit=_ALL):
+        for event in infos.undelivered(dead=True, limit=_ALL):
             self._dead[event.upload].append(event)
 
     def ids(self) -> Sequence[str]:

@@ -41,12 +41,12 @@ def opened(config: Config) -> AbstractContextManager[InfoStore]:
 
 def pending(infos: EventStore) -> Sequence[Event]:
     """Return the events to be delivered, oldest first."""
-    return infos.outbox(dead=False, limit=_MANY)
+    return infos.undelivered(dead=False, limit=_MANY)
 
 
 def dead(infos: EventStore) -> Sequence[Event]:
     """Return the dead letters, oldest first."""
-    return infos.outbox(dead=True, limit=_MANY)
+    return infos.undelivered(dead=True, limit=_MANY)
 
 
 def replay(infos: EventStore, id: str | None = None) -> int:

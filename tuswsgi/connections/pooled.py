@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How often a transaction is attempted that the server undoes in favour of others.
+#: How many times to attempt a transaction that the server rolls back because of a conflict.
 _ATTEMPTS = 10
 
-#: Between attempts of such a transaction.
+#: The pauses between these attempts.
 _BACKOFF = Backoff(first=0.01, longest=0.3, jitter=1.0)
 
 #: Seconds that creating the tables may take.
@@ -124,7 +124,7 @@ class PooledConnection(SqlConnection):
     def _repeat(self, work: Callable[[Database], T], database: Database, timeout: float) -> T:
         """Run `work`, and again after a conflict, and once after the connection broke.
 
-        An idle connection may have been broken for long, because the server restarted.
+        An idle connection may have broken long ago, because the server restarted.
         """
         deadline = time.monotonic() + timeout
         retries = {ErrorKind.BROKEN: 1, ErrorKind.CONFLICT: _ATTEMPTS - 1}

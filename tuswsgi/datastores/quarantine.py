@@ -1,7 +1,7 @@
 """The quarantine: a hidden directory for files without a record.
 
 ``.tuswsgi/quarantine/<time>/`` below the directory of uploads has the files that were moved
-there at that time, by the same paths as before, so that ``mv`` restores them. They are renamed
+there at that time, under the same relative paths, so that ``mv`` restores them. They are renamed
 within one file system, never copied.
 """
 

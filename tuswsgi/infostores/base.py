@@ -196,7 +196,7 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+    def undelivered(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
         """Return up to `limit` undelivered events of all uploads, oldest first.
 
         :param dead: return the dead letters instead.
@@ -261,8 +261,8 @@ class InfoStore(RecordStore, EventStore):
             stalled += sum(is_stalled(info, stalled_before) for info in page)
             after = page[-1].id
             let_others_run()
-        pending = self.outbox(dead=False, limit=_MANY)
-        dead = self.outbox(dead=True, limit=_MANY)
+        pending = self.undelivered(dead=False, limit=_MANY)
+        dead = self.undelivered(dead=True, limit=_MANY)
         oldest = pending[0].created_at if pending else None
         return Census(unfinished, stalled, len(pending), len(dead), oldest)
 

@@ -36,7 +36,7 @@ class Entry:
 
     @classmethod
     def decode(cls, text: str | bytes) -> Entry:
-        """Return the entry that ``encode`` made a text of.
+        """Return the entry that ``encode`` wrote.
 
         :raises CorruptRecord: if `text` is something else.
         """
@@ -142,7 +142,7 @@ class Entry:
 
 
 def oldest_events(entries: Iterable[Entry], *, dead: bool, limit: int) -> list[Event]:
-    """Return events of many uploads; see ``EventStore.outbox``."""
+    """Return events of many uploads; see ``EventStore.undelivered``."""
     events = (event for entry in entries for event in entry.undelivered(dead=dead))
     return heapq.nsmallest(limit, events, key=lambda event: event.created_at)
 

@@ -224,7 +224,7 @@ class FileInfoStore(InfoStore):
     def put_back(self, event: Event) -> None:
         self._change(event.upload, partial(self._release, lambda entry: entry.put_back(event)))
 
-    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+    def undelivered(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
         with _errors_translated(self._directory):
             marked = self._pending.all()
         return oldest_events(self._entries(marked), dead=dead, limit=limit)

@@ -101,7 +101,7 @@ class MemoryInfoStore(InfoStore):
             if entry := self._entries.get(event.upload):
                 entry.put_back(event)
 
-    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+    def undelivered(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
         with self._lock:
             return oldest_events(self._entries.values(), dead=dead, limit=limit)
 

@@ -250,7 +250,7 @@ class RedisInfoStore(InfoStore):
     def put_back(self, event: Event) -> None:
         self._change_if_there(event.upload, lambda entry: entry.put_back(event))
 
-    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+    def undelivered(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
         ids = self._ids("dead" if dead else "pending")
         return oldest_events(self._entries(ids), dead=dead, limit=limit)
 

@@ -227,7 +227,7 @@ class SqlInfoStore(InfoStore):
         values = (*changes, event.id, event.transport)
         self._connection.write(partial(self._change, event, _PUT_BACK, values))
 
-    def outbox(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
+    def undelivered(self, *, dead: bool, limit: int = 1000) -> Sequence[Event]:
         return [_event(row) for row in self._all(_OUTBOX, (dead, limit))]
 
     def _run_create(self, info: FileInfo, events: Sequence[Event], database: Database) -> None:

@@ -1,6 +1,6 @@
 """Locked bytes of files: the kernel releases them when the process dies.
 
-A lock is one byte of one of 64 files; the hash of the id says which. A file per lock would be
+A lock is one byte of one of 64 files, chosen by the hash of the id. A file per lock would be
 created and removed with every request, and file systems like ext4 get slower and slower at
 that.
 
@@ -31,7 +31,7 @@ _FILES = 64
 _MAX_IDLE = 4
 
 #: Open file description locks (Linux): unlike those of lockf they also exclude the greenlets
-#: of one process. Elsewhere each lock is a file, which stays.
+#: of one process. Elsewhere each lock has its own file, which is never deleted.
 _SET_LOCK: int | None = getattr(fcntl, "F_OFD_SETLK", None)
 
 #: ``struct flock``: type, whence, start, length, pid.

@@ -30,7 +30,7 @@ class Claims:
         self._held: dict[tuple[str, str], str] = {}
 
     def claim(self, transport: str, upload: str | None, limit: int) -> Sequence[Event]:
-        """Claim events that are due; see ``InfoStore.claim``."""
+        """Claim events that are due; see ``EventStore.claim``."""
         worker = self._worker
         now = time.time()
         try:

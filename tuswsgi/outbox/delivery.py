@@ -156,7 +156,7 @@ class Delivery:
     def _bury_unknown(self, transports: Sequence[str]) -> None:
         """Make dead letters of events whose transport is no longer configured."""
         youngest = time.time() - _UNKNOWN_AGE
-        for event in self._events.outbox(dead=False, limit=200):
+        for event in self._events.undelivered(dead=False, limit=200):
             if event.transport not in transports and event.created_at < youngest:
                 for claimed in self._claims.claim(event.transport, event.upload, 1):
                     reason = f"There is no transport {event.transport} in the configuration"

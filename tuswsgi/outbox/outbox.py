@@ -49,7 +49,7 @@ class Outbox:
         self._hooks = hooks
         self._delivery = PerProcess(lambda: Delivery(store, hooks.hooks, settings, on_answer))
 
-    def record(self, type: HookType, info: FileInfo, request: RequestInfo) -> Sequence[Event]:
+    def events_for(self, type: HookType, info: FileInfo, request: RequestInfo) -> Sequence[Event]:
         """Return the events to write with a change of state, one per transport.
 
         :param info: what is passed to ``RecordStore.create`` or ``save`` with the events.

@@ -36,7 +36,7 @@ class PostCreate:
         self._request = request
         self._delay = None if silence is None else silence + 2 * _INTERVAL
         self._held_at = time.monotonic()
-        self.events = outbox.record(HookType.POST_CREATE, info, request)
+        self.events = outbox.events_for(HookType.POST_CREATE, info, request)
         if self._delay is not None:
             due_at = time.time() + self._delay
             self.events = [replace(event, due_at=due_at) for event in self.events]

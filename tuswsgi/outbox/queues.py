@@ -35,7 +35,7 @@ class OneShot:
 
     @property
     def is_progress(self) -> bool:
-        """Whether it is superseded by a newer one of the same upload."""
+        """Whether it reports progress, so that a newer report replaces it."""
         return self.request.type is HookType.POST_RECEIVE
 
 
@@ -59,8 +59,8 @@ class _Queue:
 class Queues:
     """The queues of one process, each in a thread of its own while it has jobs.
 
-    Each transport has its own slots for running queues, so that a slow one takes none from the
-    others, and one-shots take none from events.
+    Each transport has its own slots for running queues, so that a slow transport does not block the
+    others, nor one-shots the events.
 
     :param work: does a job, and may return the next event of the same queue.
     :param slots: how many queues of a transport run at once, for either kind of job.

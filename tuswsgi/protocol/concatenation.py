@@ -33,8 +33,7 @@ class Concatenation:
         builds never wait for each other.
 
         :returns: the final upload, still waiting if a part is unfinished.
-        :raises UploadGone: if the upload was removed, or a part of it, so that it never can be
-            built.
+        :raises UploadGone: if the upload or a part of it was removed: it can never be built.
         :raises MaxSizeExceeded: if the parts are too large together.
         """
         context = self.context

@@ -86,7 +86,7 @@ class Context:
         :param state: ``TERMINATED`` or ``EXPIRED``.
         :param hold: the upload's lock.
         """
-        events = self.outbox.record(HookType.POST_TERMINATE, info, request)
+        events = self.outbox.events_for(HookType.POST_TERMINATE, info, request)
         write_tombstone = partial(self.infos.delete, info, events, state=state, now=time.time())
         hold.check()
         try:

@@ -111,7 +111,7 @@ class Creator:
             created = empty if hooks.follows_tusd else info
             if self._is_reported(info):
                 events = [
-                    *context.outbox.record(HookType.POST_CREATE, created, post.request),
+                    *context.outbox.events_for(HookType.POST_CREATE, created, post.request),
                     *events,
                 ]
         except Exception:

@@ -74,7 +74,7 @@ class Finisher:
             response = FinalResponse(answer.status, answer.body or "", answer.headers)
             info = info.replace(response=response)
         info = info.replace(state=State.FINISHED, finished_at=time.time())
-        return info, self.context.outbox.record(HookType.POST_FINISH, info, request)
+        return info, self.context.outbox.events_for(HookType.POST_FINISH, info, request)
 
     def announce(self, info: FileInfo, request: RequestInfo) -> None:
         """Tell hooks and receivers of signals that an upload is finished; not if it was refused."""

@@ -37,7 +37,7 @@ class Master(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         super().__init__()
 
     def check(self) -> None:
-        """Check what the workers need, so that problems are reported once and in one sentence.
+        """Check what the workers need, so that problems are reported once and briefly.
 
         :raises ConfigurationError: if the server cannot start on this host.
         """

@@ -33,7 +33,7 @@ from tuswsgi.app import Tus
 from tuswsgi.core.errors import ConfigurationError, TusError
 from tuswsgi.core.options import KiB
 from tuswsgi.observing.logs import current_request
-from tuswsgi.transfer.gunicorn import drain, is_read, missing_internals, take_over
+from tuswsgi.transfer.gunicorn import adopt_reader, drain, is_read, missing_internals
 from tuswsgi.transfer.sockets import linger
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class TusWorker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if not self._knows_gunicorn:
             super().handle_request(listener_name, req, sock, addr)
             return
-        take_over(req.body.reader)
+        adopt_reader(req.body.reader)
         try:
             super().handle_request(listener_name, req, sock, addr)
         except StopIteration:

@@ -87,7 +87,7 @@ class EventStoreContract:
     def test_an_empty_outbox_has_nothing_to_claim(self, store: InfoStore) -> None:
         store.create(upload())
         assert list(claim(store)) == []
-        assert list(store.outbox(dead=False)) == list(store.outbox(dead=True)) == []
+        assert list(store.undelivered(dead=False)) == list(store.undelivered(dead=True)) == []
 
     def test_claimed_events_are_returned_as_they_were_written(self, store: InfoStore) -> None:
         info = upload()
@@ -110,7 +110,7 @@ class EventStoreContract:
         for worker in ("a", "b"):
             assert list(store.claim(worker, NOW, UNTIL)) == []
             assert list(store.claim(worker, UNTIL - 0.001, LATER, upload=info.id)) == []
-        assert list(store.events(info.id)) == list(store.outbox(dead=False)) == events
+        assert list(store.events(info.id)) == list(store.undelivered(dead=False)) == events
 
     def test_an_event_is_claimed_when_it_is_due(self, store: InfoStore) -> None:
         _, events = created(store, due_at=NOW)
@@ -219,11 +219,11 @@ class EventStoreContract:
         info, (first, second) = created(store, count=2)
         for _ in range(3):
             store.settle(first)
-            assert list(store.events(info.id)) == list(store.outbox(dead=False)) == [second]
+            assert list(store.events(info.id)) == list(store.undelivered(dead=False)) == [second]
         store.settle(second)
         store.settle(event(info, transport="http"))
         store.settle(event(upload(), transport="http"))
-        assert list(store.events(info.id)) == list(store.outbox(dead=False)) == []
+        assert list(store.events(info.id)) == list(store.undelivered(dead=False)) == []
 
     def test_put_back_stores_the_outcome(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
@@ -243,26 +243,26 @@ class EventStoreContract:
         store.put_back(replace(first, attempts=1))
         store.put_back(event(info, transport="amqp"))
         store.put_back(event(upload(), transport="http"))
-        assert list(store.events(info.id)) == list(store.outbox(dead=False)) == events
+        assert list(store.events(info.id)) == list(store.undelivered(dead=False)) == events
 
     def test_a_dead_letter_holds_up_no_other_event(self, store: InfoStore) -> None:
         info, (first, second) = created(store, count=2)
         (claimed,) = claim(store)
         dead = replace(claimed, dead=True, attempts=9, error="no more")
         store.put_back(dead)
-        assert list(store.events(info.id)) == list(store.outbox(dead=False)) == [second]
-        assert list(store.outbox(dead=True)) == [dead]
+        assert list(store.events(info.id)) == list(store.undelivered(dead=False)) == [second]
+        assert list(store.undelivered(dead=True)) == [dead]
         assert list(claim(store)) == [second]
         store.settle(second)
         assert list(claim(store, LATER, LATER * 2)) == []
         store.settle(first)
-        assert list(store.outbox(dead=True)) == []
+        assert list(store.undelivered(dead=True)) == []
 
     def test_dead_letters_can_be_created_with_a_record(self, store: InfoStore) -> None:
         info = upload()
         dead = event(info, transport="http", dead=True, attempts=9, error="no more")
         store.create(info, [dead, told := event(info, transport="http", attempts=2)])
-        assert list(store.outbox(dead=True)) == [dead]
+        assert list(store.undelivered(dead=True)) == [dead]
         assert list(claim(store)) == [told]
         store.put_back(again := replace(dead, dead=False))
         assert list(store.events(info.id)) == [again, told]
@@ -276,7 +276,7 @@ class EventStoreContract:
         assert list(claim(store)) == [second]
         for told in (first, only):
             store.put_back(told)
-        assert list(store.outbox(dead=True)) == []
+        assert list(store.undelivered(dead=True)) == []
         assert list(store.events(info.id)) == [first, second]
         assert keys(claim(store)) == keys([first, only])
         # The claim on the second one holds, though another one is before it by now.
@@ -303,7 +303,7 @@ class EventStoreContract:
             store.create(info, [told])
         with pytest.raises(InfoConflict):
             store.save(replace(info, sequence=7), [told])
-        assert list(claim(store)) == list(store.outbox(dead=False)) == []
+        assert list(claim(store)) == list(store.undelivered(dead=False)) == []
         store.save(info, [told])
         assert list(claim(store)) == [told]
 
@@ -323,14 +323,14 @@ class EventStoreContract:
         told = [event(info, transport="http", created_at=float(n)) for n, info in enumerate(infos)]
         for info, one in zip(infos, told, strict=True):
             store.create(info, [one])
-        assert list(store.outbox(dead=False)) == told
-        assert list(store.outbox(dead=False, limit=2)) == told[:2]
+        assert list(store.undelivered(dead=False)) == told
+        assert list(store.undelivered(dead=False, limit=2)) == told[:2]
         dead = [replace(one, dead=True) for one in told[1:4]]
         for one in dead:
             store.put_back(one)
-        assert list(store.outbox(dead=True)) == dead
-        assert list(store.outbox(dead=True, limit=2)) == dead[:2]
-        assert list(store.outbox(dead=False)) == [told[0], told[4]]
+        assert list(store.undelivered(dead=True)) == dead
+        assert list(store.undelivered(dead=True, limit=2)) == dead[:2]
+        assert list(store.undelivered(dead=False)) == [told[0], told[4]]
 
     def test_concurrent_workers_claim_different_events(
         self, store: InfoStore, other: InfoStore
@@ -358,10 +358,10 @@ class EventStoreContract:
         assert list(store.events(info.id)) == list(other.events(info.id)) == [tried, second]
         assert list(store.claim("b", NOW + 1, UNTIL)) == [tried]
         store.put_back(replace(tried, dead=True))
-        assert len(other.outbox(dead=True)) == 1
+        assert len(other.undelivered(dead=True)) == 1
         assert list(other.claim("a", NOW, UNTIL)) == [second]
         store.settle(second)
-        assert list(other.outbox(dead=False)) == []
+        assert list(other.undelivered(dead=False)) == []
 
     def test_events_are_written_while_others_are_settled(
         self, store: InfoStore, other: InfoStore
@@ -388,4 +388,4 @@ class EventStoreContract:
         together([write, deliver])
         assert [one.payload["n"] for one in told] == list(range(30))
         assert store.load(info.id).sequence == 30
-        assert list(store.outbox(dead=False)) == []
+        assert list(store.undelivered(dead=False)) == []

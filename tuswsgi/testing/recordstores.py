@@ -45,7 +45,7 @@ class RecordStoreContract:
             assert [one.upload for one in store.events(id)] == [id]
             assert list(store.finals_waiting_for(id)) == [whole.id]
         assert [info.id for info in store.list()] == sorted([*ids, whole.id])
-        assert {one.upload for one in store.outbox(dead=False)} == set(ids)
+        assert {one.upload for one in store.undelivered(dead=False)} == set(ids)
         store.delete(store.load("*"), [], state=State.TERMINATED, now=1.0)
         assert not any(store.load(id).is_gone for id in ids if id != "*")
 
@@ -85,7 +85,7 @@ class RecordStoreContract:
             store.load(info.id)
         assert list(store.list()) == [there]
         assert list(store.expired(2.0)) == []
-        assert list(store.outbox(dead=False)) == []
+        assert list(store.undelivered(dead=False)) == []
 
     def test_save_replaces_the_record_and_counts_up(self, store: InfoStore) -> None:
         info = upload()
@@ -193,7 +193,7 @@ class RecordStoreContract:
         if dead:
             store.put_back(told := replace(told, dead=True))
         assert not store.forget(gone)
-        assert list(store.outbox(dead=dead)) == [told]
+        assert list(store.undelivered(dead=dead)) == [told]
         store.settle(told)
         assert store.forget(gone)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from tuswsgi.core.process import is_cooperative, let_others_run
 
-#: The work of one turn, in bytes moved. A HEAD beside some fast uploads waits for milliseconds
-#: then.
+#: The work of one turn, in bytes moved. Then a HEAD beside some fast uploads waits only
+#: milliseconds.
 TURN = 512 * 1024
 
-#: The work of a call that receives bytes and of storing them, beyond that of moving each byte.
+#: The fixed cost of receiving and storing one block, besides its bytes.
 RECEIVE = 4 * 1024
 
 #: The work of decoding a chunk.
@@ -38,8 +38,8 @@ class Budget:
     def share(self) -> None:
         """Let others run if the budget is spent.
 
-        A connection that has waited since the last call has let others run already, so between
-        two turns of the others it has at most two of its own.
+        A connection that has waited since the last call has already let others run. So between
+        two turns of the others it gets at most two turns.
         """
         if self._spent < TURN:
             return

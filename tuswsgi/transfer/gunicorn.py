@@ -302,7 +302,7 @@ class ChunkedBody(SocketBody):
     def __init__(self, source: Any, sock: Any) -> None:
         super().__init__(source, sock, None)
         self._reader = source.reader
-        take_over(self._reader)
+        adopt_reader(self._reader)
         self._piece = memoryview(b"")
 
     def wake(self) -> None:
@@ -356,7 +356,7 @@ def _broken_off(error: OSError) -> BodyIncomplete:
     return BodyIncomplete()
 
 
-def take_over(reader: Any) -> None:
+def adopt_reader(reader: Any) -> None:
     """Replace gunicorn's parser of a chunked body by ours, if nothing was read yet.
 
     :param reader: gunicorn's, of any kind.
