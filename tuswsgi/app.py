@@ -122,7 +122,7 @@ class Tus:
         self.name = name or ("tus" if number == 1 else f"tus_{number}")
         self._started = PerProcess(self._start)
         self._registration: PerProcess[runtime.Registration] | None = None
-        if is_own and runtime.registers(config):
+        if is_own and runtime.uses_registration(config):
             self._registration = PerProcess(lambda: runtime.Registration(config))
         #: ``None`` if they are switched off.
         self.metrics = self._make_metrics()

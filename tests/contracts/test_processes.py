@@ -65,7 +65,7 @@ def children(count, target, *args):
 
 
 def run_python(code, *args):
-    """Run a script in a new interpreter, which fails by an exception."""
+    """Run a script in a new interpreter, which reports a failure by an exception."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
@@ -99,7 +99,7 @@ def take_turns(connection, directory, count):
     turns = 0
     while turns < count:
         try:
-            # Without the base class' pauses: opening, locking and unlinking shall race.
+            # Without the base class' pauses: opening, locking and unlinking must race.
             with locker.try_lock("a", ignore):
                 os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
                 os.unlink(marker)

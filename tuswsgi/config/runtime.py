@@ -1,6 +1,6 @@
 """Tells commands which runtime directory the servers of a data directory use.
 
-A command that looked for locks in another directory than the servers would find every upload
+A command that looked for locks in a different directory from the servers' would find every upload
 unlocked. So each server registers its runtime directory in the data directory, in a file that
 it keeps locked while it runs. Only locks in files need this.
 """
@@ -27,7 +27,8 @@ from tuswsgi.lockers.settings import LockerName
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which an unused registration is removed; each boot of a host makes a new one.
+#: Seconds after which an unused registration is removed. The scope of a directory changes with each
+#: boot of the host, so each boot makes a new one.
 _OLD = 30 * 86_400.0
 
 
@@ -62,7 +63,9 @@ class Registration:
                 log.error(
                     "Another server on %s has its locks in %s, and this one in %s: both can write "
                     "an upload at the same time. Set the same runtime_dir for both",
-                    *(backends.data_dir, registered.path, path),
+                    backends.data_dir,
+                    registered.path,
+                    path,
                 )
         name = hashlib.blake2b(f"{path}\n{scope}".encode(), digest_size=8).hexdigest()
         self._fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -77,7 +80,7 @@ class Registration:
             os.close(self._fd)
 
 
-def registers(config: Config) -> bool:
+def uses_registration(config: Config) -> bool:
     """Whether servers with this configuration register their runtime directory."""
     backends = Backends(config)
     return backends.locker_name is LockerName.FILE and not backends.in_memory
@@ -89,7 +92,7 @@ def with_runtime_dir_of_servers(config: Config) -> Config:
     :raises ConfigurationError: if the configuration names another one, or if that of the servers
         cannot be reached from here.
     """
-    if not registers(config):
+    if not uses_registration(config):
         return config
     backends = Backends(config)
     try:

@@ -190,5 +190,5 @@ class PooledConnection(SqlConnection):
 
 
 def _unexpected(error: PeeweeException) -> PeeweeException | None:
-    """Return an error whose traceback is of use, and not that the server is down."""
+    """Return the error if its traceback is useful; ``None`` if the server is merely down."""
     return None if isinstance(error, (OperationalError, InterfaceError)) else error

@@ -104,7 +104,8 @@ def _free_path(directory: str, file: StoredFile, moved_at: int) -> str:
 def _move(source: str, target: str) -> None:
     """Rename a file and its companions, but never over another file.
 
-    If the process dies in between, a file has two names, but never lacks a companion.
+    If the process dies in between, a file may have two names, but it never loses a companion (the
+    marker and segments beside it).
     Companions without an upload are removed by the clean-up.
     """
     make_directory(os.path.dirname(target))
@@ -113,17 +114,17 @@ def _move(source: str, target: str) -> None:
     named: list[tuple[str, str]] = []
     try:
         for old, new in pairs:
-            _name(old, new)
+            _link(old, new)
             named.append((old, new))
     except BaseException:
         for old, new in named:
-            _unname(new, old)
+            _unlink_old(new, old)
         raise
     for old, new in reversed(pairs):
-        _unname(old, new)
+        _unlink_old(old, new)
 
 
-def _name(old: str, new: str) -> None:
+def _link(old: str, new: str) -> None:
     """Give a file a second name; rename it if the file system has no hard links."""
     try:
         os.link(old, new, follow_symlinks=False)
@@ -139,8 +140,8 @@ def _name(old: str, new: str) -> None:
         os.rename(old, new)
 
 
-def _unname(old: str, new: str) -> None:
-    """Remove the name `old` of a file that also has the name `new`; rename it if it has not."""
+def _unlink_old(old: str, new: str) -> None:
+    """Remove the old name of a file that has the new one, too; otherwise rename it."""
     if not os.path.lexists(new):
         os.rename(old, new)
     elif os.path.lexists(old):

@@ -163,7 +163,7 @@ def _open(directory: Path, file: str) -> int:
 
 
 def _create(path: str, directory: Path) -> int:
-    """Create a lock file for all processes that may create one, or open another's."""
+    """Create a lock file that other processes may open, too, or open theirs if it exists by now."""
     # Under a temporary name first, so that the others find it with its final owner and mode.
     temporary = f"{directory}/.{secrets.token_hex(8)}"
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

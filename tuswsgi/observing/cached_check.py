@@ -38,7 +38,7 @@ class Probe(Generic[T]):
     """A function with a timeout and a cached result.
 
     :param function: called in a thread of its own (a greenlet if gevent has patched threads),
-        one call at a time, even if that one hangs.
+        never two at once: while a call hangs, no other is started.
     :param patience: seconds until ``get`` gives up.
     :param fresh: seconds for which a result is reused.
     """
@@ -50,7 +50,7 @@ class Probe(Generic[T]):
         self._state: PerProcess[_State[T]] = PerProcess(_State)
 
     def begin(self) -> None:
-        """Call the function unless there is a fresh result, without waiting for it."""
+        """Start a call, unless one is running or its result is fresh. It does not wait."""
         self._call()
 
     def get(self) -> T:

@@ -90,7 +90,7 @@ class Concatenation:
     def _locked_parts(self, info: FileInfo) -> Iterator[Sequence[FileInfo]]:
         parts = self.parts_of(info)
         if any(not part.is_finished for part in parts):
-            # The upload cannot be built, so no holder of a part's lock is interrupted.
+            # The upload cannot be built, so requests that upload its parts are not interrupted.
             yield parts
             return
         with ExitStack() as locks:

@@ -347,7 +347,7 @@ class Uploads:
                 return
         log.warning("%s of %s: it is too late to stop the upload", hook.type, hook.info.id)
 
-    def look(self, id: str, request: RequestInfo) -> FileInfo:
+    def downloadable(self, id: str, request: RequestInfo) -> FileInfo:
         """Return an upload that may be downloaded. Takes no lock.
 
         :raises UploadNotFound: if it is unfinished and `download_unfinished` is off.
@@ -368,7 +368,7 @@ class Uploads:
             return moved if moved.is_finished else moved.replace(offset=self.data.offset(moved))
 
     def open(self, info: FileInfo, start: int) -> Readable:
-        """Open the bytes of an upload that ``look`` returned."""
+        """Open the bytes of an upload that ``downloadable`` returned."""
         try:
             return self.data.open(info, start)
         except UploadGone:

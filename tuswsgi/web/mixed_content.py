@@ -31,8 +31,8 @@ class MixedContentWatch:
         self._settings = settings
         self._silent_until = 0.0
 
-    def look(self, environ: Mapping[str, Any], location: str) -> None:
-        """Warn if a page of https gets an http URL."""
+    def check_location(self, environ: Mapping[str, Any], location: str) -> None:
+        """Warn if a page served over https gets an http URL."""
         origin: str = environ.get("HTTP_ORIGIN", "")
         if not origin.startswith("https:") or not location.startswith("http:"):
             return
@@ -50,7 +50,7 @@ class MixedContentWatch:
         settings = self._settings
         peer = environ.get("REMOTE_ADDR") or "unix"
         if settings.public_url is not None:
-            return "public_url says so"
+            return "public_url is an http URL"
         if not settings.behind_proxy:
             return "if a proxy serves https, set behind_proxy or public_url"
         if not is_trusted(environ.get("REMOTE_ADDR", ""), settings.trusted_proxies):

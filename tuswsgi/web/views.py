@@ -94,7 +94,7 @@ class Views:
         info, answer = self._uploads.create(creation, reader, call.request)
         call.environ[UPLOAD_ID] = info.id
         location = upload_url(call.environ, info.id, self._settings, call.origin)
-        self._mixed_content.look(call.environ, location)
+        self._mixed_content.check_location(call.environ, location)
         headers = [*call.common, ("Location", location), *tus.describe(info, full=False)]
         return success_response(201, headers, info.response or answer, call.body)
 
@@ -112,7 +112,7 @@ class Views:
         be downloaded, so only tus clients may ask for them.
         """
         try:
-            info = self._uploads.look(call.id, call.request)
+            info = self._uploads.downloadable(call.id, call.request)
         except (UploadNotFound, UploadGone):
             raise UnsupportedVersion from None
         if not info.is_finished:
@@ -146,7 +146,7 @@ class Views:
         return success_response(204, call.common, answer, call.body)
 
     def get(self, call: Call) -> Answer:
-        info = self._uploads.look(call.id, call.request)
+        info = self._uploads.downloadable(call.id, call.request)
         validators = downloads.validators(info)
         if downloads.is_cached(call.environ, validators):
             return Answer(304, [*call.common, *validators], b"", call.body)
