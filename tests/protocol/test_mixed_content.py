@@ -42,7 +42,7 @@ def create(client: Client, *, peer: str = "127.0.0.1", **headers: Any) -> None:
             "10.0.0.1",
             "the proxy 10.0.0.1 does not send X-Forwarded-Proto: https",
         ),
-        ({"public_url": "http://example.org/files"}, "10.0.0.1", "public_url says so"),
+        ({"public_url": "http://example.org/files"}, "10.0.0.1", "public_url is an http URL"),
     ],
 )
 def test_the_reason(
