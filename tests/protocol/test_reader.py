@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.client import Client
 from tuswsgi.core.errors import (
     BodyIncomplete,
     BodyTooLarge,
@@ -24,6 +26,7 @@ from tuswsgi.core.errors import (
     UploadLocked,
     UploadSizeExceeded,
 )
+from tuswsgi.core.events import RequestInfo
 from tuswsgi.lockers.base import IsLost
 from tuswsgi.transfer.checksum import Checksum
 from tuswsgi.transfer.reader import ActiveReaders, Body, UploadReader
@@ -325,6 +328,17 @@ class TestActiveReaders:
         with readers.active(reader := reader_of(body)):
             assert drain(reader) == b"hello"
         assert body.nudged.is_set()
+
+    @pytest.mark.parametrize("listens", [False, True])
+    def test_only_listeners_to_progress_have_slow_bodies_nudged_in_time(
+        self, client: Client, listens: bool
+    ) -> None:
+        if listens:
+            client.tus.on("post-receive")(lambda request: None)
+        id = client.create(len(HELLO)).rpartition("/")[2]
+        reader = reader_of(MemoryBody(HELLO))
+        client.tus.uploads.append(id, 0, None, reader, RequestInfo())
+        assert (reader.due_at < math.inf) is listens
 
     def test_stopping_ends_those_that_are_and_those_that_come(self) -> None:
         readers = ActiveReaders(network_timeout=60)

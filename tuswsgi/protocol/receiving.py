@@ -300,7 +300,8 @@ class Reception:
     def _schedule_progress(self) -> None:
         """Have the reader take what has arrived of a slow body in time to tell of it."""
         interval = progress_interval(self._context)
-        self._reader.pace(self._tell_at, interval)
+        if interval < math.inf:
+            self._reader.pace(self._tell_at, interval)
 
     def _report_bytes(self) -> None:
         size = self._reader.received - self._reported
