@@ -373,6 +373,22 @@ def test_publishers_do_not_wait_for_each_other_behind_a_broker_that_hangs(
         assert max(pool.map(send, range(20))) < 5
 
 
+def test_a_request_that_is_in_a_hurry_breaks_off_no_other_message(
+    make: Make, line: Line, inspector: Inspector
+) -> None:
+    amqp = make(POST_FINISH, HookType.PRE_CREATE, url=line.url)
+    amqp.send(hook(id="first"))
+    line.block()
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(amqp.send, hook(id="slow"))
+        with pytest.raises(HookFailed):
+            amqp.send(hook(HookType.PRE_CREATE, deadline=time.monotonic() + 0.1))
+        line.unblock()
+        slow.result()
+    taken = inspector.take_all(inspector.queue(".post-finish"))
+    assert [properties.message_id for properties, _ in taken] == ["first", "slow"]
+
+
 def test_a_broker_that_was_killed_is_used_again(
     make: Make, line: Line, inspector: Inspector
 ) -> None:

@@ -36,6 +36,10 @@ PATIENCE = 10.0
 #: How long the broker is left alone after failures.
 _BACKOFF = Backoff(first=1.0, longest=5.0, jitter=0)
 
+#: The least time, in seconds, after which a broker counts as hanging. A message may have less
+#: time than a broker that is well takes to confirm it.
+_LEAST_SILENCE = 0.5
+
 #: Seconds between two checks of an idle connection: half of the shortest heartbeat interval.
 _CHECK_INTERVAL = 0.5
 
@@ -178,7 +182,7 @@ class Broker:
             job.future.result(max(0.0, deadline - time.monotonic()))
         except futures.TimeoutError:
             job.future.cancel()
-            self._abort_silent(timeout / 2)
+            self._abort_silent(max(timeout / 2, _LEAST_SILENCE))
             raise PublishFailed("the broker took too long") from None
         with self._lock:
             self._failures = 0
