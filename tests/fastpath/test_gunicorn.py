@@ -250,6 +250,20 @@ def test_what_came_before_the_break_is_kept(
     assert not body.ended
 
 
+def test_a_body_that_breaks_off_is_logged_with_its_request_only(
+    ends: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    client, server = ends
+    client.sendall(b"012")
+    client.close()
+    source = unreader.SocketUnreader(server)
+    body = body_of(with_length(bodies.Body(bodies.LengthReader(source, len(DATA))), server))
+    assert bytes(body.receive(10)) == b"012"
+    with caplog.at_level("INFO"), pytest.raises(BodyIncomplete):
+        body.receive(10)
+    assert not caplog.records
+
+
 def test_trailers_that_are_too_long(ends: tuple[socket.socket, socket.socket]) -> None:
     client, server = ends
     body, _ = chunked_body(server)

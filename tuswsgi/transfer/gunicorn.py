@@ -352,7 +352,8 @@ class ChunkedBody(SocketBody):
 
 
 def _broken_off(error: OSError) -> BodyIncomplete:
-    log.info("The body broke off: %r", error)
+    # The line of the request says so, too.
+    log.debug("The body broke off: %r", error)
     return BodyIncomplete()
 
 
