@@ -21,6 +21,7 @@ class Line:
         self.sent = b""
         #: How many connections there were, and which there are.
         self.accepted = 0
+        self.refused = 0
         self.open: list[socket.socket] = []
         self.loses_answer = False
         #: What a client says last before the server goes, and who said it.
@@ -40,6 +41,10 @@ class Line:
 
     def restore(self) -> None:
         self._is_there = True
+
+    def refuse(self) -> None:
+        """The server accepts no more connections than it has."""
+        self._is_there = False
 
     def block(self) -> None:
         """The server hangs: nothing arrives any more."""
@@ -87,6 +92,7 @@ class Line:
             except OSError:
                 return
             if not self._is_there:
+                self.refused += 1
                 client.close()
                 continue
             self.accepted += 1

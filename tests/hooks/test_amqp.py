@@ -486,6 +486,25 @@ def test_there_are_no_more_connections_and_channels_than_allowed(
     assert len(inspector.take_all(inspector.queue(".post-finish"))) == 20
 
 
+def test_a_broker_may_accept_fewer_connections(make: Make, line: Line) -> None:
+    amqp = make(url=line.url)
+    amqp.send(hook())
+    line.refuse()
+    line.block()
+    with ThreadPoolExecutor(6) as pool:
+        sent = [pool.submit(amqp.send, hook()) for _ in range(5)]
+        wait_until(lambda: line.refused > 1, "no other connection was tried")
+        wait_until(lambda: connections() == 1, "the other connections are still being opened")
+        sent.append(pool.submit(amqp.send, hook()))
+        line.unblock()
+        for one in sent:
+            one.result()
+
+
+def connections() -> int:
+    return sum(thread.name == "tuswsgi-amqp" for thread in threading.enumerate())
+
+
 def test_threads_send_at_once(make: Make, inspector: Inspector) -> None:
     amqp = make()
     ids = {uuid4().hex for _ in range(500)}

@@ -130,6 +130,7 @@ class Broker:
         self._closed = False
         self._failures = 0
         self._retry_at = 0.0
+        self._open_more_at = 0.0
         if not (logger := logging.getLogger("pika")).level:
             # It logs each failure several times; we log it once.
             logger.setLevel(logging.CRITICAL)
@@ -195,7 +196,7 @@ class Broker:
             if time.monotonic() < self._retry_at:
                 raise BrokerUnavailable("the broker could not be reached a moment ago")
             all_busy = self._unfinished >= len(self._workers)
-            if all_busy and len(self._workers) < self.settings.size:
+            if all_busy and self._may_open():
                 self._workers.append(Worker(self))
             self._unfinished += 1
             self.jobs.put(job)
@@ -222,6 +223,21 @@ class Broker:
             if now >= self._retry_at:  # else others have reported the same failure
                 self._failures += 1
                 self._retry_at = now + _BACKOFF.after(self._failures)
+
+    def _may_open(self) -> bool:
+        if not self._workers:
+            return True
+        is_time = time.monotonic() >= self._open_more_at
+        return is_time and len(self._workers) < self.settings.size
+
+    def not_connected(self, worker: Worker) -> None:
+        """A worker could not connect. The broker may allow no more connections than there are."""
+        with self._lock:
+            has_others = any(other.is_connected for other in self._workers if other is not worker)
+            if has_others:
+                self._open_more_at = time.monotonic() + _BACKOFF.longest
+        if not has_others:
+            self.failed()
 
     def remove_idle(self, worker: Worker) -> bool:
         """Remove a worker unless there are jobs for it; return whether it is removed."""
@@ -260,6 +276,10 @@ class Worker:
         self.thread = threading.Thread(target=self._run, name="tuswsgi-amqp", daemon=True)
         self.thread.start()
 
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None
+
     def abort(self) -> None:
         """Abort the connection. Until it is open, pika's own timeouts apply."""
         if self._connection is not None:
@@ -273,7 +293,7 @@ class Worker:
             self.busy_since = math.inf
             self._serve(self._connection)
         except BrokerUnavailable as failure:
-            self._broker.failed()
+            self._broker.not_connected(self)
             error = failure
         except ConnectionLost as failure:
             error = failure

@@ -154,9 +154,9 @@ class LogHandler(logging.StreamHandler[TextIO]):
             line = without_controls(line)
         self._pending.append(line + self.terminator)
         if not is_cooperative():
-            self.acquire()
-            self._write_pending()
-            self.release()
+            assert self.lock is not None  # since createLock
+            with self.lock:
+                self._write_pending()
         elif level > logging.INFO:
             self._write_pending()
         elif len(self._pending) == 1:

@@ -78,11 +78,11 @@ class Creator:
         """
         self.context.check_free_space(info)
         if is_chosen:
-            return self._record_first(info, post)
+            return self._record_first(info, post, is_chosen=True)
         if not self.quota.is_limited:
             return self._bytes_first(info, post)
         try:
-            return self._record_first(info, post)
+            return self._record_first(info, post, is_chosen=False)
         except Exception:
             self._remove_unknown(info.id, post.request)
             raise
@@ -125,24 +125,28 @@ class Creator:
         self.finisher.announce(info, post.request)
         return info
 
-    def _record_first(self, info: FileInfo, post: Post) -> FileInfo:
+    def _record_first(self, info: FileInfo, post: Post, *, is_chosen: bool) -> FileInfo:
         """Write the record, then store the bytes; or return the upload of an earlier POST.
 
         That is one with the same id or path, length, metadata and owner, which is unfinished: the
-        answer to its POST was lost. It gets no bytes of this POST.
+        answer to its POST was lost. It gets no bytes of this POST. A random id has none.
         """
         context = self.context
-        known = context.find(info.id)
+        known = context.find(info.id) if is_chosen else None
         if known is not None:
             # Before its holder is interrupted: the id may come from the client.
             self._check_same(info, known, post.request)
         with context.locker.lock(info.id, post.reader.interrupt) as hold:
-            existing = context.find(info.id)
+            existing = context.find(info.id) if is_chosen else None
             if existing is None:
                 info = self._with_storage(info, post)
                 post_create = self._post_create(info, post)
                 events = () if post_create is None else post_create.events
-                info, existing = self._create_or_find(info, events, hold)
+                if is_chosen:
+                    info, existing = self._create_or_find(info, events, hold)
+                else:
+                    info = info.replace(storage=context.data.create(info))
+                    self._write_record(info, events, hold)
             if existing is None:
                 # A holder that lost the lock before stores no bytes without a record.
                 hold.confirm_fenced()

@@ -165,7 +165,7 @@ class Reception:
         self._look_interval = min(_LOOK_INTERVAL, self._save_interval)
         now = self._reader.last_progress
         self._look_at = now + self._look_interval
-        self._tell_at = now + context.hooks.progress_interval
+        self._tell_at = math.inf if on_progress is None else now + context.hooks.progress_interval
         self._reservation: Reservation | None = None
         if quota.is_limited and info.size is None and on_progress is not None:
             self._reservation = Reservation(quota, offset, reader.length, limit)
