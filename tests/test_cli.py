@@ -270,7 +270,7 @@ def test_upload_names_the_extra_that_it_needs(
     file.write_bytes(b"x")
     result = run("upload", file, "http://localhost:1/files/")
     assert result.exit_code == 1
-    assert "pip install 'tuswsgi[client]'" in result.stderr
+    assert "pip install 'tuswsgi-server[client]'" in result.stderr
 
 
 def test_upload_of_a_file_that_is_not_there(tmp_path: Path) -> None:

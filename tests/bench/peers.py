@@ -181,7 +181,7 @@ def ours(cache: Path) -> Peer:
 
     python = ".".join(map(str, sys.version_info[:3]))
     runs_on = f"gunicorn {version('gunicorn')}, gevent {version('gevent')}, Python {python}"
-    return LocalPeer(OURS, f"{version('tuswsgi')} ({runs_on})", command)
+    return LocalPeer(OURS, f"{version('tuswsgi-server')} ({runs_on})", command)
 
 
 def tusd(cache: Path) -> Peer:

@@ -75,6 +75,15 @@ def test_upload_and_download(embedded: Server, kind: str) -> None:
     assert client.head(path).status == 410
 
 
+def test_hooks_know_the_client(embedded: Server, kind: str) -> None:
+    if kind == "our settings":
+        pytest.skip("an application without hooks")
+    with embedded.client.connect() as connection:
+        port = connection.sock.getsockname()[1]
+        assert connection.request("POST", "/files/", {**TUS, "Upload-Length": 5}).status == 201
+    assert f"127.0.0.1 {port}" in embedded.data_dir.with_name("clients").read_text().splitlines()
+
+
 def test_head_says_nothing_wrong_of_the_length(embedded: Server) -> None:
     client = embedded.client
     path = client.create(5)

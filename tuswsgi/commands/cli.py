@@ -48,7 +48,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            click.echo(f"tuswsgi {version('tuswsgi')}")
+            click.echo(f"tuswsgi {version('tuswsgi-server')}")
         except PackageNotFoundError:
             click.echo("tuswsgi, not installed")
         ctx.exit()
@@ -342,7 +342,8 @@ def upload(
     try:
         from tuswsgi.commands.client import Remembered, Upload, UploadFailed
     except ImportError as error:
-        raise click.ClickException("This needs tuspy: pip install 'tuswsgi[client]'") from error
+        text = "This needs tuspy: pip install 'tuswsgi-server[client]'"
+        raise click.ClickException(text) from error
     from tuswsgi.core.display import printable
 
     with click.progressbar(length=1, label=file.name, file=sys.stderr) as bar:

@@ -68,7 +68,7 @@ def _make_server(dsn: str, pool: PoolSettings) -> SqlConnection:
     except ImportError as error:
         raise ConfigurationError(
             f"The database needs a library that is missing ({error.name}): "
-            f"pip install 'tuswsgi[{extra}]'"
+            f"pip install 'tuswsgi-server[{extra}]'"
         ) from error
 
 

@@ -68,7 +68,7 @@ class GrpcHook(Hook):
     format: PayloadFormat
     endpoint: str | None = option(
         None,
-        "The address of the service, e.g. `localhost:8081`. Needs `tuswsgi[grpc]`.",
+        "The address of the service, e.g. `localhost:8081`. Needs `tuswsgi-server[grpc]`.",
         aliases=("hooks-grpc",),
     )
     forward_headers: tuple[str, ...] = option(
@@ -118,7 +118,7 @@ class GrpcHook(Hook):
         except ImportError as error:
             raise ConfigurationError(
                 f"gRPC hooks need a library that is missing ({error.name}): "
-                "pip install 'tuswsgi[grpc]'"
+                "pip install 'tuswsgi-server[grpc]'"
             ) from error
         if (self.client_tls_certificate is None) != (self.client_tls_key is None):
             raise ConfigurationError(

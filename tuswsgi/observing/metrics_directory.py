@@ -56,7 +56,7 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("prometheus_client") is None:
         raise ConfigurationError(
-            f"[{MAIN}] metrics: They need prometheus_client: pip install 'tuswsgi[metrics]'"
+            f"[{MAIN}] metrics: They need prometheus_client: pip install 'tuswsgi-server[metrics]'"
         )
 
 

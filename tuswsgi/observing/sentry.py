@@ -37,7 +37,7 @@ class SentrySettings:
 
     dsn: str | None = option(
         None,
-        "The Sentry project that errors are reported to. Needs `tuswsgi[sentry]`.",
+        "The Sentry project that errors are reported to. Needs `tuswsgi-server[sentry]`.",
         rustus="SENTRY_DSN",
         secret=True,
     )
@@ -59,7 +59,7 @@ def check(settings: SentrySettings) -> None:
     try:
         from sentry_sdk.utils import BadDsn, Dsn
     except ImportError as error:
-        text = "Reports to Sentry need sentry-sdk: pip install 'tuswsgi[sentry]'"
+        text = "Reports to Sentry need sentry-sdk: pip install 'tuswsgi-server[sentry]'"
         raise ConfigurationError(text) from error
     try:
         Dsn(settings.dsn)
@@ -118,6 +118,6 @@ def _about_request(event: Event, hint: Hint) -> Event:
 
 def _version() -> str:
     try:
-        return version("tuswsgi")
+        return version("tuswsgi-server")
     except PackageNotFoundError:
         return "unknown"

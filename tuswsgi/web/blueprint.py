@@ -206,7 +206,10 @@ class TusBlueprint(flask.Blueprint):
         repeated = _repeated(environ)
         headers = {name: joined(name, values) for name, values in repeated.items()}
         headers = dict(self._uploads.hooks.limit_headers(_headers(environ) | headers))
-        port = environ.get("REMOTE_PORT", "") if origin.client == environ.get("REMOTE_ADDR") else ""
+        port = ""
+        if origin.client == environ.get("REMOTE_ADDR"):
+            # Werkzeug's server has a number, against PEP 3333.
+            port = str(environ.get("REMOTE_PORT", ""))
         return RequestInfo(
             method,
             request_uri(environ),

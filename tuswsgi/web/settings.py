@@ -64,7 +64,7 @@ class MonitoringSettings:
     metrics: bool = option(
         False,
         "Serve metrics for Prometheus at `/metrics`, the sums of all workers. Needs "
-        "`tuswsgi[metrics]`.",
+        "`tuswsgi-server[metrics]`.",
     )
     ready_needs_hooks: bool = option(
         False, "Say at `/ready` that the server is not ready while the broker of hooks is away."
