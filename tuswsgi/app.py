@@ -13,9 +13,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import flask
+from flask.sansio.blueprints import BlueprintSetupState
 
 from tuswsgi.config import runtime
 from tuswsgi.config.backends import Backends
@@ -42,6 +43,7 @@ from tuswsgi.protocol.settings import UploadSettings
 from tuswsgi.protocol.sweep import Sweeper
 from tuswsgi.protocol.uploads import Uploads
 from tuswsgi.web.blueprint import OwnerFunction, TusBlueprint
+from tuswsgi.web.functions import Caller
 from tuswsgi.web.monitoring import MonitoringBlueprint
 from tuswsgi.web.settings import MonitoringSettings, WebSettings
 
@@ -115,7 +117,8 @@ class Tus:
         context = Context(data, infos, locker, self.hooks, self._outbox, settings, sender=self)
         self.uploads = Uploads(context, config.build(QuotaSettings))
         self._sweeper = PerProcess(lambda: Sweeper(self.uploads, config.build(CleanUpSettings)))
-        self._functions = CallableHook()
+        self._caller = Caller()
+        self._functions = CallableHook(self._caller)
         self._owner = owner
         number = next(_count)
         #: The blueprint's name.
@@ -135,7 +138,7 @@ class Tus:
             "OPTIONS"]``; by default all. The application may have rules of its own for other
             methods of the same URLs.
         """
-        return TusBlueprint(
+        blueprint = TusBlueprint(
             self.name,
             self.uploads,
             self.config.build(WebSettings),
@@ -144,6 +147,11 @@ class Tus:
             methods=methods,
             shows_request_id=self.config.build(ServerSettings).access_log,
         )
+        blueprint.record(self._set_app)
+        return blueprint
+
+    def _set_app(self, state: BlueprintSetupState) -> None:
+        self._caller.app = cast(flask.Flask, state.app)
 
     def monitoring_blueprint(self) -> MonitoringBlueprint:
         """Return a blueprint with `/health`, `/ready` and, if metrics are on, `/metrics`.
@@ -180,9 +188,14 @@ class Tus:
     def on(self, event: str) -> Callable[[HookFunction], HookFunction]:
         """Decorate a function that handles a hook, e.g. ``pre-create``.
 
-        It gets a ``HookRequest`` and returns a ``HookResponse`` or ``None``. An exception in a
-        blocking hook refuses the request. Other hooks are called after their change was saved,
-        perhaps in another worker, and again if the function raises.
+        It gets a ``HookRequest`` and returns a ``HookResponse`` or ``None``.
+
+        A blocking hook refuses the request by its answer, or by ``flask.abort()`` and any other
+        ``HTTPException``, which becomes the response. Any other exception is answered with 503, so
+        that the client tries again, and any other return value with 500.
+
+        Other hooks are called in the application's context, after their change was saved, perhaps
+        in another worker, and again if the function raises.
 
         :raises ValueError: if there is no such hook.
         """

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
+from tuswsgi.core.errors import HookBroken
 from tuswsgi.core.events import HookType
 from tuswsgi.hooks.base import Hook, HookRequest, HookResponse, ask_in_turn
 
 HookFunction = Callable[[HookRequest], "HookResponse | None"]
+
+#: Calls a function for a hook and returns what it returned.
+Call = Callable[[HookFunction, HookRequest], object]
+
+
+def _call(function: HookFunction, request: HookRequest) -> object:
+    return function(request)
 
 
 class CallableHook(Hook):
@@ -16,11 +24,14 @@ class CallableHook(Hook):
 
     The first refusal ends the calls. Otherwise the answers are combined, and each function sees
     the upload as earlier ones changed it.
+
+    :param call: calls a function; the application's framework may want to be asked.
     """
 
     name = "callable"
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call = _call) -> None:
+        self._call = call
         self._functions: dict[HookType, list[HookFunction]] = {}
 
     @property
@@ -32,12 +43,16 @@ class CallableHook(Hook):
 
     def send(self, request: HookRequest) -> HookResponse | None:
         functions = self._functions.get(request.type, ())
-        return ask_in_turn([partial(_ask, function) for function in functions], request)
+        return ask_in_turn([partial(self._ask, function) for function in functions], request)
 
-
-def _ask(function: HookFunction, request: HookRequest) -> HookResponse | None:
-    said = function(request)
-    if not request.type.blocking and not isinstance(said, HookResponse):
-        # Any other return value is no reason to deliver the event again.
-        return None
-    return said or None
+    def _ask(self, function: HookFunction, request: HookRequest) -> HookResponse | None:
+        answer = self._call(function, request)
+        if answer is None or isinstance(answer, HookResponse):
+            return answer
+        if not request.type.blocking:
+            # Any other return value is no reason to deliver the event again.
+            return None
+        name = getattr(function, "__qualname__", repr(function))
+        raise HookBroken from TypeError(
+            f"{name} returned {answer!r}; a hook returns a HookResponse or None"
+        )
