@@ -214,3 +214,44 @@ def test_memory_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_backend_that_is_not_there_is_no_choice() -> None:
     (found,) = problems(flags={"info_storage": "paper-info-storage"})
     assert "Not one of db-info-storage, redis-info-storage, file-info-storage, " in found
+
+
+class TestUnreadVariables:
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [
+            ("TUSWSGI_MAX_FILESIZE", "did you mean TUSWSGI_MAX_FILE_SIZE"),
+            ("RUSTUS_DATADIR", "did you mean RUSTUS_DATA_DIR"),
+            ("RUSTUS_HOOKS_KAFKA_URLS", "RUSTUS_HOOKS_KAFKA_URLS"),
+            ("RUSTUS_S3_BUCKET", "RUSTUS_S3_BUCKET"),
+        ],
+    )
+    def test_they_are_a_warning(self, name: str, hint: str) -> None:
+        (warning,) = Config.load(environ={name: "1"}).warnings
+        assert name in warning
+        assert hint in warning
+        assert "no effect" in warning
+
+    def test_what_is_read_is_none(self, tmp_path: Path) -> None:
+        secret = tmp_path / "dsn"
+        secret.write_text("sqlite:///x.sqlite3")
+        environ = {
+            "TUSWSGI_CONFIG": "",
+            "TUSWSGI_MAX_FILE_SIZE": "5GB",
+            "RUSTUS_INFO_DB_DSN_FILE": str(secret),
+            "PATH": "/bin",
+        }
+        assert not Config.load(environ=environ).warnings
+
+    def test_those_of_kubernetes_are_no_options(self) -> None:
+        environ = {
+            "TUSWSGI_PORT": "tcp://10.96.0.7:1081",
+            "TUSWSGI_SERVICE_HOST": "10.96.0.7",
+            "TUSWSGI_SERVICE_PORT": "1081",
+            "TUSWSGI_SERVICE_PORT_HTTP": "1081",
+            "TUSWSGI_PORT_1081_TCP": "tcp://10.96.0.7:1081",
+            "TUSWSGI_PORT_1081_TCP_ADDR": "10.96.0.7",
+        }
+        config = Config.load(environ=environ)
+        assert config["port"] == 1081
+        assert not config.warnings

@@ -100,6 +100,8 @@ def check(load: Load) -> None:
         configuration = load()
         gunicorn_settings(configuration)
         Backends(configuration).check_directories()
+    for warning in configuration.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     click.echo("The configuration is correct.")
 
 

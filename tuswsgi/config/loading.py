@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import configparser
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from inspect import signature
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from marshmallow import Schema, ValidationError
 
 from tuswsgi.config.groups import option_groups
+from tuswsgi.config.variables import is_of_kubernetes, unread
 from tuswsgi.core.display import MASK, without_secrets
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.options import Option, options_of
@@ -39,9 +40,15 @@ class _Given:
 
 
 class Config:
-    """The values of all options."""
+    """The values of all options.
 
-    def __init__(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    :ivar warnings: sentences about environment variables that were probably meant as options.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], sources: Mapping[str, str], warnings: Sequence[str] = ()
+    ) -> None:
+        self.warnings = warnings
         self._values = values
         self._sources = sources
 
@@ -63,6 +70,11 @@ class Config:
         :raises ConfigurationError: with one line for each mistake.
         """
         options = {option.key: option for option in all_options()}
+        names = {name for option in options.values() for name in option.variables}
+        warnings = tuple(unread(environ, names))
+        environ = {
+            name: value for name, value in environ.items() if not is_of_kubernetes(name, value)
+        }
         problems: list[str] = []
         given = {
             **_from_file(file, options.values(), problems),
@@ -70,7 +82,7 @@ class Config:
             **_from_flags(flags, options, problems),
         }
         values = _convert(given, options, problems)
-        config = cls(values, {key: one.source for key, one in given.items()})
+        config = cls(values, {key: one.source for key, one in given.items()}, warnings)
         problems += _contradictions(config)
         if problems:
             raise ConfigurationError("\n".join(problems))
@@ -118,7 +130,8 @@ class Config:
 
     def replace(self, key: str, value: Any, source: str) -> Config:
         """Return a copy with another value for the option with this ``key``."""
-        return Config({**self._values, key: value}, {**self._sources, key: source})
+        values = {**self._values, key: value}
+        return Config(values, {**self._sources, key: source}, self.warnings)
 
     def source(self, option: Option) -> str:
         """Return where a value comes from: a flag, a variable, a file or ``DEFAULT``."""

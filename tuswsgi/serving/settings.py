@@ -81,8 +81,8 @@ def gunicorn_settings(config: Config) -> dict[str, Any]:
         "accesslog": "-" if settings.access_log else None,
         "access_log_format": _ACCESS_FORMAT,
         **_FIXED,
-        "on_starting": lambda arbiter: _begin_master(settings, counted, arbiter),
-        "on_reload": lambda arbiter: _prepare_process(settings, counted, arbiter),
+        "on_starting": lambda arbiter: _begin_master(config, counted, arbiter),
+        "on_reload": lambda arbiter: _prepare_process(config, counted, arbiter),
         "on_exit": lambda arbiter: metrics_directory.close_directory(),
         "post_fork": lambda arbiter, worker: _enter(settings, reports, arbiter, worker),
         "post_worker_init": lambda worker: _begin(settings, worker),
@@ -220,13 +220,16 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _prepare_process(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
+def _prepare_process(config: Config, counted: Path | None, arbiter: Any) -> None:
     """Prepare the master, at its start and at a reload.
 
     :param counted: the directory in which workers share metrics, ``None`` for no metrics.
     """
+    settings = config.build(ServerSettings)
     _raise_file_limit()
     set_up_logging(settings)
+    for warning in config.warnings:
+        log.warning("%s", warning)
     if counted is not None:
         # While one gunicorn replaces another (SIGUSR2), the old one still counts.
         metrics_directory.open_directory(counted, is_successor=bool(arbiter.master_pid))
@@ -236,11 +239,11 @@ def _prepare_process(settings: ServerSettings, counted: Path | None, arbiter: An
         access.addFilter(_is_not_health)
 
 
-def _begin_master(settings: ServerSettings, counted: Path | None, arbiter: Any) -> None:
+def _begin_master(config: Config, counted: Path | None, arbiter: Any) -> None:
     """Prepare a new master."""
     # gunicorn would abort all requests at Ctrl-C. A second Ctrl-C still does.
     arbiter.handle_int = arbiter.handle_term
-    _prepare_process(settings, counted, arbiter)
+    _prepare_process(config, counted, arbiter)
 
 
 def set_up_logging(settings: ServerSettings) -> None:

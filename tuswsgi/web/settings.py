@@ -110,7 +110,7 @@ class WebSettings:
             UNIX,
         ),
         "Addresses and networks of proxies that may be believed; `unix` stands for the "
-        "peers of a unix socket. Without `behind_proxy` nobody is.",
+        "peers of a unix socket. Without `behind_proxy` no peer is trusted.",
         validate=_networks,
     )
     cors: tuple[str, ...] = option(
