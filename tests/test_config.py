@@ -220,8 +220,8 @@ class TestUnreadVariables:
     @pytest.mark.parametrize(
         ("name", "hint"),
         [
-            ("TUSWSGI_MAX_FILESIZE", "did you mean TUSWSGI_MAX_FILE_SIZE"),
-            ("RUSTUS_DATADIR", "did you mean RUSTUS_DATA_DIR"),
+            ("TUSWSGI_MAX_FILESIZE", "Did you mean TUSWSGI_MAX_FILE_SIZE?"),
+            ("RUSTUS_DATADIR", "Did you mean RUSTUS_DATA_DIR?"),
             ("RUSTUS_HOOKS_KAFKA_URLS", "RUSTUS_HOOKS_KAFKA_URLS"),
             ("RUSTUS_S3_BUCKET", "RUSTUS_S3_BUCKET"),
         ],

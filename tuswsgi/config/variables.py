@@ -37,5 +37,5 @@ def unread(environ: Mapping[str, str], known: Set[str]) -> Iterator[str]:
         if is_of_kubernetes(name, environ[name]):
             continue
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        hint = f"; did you mean {close[0]}" if close else ""
-        yield f"There is no option for the environment variable {name}{hint}. It has no effect."
+        hint = f" Did you mean {close[0]}?" if close else ""
+        yield f"The environment variable {name} has no effect: there is no such option.{hint}"
