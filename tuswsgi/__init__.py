@@ -1,7 +1,20 @@
 """tuswsgi: a server for tus, the protocol of resumable uploads, in a Flask blueprint.
 
-The names below are public. They are imported at their first use, so that the command line
-starts quickly and only what is used is loaded.
+Public names:
+
+- Tus: a server that lives in a Flask application
+- create_app: makes an application that is nothing but a tus server
+- request_method: the method of a request, also if the client overrides it
+- upload_created, upload_progress, upload_finished, upload_terminated: signals
+- HookRequest, HookResponse, ChangeFileInfo: what hook functions get and return
+- HookType: the hooks
+- FileInfo, Metadata: an upload as its record has it
+- DataStore, InfoStore, Locker: base classes for backends of your own
+- TusError, ConfigurationError: base classes of errors
+- __version__: the version of the installed distribution
+
+They are imported at their first use, so that the command line starts quickly and only what is
+used is loaded.
 """
 
 from __future__ import annotations
@@ -10,6 +23,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from tuswsgi.app import Tus as Tus
     from tuswsgi.app import create_app as create_app
     from tuswsgi.core.errors import ConfigurationError as ConfigurationError
@@ -50,10 +64,18 @@ _HOMES = {
     "upload_terminated": "observing.signals",
 }
 
-__all__ = list(_HOMES)
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from tuswsgi.core.version import installed_version
+
+        return installed_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

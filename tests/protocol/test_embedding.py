@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from importlib.metadata import version
 
 import flask
 import pytest
@@ -239,3 +241,11 @@ class TestOptions:
     def test_a_locker_by_its_name(self, embed: Embed) -> None:
         with pytest.raises(ConfigurationError, match="locker"):
             embed(locker="no-locker")
+
+
+def test_the_package_says_what_is_public() -> None:
+    assert set(tuswsgi.__all__) <= set(dir(tuswsgi))
+    for name in tuswsgi.__all__:
+        assert getattr(tuswsgi, name) is not None
+        assert re.search(rf"^- (.*, )?{name}(,.*)?: ", tuswsgi.__doc__ or "", re.MULTILINE), name
+    assert tuswsgi.__version__ == version("tuswsgi-server")

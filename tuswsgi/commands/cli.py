@@ -45,12 +45,9 @@ class ServeCommand(ConfiguredCommand):
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import PackageNotFoundError, version
+        from tuswsgi.core.version import installed_version
 
-        try:
-            click.echo(f"tuswsgi {version('tuswsgi-server')}")
-        except PackageNotFoundError:
-            click.echo("tuswsgi, not installed")
+        click.echo(f"tuswsgi {installed_version()}")
         ctx.exit()
 
 

@@ -10,13 +10,13 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, ClassVar
 
 from marshmallow.validate import Range
 
 from tuswsgi.core.errors import ConfigurationError
 from tuswsgi.core.options import option
+from tuswsgi.core.version import installed_version
 from tuswsgi.observing.logs import request_fields
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def start(settings: SentrySettings) -> None:
     sentry_sdk.init(
         dsn=settings.dsn,
         sample_rate=settings.sample_rate,
-        release=f"tuswsgi@{_version()}",
+        release=f"tuswsgi@{installed_version()}",
         # The others would read requests, and trace calls of libraries.
         default_integrations=False,
         auto_enabling_integrations=False,
@@ -114,10 +114,3 @@ def _about_request(event: Event, hint: Hint) -> Event:
         if name in about:
             tags[name] = about[name]
     return event
-
-
-def _version() -> str:
-    try:
-        return version("tuswsgi-server")
-    except PackageNotFoundError:
-        return "unknown"
