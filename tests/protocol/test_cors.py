@@ -183,6 +183,31 @@ class TestPreflight:
         assert response.headers["Access-Control-Max-Age"] == "86400"
         assert "Access-Control-Allow-Credentials" not in response.headers
 
+    @pytest.mark.parametrize("prefix", ["/files", "/a/<tenant>/files"])
+    def test_no_function_of_the_application_refuses_it(
+        self, embed: Any, app: flask.Flask, prefix: str
+    ) -> None:
+        tus = embed()
+        uploads = tus.blueprint()
+
+        @app.before_request
+        @uploads.before_request
+        def require_login() -> None:
+            if "Authorization" not in flask.request.headers:
+                flask.abort(401)
+
+        app.register_blueprint(uploads, url_prefix=prefix)
+        url = prefix.replace("<tenant>", "b")
+        client = Client(app, tus, url)
+        response = self.preflight(client, url)
+        assert response.status_code == 204
+        assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert "PATCH" in response.headers["Access-Control-Allow-Methods"]
+        # Other requests are asked about, OPTIONS of a tus client among them.
+        assert client.options(Origin=ORIGIN).status_code == 401
+        assert client.post(5, Origin=ORIGIN).status_code == 401
+        assert client.request("OPTIONS", "/", Origin=ORIGIN).status_code in (401, 404)
+
     def test_what_operators_add(self, serve: Serve) -> None:
         client = serve(
             cors_allow_headers="X-Token, X-Tenant",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import flask
@@ -105,6 +106,20 @@ class TusBlueprint(flask.Blueprint):
                 )
             )
         app.view_functions[endpoint] = self._view
+        # Before the application's own functions: a preflight has no credentials (Fetch standard,
+        # "CORS-preflight fetch").
+        first = app.before_request_funcs.setdefault(None, [])
+        first.insert(0, partial(self._answer_preflight, endpoint))
+
+    def _answer_preflight(self, endpoint: str) -> TusResponse | None:
+        request = flask.request
+        if (
+            request.endpoint != endpoint
+            or request.method != "OPTIONS"
+            or "Access-Control-Request-Method" not in request.headers
+        ):
+            return None
+        return self._view(**request.view_args or {})
 
     def _view(self, tus_id: str = "", **values: Any) -> TusResponse:
         # `values` are variables of the prefix.
