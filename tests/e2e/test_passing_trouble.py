@@ -54,7 +54,7 @@ def _is_dead(pid: int) -> bool:
 
 @pytest.mark.parametrize("info_storage", ["db-info-storage", "file-info-storage"])
 def test_workers_that_begin_on_a_read_only_disk(
-    serve: Serve, disk: Path, info_storage: str
+    disk: Path, serve: Serve, info_storage: str
 ) -> None:
     server, data = serve("--info-storage", info_storage, "--metrics"), content(10)
     client = server.client
@@ -75,7 +75,7 @@ def test_workers_that_begin_on_a_read_only_disk(
     assert client.get(path).body == data
 
 
-def test_a_disk_that_is_written_again_while_workers_wait(serve: Serve, disk: Path) -> None:
+def test_a_disk_that_is_written_again_while_workers_wait(disk: Path, serve: Serve) -> None:
     server = serve()
     path = server.client.create(10)
     with without_workers(server):
