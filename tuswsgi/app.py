@@ -23,7 +23,7 @@ from tuswsgi.config.backends import Backends
 from tuswsgi.config.loading import Config
 from tuswsgi.config.server import ServerSettings
 from tuswsgi.core.errors import ConfigurationError, TusError, Unavailable
-from tuswsgi.core.events import HookType
+from tuswsgi.core.events import HookName, HookType
 from tuswsgi.core.process import PerProcess
 from tuswsgi.datastores.base import DataStore
 from tuswsgi.hooks.base import Hook
@@ -99,7 +99,7 @@ class Tus:
             options["hooks"] = hooks
         if config is not None and options:
             raise TypeError(f"A config has these already: {', '.join(options)}")
-        config = config or Config.load(flags=options)
+        config = config or Config.load(keywords=options)
         self.config = config
         backends = Backends(config)
         infos = info_store or backends.info_store()
@@ -185,7 +185,7 @@ class Tus:
             hook.types = hook.types or frozenset(self.config.build(EnabledHooks).hooks)
         return HookManager(hooks, self.config.build(HookSettings), data.location)
 
-    def on(self, event: str) -> Callable[[HookFunction], HookFunction]:
+    def on(self, event: HookName) -> Callable[[HookFunction], HookFunction]:
         """Decorate a function that handles a hook, e.g. ``pre-create``.
 
         It gets a ``HookRequest`` and returns a ``HookResponse`` or ``None``.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
 
 import flask
 import pytest
@@ -13,6 +16,7 @@ import tuswsgi
 from protocol.client import Client, assert_refused, path_of
 from tuswsgi.app import Tus
 from tuswsgi.core.errors import ConfigurationError
+from tuswsgi.core.events import HookName, HookType
 
 Embed = Callable[..., Tus]
 
@@ -249,3 +253,20 @@ def test_the_package_says_what_is_public() -> None:
         assert getattr(tuswsgi, name) is not None
         assert re.search(rf"^- (.*, )?{name}(,.*)?: ", tuswsgi.__doc__ or "", re.MULTILINE), name
     assert tuswsgi.__version__ == version("tuswsgi-server")
+
+
+class TestKeywords:
+    def test_messages_name_the_keyword(self) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            Tus(max_file_size="huge", network_timeout=-1)
+        assert "from the keyword max_file_size" in str(caught.value)
+        assert "from the keyword network_timeout" in str(caught.value)
+        assert "--" not in str(caught.value)
+
+    def test_durations_and_paths_are_pythons(self, embed: Embed, tmp_path: Path) -> None:
+        tus = embed(expiration=timedelta(days=7), data_dir=tmp_path / "uploads")
+        assert tus.config["expiration"] == 7 * 86400
+        assert tus.config["data_dir"] == tmp_path / "uploads"
+
+    def test_type_checkers_know_the_hooks(self) -> None:
+        assert get_args(HookName) == tuple(type.value for type in HookType)

@@ -58,6 +58,7 @@ class Config:
         file: Path | None = None,
         environ: Mapping[str, str] = _EMPTY,
         flags: Mapping[str, Any] = _EMPTY,
+        keywords: Mapping[str, Any] = _EMPTY,
     ) -> Config:
         """Return the configuration from flags, the environment and a file, in this precedence.
 
@@ -67,6 +68,7 @@ class Config:
         :param environ: the environment, where the variable of an option with ``_FILE`` appended
             names a file that holds the value.
         :param flags: values by ``Option.key``, as text or as parsed values.
+        :param keywords: likewise, in a Python call: messages name the keyword and not the flag.
         :raises ConfigurationError: with one line for each mistake.
         """
         options = {option.key: option for option in all_options()}
@@ -80,6 +82,7 @@ class Config:
             **_from_file(file, options.values(), problems),
             **_from_environ(environ, options.values(), problems),
             **_from_flags(flags, options, problems),
+            **_from_keywords(keywords, options, problems),
         }
         values = _convert(given, options, problems)
         config = cls(values, {key: one.source for key, one in given.items()}, warnings)
@@ -216,6 +219,13 @@ def _from_flags(
         else:
             problems.append(f"There is no option {key}{_hint(key, options)}.")
     return given
+
+
+def _from_keywords(
+    keywords: Mapping[str, Any], options: Mapping[str, Option], problems: list[str]
+) -> dict[str, _Given]:
+    given = _from_flags(keywords, options, problems)
+    return {key: _Given(one.value, f"the keyword {key}") for key, one in given.items()}
 
 
 def _convert(

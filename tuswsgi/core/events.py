@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 
 class HookType(str, Enum):
@@ -28,6 +28,20 @@ class HookType(str, Enum):
     def blocking(self) -> bool:
         """Whether the request waits for the hook, which may refuse it."""
         return self.value.startswith("pre-")
+
+
+#: The values of ``HookType``, for type checkers.
+HookName = Literal[
+    "pre-access",
+    "pre-create",
+    "post-create",
+    "post-receive",
+    "pre-finish",
+    "post-finish",
+    "pre-terminate",
+    "post-terminate",
+    "pre-get",
+]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
+from datetime import timedelta
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
@@ -66,9 +67,11 @@ class Size(fields.Field[int]):
 
 
 class Duration(fields.Field[float]):
-    """A time in seconds: ``20``, ``1.5``, ``500ms``, ``12h``, ``7d``."""
+    """A time in seconds: ``20``, ``1.5``, ``500ms``, ``12h``, ``7d``, or a ``timedelta``."""
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **kwargs: Any) -> float:
+        if isinstance(value, timedelta):
+            value = value.total_seconds()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
             return float(value)
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(ms|[smhdw]?)", str(value).strip(), re.ASCII)
