@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -73,6 +75,27 @@ def test_the_command_fails_for_a_file_that_changes(
     assert (command.returncode, out) == (1, "")
     assert "file was changed during the upload. Upload it again, or a copy" in err
     assert "100%" not in err
+
+
+def test_an_interrupted_upload_is_resumed_by_the_same_command(
+    tmp_path: Path, server: Server
+) -> None:
+    file = _file(tmp_path)
+    state = tmp_path / "state.json"
+    before = set(server.data_dir.iterdir())
+    with _command(file, _url(server), state, "--chunk-size", "100") as command:
+        wait_until(lambda: _sizes(server, before), "the first bytes")
+        command.send_signal(signal.SIGINT)
+        _, err = command.communicate(timeout=PATIENCE)
+    assert command.returncode == 1
+    assert "Run the same command again to resume it." in err
+    assert "Traceback" not in err
+    without_scheme = _url(server).removeprefix("http://")
+    with _command(file, without_scheme, state) as command:
+        out, err = command.communicate(timeout=PATIENCE)
+    assert command.returncode == 0, err
+    assert len(set(server.data_dir.iterdir()) - before) == 1
+    assert server.client.get(urlsplit(out.strip()).path).body == file.read_bytes()
 
 
 def test_what_is_no_file_is_not_uploaded(tmp_path: Path, server: Server) -> None:

@@ -8,6 +8,7 @@ before anything else is imported.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -336,7 +337,8 @@ def upload(
 ) -> None:
     """Upload a file, or resume its upload.
 
-    URL is where the server creates uploads, e.g. http://localhost:1081/files/.
+    URL is where the server creates uploads, e.g. localhost:1081/files/ or
+    https://example.org/files/.
     """
     try:
         from tuswsgi.commands.client import Remembered, Upload, UploadFailed
@@ -345,15 +347,22 @@ def upload(
         raise click.ClickException(text) from error
     from tuswsgi.core.display import printable
 
-    with click.progressbar(length=1, label=file.name, file=sys.stderr) as bar:
+    with click.progressbar(
+        length=1, label=file.name, file=sys.stderr, item_show_func=lambda speed: speed
+    ) as bar:
+        began: tuple[float, int] | None = None
 
         def progress(offset: int, length: int) -> None:
+            nonlocal began
+            began = began or (time.monotonic(), offset)
+            seconds = time.monotonic() - began[0]
+            speed = f"{(offset - began[1]) / seconds / 1e6:.1f} MB/s" if seconds else None
             bar.length = length
-            bar.update(offset - bar.pos)
+            bar.update(offset - bar.pos, speed)
 
         one = Upload(
             file=file,
-            url=url,
+            url=url if "://" in url else f"http://{url}",
             remembered=Remembered(state.expanduser()),
             chunk_size=_size(chunk_size),
             headers=headers,
@@ -365,6 +374,9 @@ def upload(
             location = one.run()
         except (UploadFailed, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt as error:
+            text = "The upload was interrupted. Run the same command again to resume it."
+            raise click.ClickException(f"\n{text}") from error
     click.echo(printable(location))
 
 
