@@ -1,6 +1,6 @@
 """Post-hooks, from the change that they report to their delivery.
 
-This is a transactional outbox: ``record`` returns the events that the info store writes in
+This is a transactional outbox: ``events_for`` returns the events that the info store writes in
 the transaction of the change, and ``tell`` starts their delivery once that is committed.
 ``delivery`` sends them, in this process or in any other that shares the info store.
 """
