@@ -66,5 +66,5 @@ def test_a_missing_library_is_named(
 
     monkeypatch.delitem(sys.modules, f"tuswsgi.connections.{extra}", raising=False)
     monkeypatch.setattr(builtins, "__import__", find)
-    with pytest.raises(ConfigurationError, match=rf"{library}.*tuswsgi\[{extra}\]"):
+    with pytest.raises(ConfigurationError, match=rf"{library}.*tuswsgi-server\[{extra}\]"):
         connect(dsn)

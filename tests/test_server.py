@@ -194,7 +194,7 @@ def test_a_log_that_somebody_else_has_set_up_is_left_alone(
 
 def test_reports_without_sentry_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentry_sdk.utils", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'tuswsgi\[sentry\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install 'tuswsgi-server\[sentry\]'"):
         told(sentry_dsn="https://key@example.org/1")
 
 

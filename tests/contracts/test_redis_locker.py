@@ -174,6 +174,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.slow  # all of these tests once more
 def test_the_contracts_hold_under_gevent():
     run_tests_under_gevent("test_redis_locker.py", "test_redis_store.py", "-k", "not gevent")
 

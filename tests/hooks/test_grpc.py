@@ -364,7 +364,7 @@ def test_a_configuration_that_cannot_work_is_told_at_the_start(tmp_path: Path) -
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grpc", None)
-    with pytest.raises(ConfigurationError, match=r"tuswsgi\[grpc\]"):
+    with pytest.raises(ConfigurationError, match=r"tuswsgi-server\[grpc\]"):
         transport(1).prepare()
 
 

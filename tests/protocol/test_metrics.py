@@ -115,5 +115,5 @@ def test_a_store_that_is_away_takes_only_its_own_metrics_away():
 def test_a_missing_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     for make in (Tus, lambda **flags: gunicorn_settings(Config.load(flags=flags))):
-        with pytest.raises(ConfigurationError, match=r"pip install 'tuswsgi\[metrics\]'"):
+        with pytest.raises(ConfigurationError, match=r"pip install 'tuswsgi-server\[metrics\]'"):
             make(metrics=True)
