@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import configparser
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass
 from inspect import signature
 from pathlib import Path
@@ -80,7 +80,7 @@ class Config:
         problems: list[str] = []
         given = {
             **_from_file(file, options.values(), problems),
-            **_from_environ(environ, options.values(), problems),
+            **_from_environ(environ, options.values(), names, problems),
             **_from_flags(flags, options, problems),
             **_from_keywords(keywords, options, problems),
         }
@@ -186,9 +186,8 @@ def _read_ini(file: Path, problems: list[str]) -> dict[str, dict[str, str]]:
 
 
 def _from_environ(
-    environ: Mapping[str, str], options: Iterable[Option], problems: list[str]
+    environ: Mapping[str, str], options: Iterable[Option], names: Set[str], problems: list[str]
 ) -> dict[str, _Given]:
-    names = {name for option in options for name in option.variables}
     given: dict[str, _Given] = {}
     for option in options:
         for name in option.variables:

@@ -71,7 +71,7 @@ class Hold:
         """
 
 
-class _Sure(Hold):
+class _AlwaysHeld(Hold):
     __slots__ = ()
 
     def check(self) -> None:
@@ -79,7 +79,7 @@ class _Sure(Hold):
 
 
 #: A hold that cannot be lost.
-HELD: Hold = _Sure()
+HELD: Hold = _AlwaysHeld()
 
 
 def request_release(on_release_request: ReleaseRequest | None, reason: TusError) -> None:
